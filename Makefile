@@ -1,0 +1,33 @@
+# `make` alone prints this help. PYTHON may name another interpreter: make test PYTHON=python3.12
+PYTHON ?= python
+
+.DEFAULT_GOAL := help
+.PHONY: help install format lint types test test-slow quickstart check
+
+help:  ## print this help
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install:  ## install the package with what training and development need, in the tested versions
+	$(PYTHON) -m pip install -c constraints.txt -e ".[train,dev]"
+
+format:  ## rewrite the sources in the house format
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+lint:  ## report what ruff finds
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+types:  ## check the types of modeling_memory and training
+	$(PYTHON) -m mypy
+
+test:  ## run the tests and the doctests (minutes on two cores)
+	$(PYTHON) -m pytest
+
+test-slow:  ## run the tests that take minutes each
+	$(PYTHON) -m pytest -m slow
+
+quickstart:  ## train, evaluate and export the quickstart model (about 20 minutes on two cores)
+	$(PYTHON) -m training.run configuration/recipes/quickstart.yaml
+
+check: lint types test  ## what a change must pass

@@ -1,0 +1,1 @@
+"""Training, evaluation and publication of memory models; run from the checkout: `python -m training.<verb>`."""
