@@ -1,4 +1,4 @@
-"""Shared fixtures: no network, few threads, fixed seeds, tiny configurations and a tokenizer built in memory."""
+"""Shared fixtures: no network, one thread, fixed seeds, tiny configurations, tokenizers built in memory."""
 
 import os
 
@@ -28,7 +28,7 @@ from transformers import (  # noqa: E402
 )
 
 VOCAB_SIZE = 96
-"""Rows of the tiny models' token tables; the memory token of the tiny tokenizer is this id, just outside them."""
+"""Rows of the tiny models' token tables; the tiny tokenizer's memory token is this id, just outside them."""
 
 HIDDEN_SIZE = 32
 MAX_POSITIONS = 128
@@ -39,7 +39,7 @@ ENCODERS = ("masked_mixer", "llama", "bert")
 
 @pytest.fixture(autouse=True)
 def _repeatable() -> Iterator[None]:
-    """Fix seeds and threads for each test, so that a test gives the same result alone and in the whole run."""
+    """Fix seeds and threads, so that a test gives the same result alone and in the whole run."""
     torch.set_num_threads(1)
     random.seed(0)
     np.random.seed(0)
@@ -163,7 +163,7 @@ def build_tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_tiny_encoder_tokenizer() -> PreTrainedTokenizerFast:
-    """A second character tokenizer, with other ids, that puts `[CLS]` and `[SEP]` around a text as BERT's does."""
+    """A second character tokenizer with other ids; like BERT's, it puts `[CLS]` and `[SEP]` around a text."""
     specials = ["[PAD]", "[CLS]", "[SEP]"]
     vocabulary = {piece: index for index, piece in enumerate([*specials, *reversed(_ALPHABET)])}
     assert len(vocabulary) <= VOCAB_SIZE, len(vocabulary)
