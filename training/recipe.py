@@ -1,0 +1,381 @@
+"""Recipes: one YAML file says everything about a run, and anything it does not know is an error.
+
+A recipe is read in three steps, each of which names the dotted path of what it refuses:
+
+1. `load_recipe` parses the YAML (a repeated key is an error) and applies `key=value` overrides;
+2. `from_mapping` turns the plain mapping into the dataclasses below, checking names and types;
+3. `check_recipe` checks what one field alone cannot show: stage names, references, objectives, lengths.
+"""
+
+import glob
+import json
+import re
+import typing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from training.strict_yaml import (
+    REPOSITORY,
+    apply_override,
+    from_mapping,
+    nearest,
+    parse_yaml,
+    portable_paths,
+    yaml_names,
+)
+
+StageKind = Literal["autoencoder", "causal_lm", "memory"]
+Suite = Literal["retention", "copy", "blank_copy", "clm"]
+
+OBJECTIVES: dict[str, tuple[str, ...]] = {
+    "autoencoder": ("reconstruction",),
+    "causal_lm": ("causal",),
+    "memory": ("causal", "copy", "blank_copy"),
+}
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Text files of the three splits; glob patterns, relative to the current directory or the repository."""
+
+    train: list[str]
+    validation: list[str]
+    test: list[str]
+    text_column: str = "text"
+    max_train_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenizerRecipe:
+    """A byte-level BPE trained on the train split, or the folder of an existing tokenizer."""
+
+    vocab_size: int = 2048
+    path: str | None = None
+    max_train_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class RowsRecipe:
+    """How a stage cuts the token stream: lengths in text tokens.
+
+    `source_length` (default `row_length`) is how much of a row the copy objectives take as their source.
+    `window_length` is for `causal_lm` only: the decoder then reads each window of the row by itself, which
+    makes it the no-memory baseline of a memory model with that window; default is the whole row.
+    Stages with equal `seed` (default: the recipe's) and lengths read the same rows in the same order.
+    """
+
+    row_length: int
+    source_length: int | None = None
+    window_length: int | None = None
+    layout: Literal["self", "slots"] = "self"
+    marker: Literal["token", "none"] = "token"
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """Optimisation of one stage. `batch_size` counts rows per process and accumulation step."""
+
+    max_steps: int
+    batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    optimizer: Literal["muon", "adamw"] = "muon"
+    learning_rate: float = 5.0e-3
+    muon_learning_rate: float = 1.5e-2
+    lr_multipliers: dict[str, float] = field(default_factory=dict)
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    schedule: Literal["warmup_stable_decay", "linear", "cosine", "constant"] = "warmup_stable_decay"
+    warmup: float = 0.02
+    decay: float = 0.3
+    bf16: bool = True
+    logging_steps: int = 50
+    eval_steps: int | None = None
+    eval_rows: int = 128
+    save_steps: int | None = None
+    save_total_limit: int = 2
+
+
+@dataclass(frozen=True)
+class WarmStartRecipe:
+    """What a new stage takes over from earlier ones, besides the weights it is joined from.
+
+    `tables_from` copies token table and output head of that stage where shapes agree;
+    `projector_scale` multiplies the freshly initialised projector's last linear weight.
+    """
+
+    tables_from: str | None = None
+    projector: Literal["default", "identity"] = "default"
+    projector_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class StageRecipe:
+    """One model trained on one mixture of objectives, starting from nothing or from earlier stages."""
+
+    name: str
+    kind: StageKind
+    data: RowsRecipe
+    training: TrainingRecipe
+    model: dict[str, Any] = field(default_factory=dict)
+    from_: dict[str, str] = field(default_factory=dict)
+    objectives: dict[str, float] = field(default_factory=dict)
+    warm_start: WarmStartRecipe = field(default_factory=WarmStartRecipe)
+
+
+@dataclass(frozen=True)
+class EvaluationRecipe:
+    """What is measured on the test split at the end. Lengths in tokens; `num_rows` bounds the cost."""
+
+    suites: list[Suite] = field(default_factory=lambda: ["retention", "blank_copy", "copy", "clm"])
+    num_rows: int = 256
+    num_generated_rows: int = 32
+    batch_size: int = 32
+    row_length: int | None = None
+    source_length: int | None = None
+    autoencoder: str | None = None
+    no_memory: str | None = None
+    full_context: str | None = None
+
+
+@dataclass(frozen=True)
+class PublishRecipe:
+    """The stage whose model becomes the Hub folder; default: the last memory stage."""
+
+    stage: str | None = None
+    verify: bool = True
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run, as read from YAML. See `configuration/README.md` for each key."""
+
+    name: str
+    data: DataRecipe
+    stages: list[StageRecipe]
+    description: str = ""
+    seed: int = 0
+    output_dir: str | None = None
+    use_cpu: bool = False
+    threads: int | None = None
+    report_to: list[str] = field(default_factory=list)
+    tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
+    evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
+    publish: PublishRecipe = field(default_factory=PublishRecipe)
+
+    def stage(self, name: str) -> StageRecipe:
+        """Return the stage called `name`."""
+        return next(stage for stage in self.stages if stage.name == name)
+
+    @property
+    def published_stage(self) -> str:
+        """Name of the stage that is published: the one asked for, else the last memory stage."""
+        if self.publish.stage is not None:
+            return self.publish.stage
+        memory = [stage.name for stage in self.stages if stage.kind == "memory"]
+        return memory[-1] if memory else self.stages[-1].name
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return the resolved recipe as plain data with the YAML's key names and no absolute path."""
+        return portable_paths(yaml_names(asdict(self)))
+
+
+def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Read, override, type and check a recipe.
+
+    Args:
+        path (`str` or `Path`): YAML file; a bare name is also looked up in `configuration/recipes/`.
+        overrides (`Sequence[str]`, *optional*): `key=value` with a dotted key, stages by name:
+            `stages.autoencoder.training.max_steps=10`. The value is read as YAML.
+
+    Raises:
+        ValueError: If the file is missing, a key is unknown or repeated, a value has the wrong type, or the
+            parts do not fit together.
+    """
+    file = find_recipe(path)
+    mapping = parse_yaml(file.read_text(encoding="utf-8"), str(path))
+    if not isinstance(mapping, dict):
+        raise ValueError(
+            f"{path} holds {type(mapping).__name__}, expected a mapping with name, data and stages"
+        )
+    for override in overrides:
+        mapping = apply_override(mapping, override)
+    recipe = from_mapping(Recipe, mapping)
+    check_recipe(recipe)
+    return recipe
+
+
+def find_recipe(path: str | Path) -> Path:
+    """Return the file of a recipe given as path or as the bare name of a shipped one."""
+    shipped = REPOSITORY / "configuration" / "recipes"
+    for candidate in (Path(path), REPOSITORY / path, shipped / path, shipped / f"{path}.yaml"):
+        if candidate.is_file():
+            return candidate
+    names = sorted(file.stem for file in shipped.glob("*.yaml"))
+    raise ValueError(
+        f"recipe {path} was not found; give a YAML file or one of the shipped: {', '.join(names)}"
+    )
+
+
+def resolve_files(patterns: list[str], path: str = "files") -> list[Path]:
+    """Expand file names and glob patterns, in sorted order.
+
+    Raises:
+        ValueError: If a pattern matches no file; the message names the pattern and where it was looked for.
+    """
+    files: list[Path] = []
+    for pattern in patterns:
+        found: list[str] = []
+        for root in ("", f"{REPOSITORY}/"):
+            found = found or sorted(glob.glob(pattern if Path(pattern).is_absolute() else root + pattern))
+        if not found:
+            raise ValueError(
+                f"{path}: no file matches {pattern!r} in the current directory or the repository; "
+                "correct the path or build the file first"
+            )
+        files.extend(Path(name) for name in found)
+    if not files:
+        raise ValueError(f"{path} is empty; name at least one text file")
+    return files
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Check what needs more than one field: names, references, objectives and lengths.
+
+    Raises:
+        ValueError: Naming the dotted path, what was given and what was expected.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", recipe.name):
+        raise ValueError(
+            f"name is {recipe.name!r}; it becomes a folder: use letters, digits, '-', '_' and '.'"
+        )
+    if not recipe.stages:
+        raise ValueError("stages is empty; a recipe needs at least one stage")
+    earlier: dict[str, StageRecipe] = {}
+    for stage in recipe.stages:
+        path = f"stages.{stage.name}"
+        if not re.fullmatch(r"[A-Za-z0-9][\w-]*", stage.name):
+            raise ValueError(f"{path}: a stage name becomes a folder: use letters, digits, '-' and '_'")
+        if stage.name in earlier:
+            raise ValueError(f"{path} is defined twice; stage names must differ")
+        _check_references(stage, earlier, path)
+        _check_objectives(stage, path)
+        _check_training(stage, path)
+        earlier[stage.name] = stage
+    for key in ("no_memory", "full_context", "autoencoder"):
+        kinds = ("autoencoder",) if key == "autoencoder" else ("causal_lm",)
+        _check_reference(getattr(recipe.evaluation, key), kinds, earlier, f"evaluation.{key}")
+    _check_reference(recipe.publish.stage, ("memory", "autoencoder"), earlier, "publish.stage")
+    for key in ("num_rows", "num_generated_rows", "batch_size"):
+        _check_positive(getattr(recipe.evaluation, key), f"evaluation.{key}")
+
+
+def _check_reference(
+    name: str | None, kinds: tuple[str, ...], earlier: dict[str, StageRecipe], path: str
+) -> StageRecipe | None:
+    if name is None:
+        return None
+    if name not in earlier:
+        raise ValueError(
+            f"{path} is {name!r}{nearest(name, list(earlier))}, expected an earlier stage: "
+            f"{', '.join(earlier) or 'there is none'}"
+        )
+    if earlier[name].kind not in kinds:
+        raise ValueError(
+            f"{path} is {name!r}, a stage of kind {earlier[name].kind}; expected {' or '.join(kinds)}"
+        )
+    return earlier[name]
+
+
+def _check_references(stage: StageRecipe, earlier: dict[str, StageRecipe], path: str) -> None:
+    keys = set(stage.from_)
+    allowed: list[set[str]] = [{"model"}]
+    allowed.append({"encoder", "decoder"} if stage.kind == "memory" else set())
+    if keys not in allowed:
+        expected = "encoder and decoder, or model" if stage.kind == "memory" else "model, or nothing"
+        raise ValueError(f"{path}.from has the keys {sorted(keys)}, expected {expected}")
+    for key, name in stage.from_.items():
+        kinds = {"model": (stage.kind,), "encoder": ("autoencoder",), "decoder": ("causal_lm",)}[key]
+        _check_reference(name, kinds, earlier, f"{path}.from.{key}")
+    _check_reference(
+        stage.warm_start.tables_from, ("autoencoder", "causal_lm"), earlier, f"{path}.warm_start.tables_from"
+    )
+    if not stage.from_ and not stage.model:
+        raise ValueError(
+            f"{path} has neither model nor from: describe a new model or name the stage it continues"
+        )
+    if "model" in stage.from_ and set(stage.model) - {"freeze_encoder", "freeze_decoder"}:
+        raise ValueError(
+            f"{path}.model is {json.dumps(stage.model)}, but a continued stage keeps its model: only "
+            "freeze_encoder and freeze_decoder may change; remove the rest"
+        )
+
+
+def _check_objectives(stage: StageRecipe, path: str) -> None:
+    known = OBJECTIVES[stage.kind]
+    if stage.kind == "memory" and not stage.objectives:
+        raise ValueError(
+            f"{path}.objectives is empty; name objectives and weights, e.g. {{causal: 1.0, copy: 0.5}}"
+        )
+    for name, weight in stage.objectives.items():
+        if name not in known:
+            close = nearest(name, list(known))
+            raise ValueError(
+                f"{path}.objectives.{name} is no objective of a stage of kind {stage.kind}{close}; "
+                f"known: {', '.join(known)}"
+            )
+        if weight <= 0:
+            raise ValueError(
+                f"{path}.objectives.{name} is {weight}; a weight must be above 0: remove the line instead"
+            )
+
+
+def _check_training(stage: StageRecipe, path: str) -> None:
+    training, rows = stage.training, stage.data
+    for key in (
+        "max_steps",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "logging_steps",
+        "eval_rows",
+        "save_total_limit",
+    ):
+        _check_positive(getattr(training, key), f"{path}.training.{key}")
+    for key in ("row_length", "source_length", "window_length"):
+        _check_positive(getattr(rows, key), f"{path}.data.{key}")
+    for key in ("eval_steps", "save_steps"):
+        _check_positive(getattr(training, key), f"{path}.training.{key}")
+    if training.learning_rate < 0 or training.muon_learning_rate < 0:
+        raise ValueError(f"{path}.training has a negative learning rate; give 0 or more")
+    if training.warmup < 0 or training.decay < 0 or training.warmup + training.decay > 1:
+        raise ValueError(
+            f"{path}.training.warmup {training.warmup} + decay {training.decay}: both are fractions of the "
+            "steps, not negative, and together at most 1"
+        )
+    for pattern in training.lr_multipliers:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{path}.training.lr_multipliers: {pattern!r} is no regular expression: {error}"
+            ) from error
+    if rows.source_length is not None and rows.source_length > rows.row_length:
+        raise ValueError(
+            f"{path}.data.source_length {rows.source_length} exceeds row_length {rows.row_length}"
+        )
+    if rows.window_length is not None and stage.kind != "causal_lm":
+        raise ValueError(
+            f"{path}.data.window_length is for causal_lm stages; a memory model has model.window_length"
+        )
+    if rows.window_length is not None and rows.row_length % rows.window_length:
+        raise ValueError(
+            f"{path}.data.row_length {rows.row_length} is no multiple of window_length {rows.window_length}"
+        )
+
+
+def _check_positive(value: int | None, path: str) -> None:
+    if value is not None and value < 1:
+        raise ValueError(f"{path} is {value}, expected 1 or more")
