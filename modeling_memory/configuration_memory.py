@@ -1,0 +1,296 @@
+"""Configuration of the memory encoder-decoder."""
+
+from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig
+
+from .configuration_masked_mixer import MaskedMixerConfig
+
+POOLINGS = ("last", "mean")
+PROJECTOR_TYPES = ("identity", "linear", "mlp", "bottleneck")
+MEMORY_POSITIONS = ("contiguous", "fixed")
+ABSENT_MEMORIES = ("mask", "ones", "zeros")
+FORMAT_VERSION = 1
+
+
+def build_child_config(child, default_model_type: str = "llama") -> PreTrainedConfig:
+    """Turn a sub-config given as a config, a dictionary or `None` into a config object.
+
+    The package's own model types are looked up by name, not through the Auto registry: in a folder loaded with
+    `trust_remote_code` the registry holds another copy of the class.
+
+    Args:
+        child (`PreTrainedConfig`, `dict` or `None`): The sub-config; a dictionary names its `model_type`.
+        default_model_type (`str`): Model type of a dictionary without one, and of `None`.
+    """
+    if isinstance(child, PreTrainedConfig):
+        return child
+    fields = dict(child or {})
+    model_type = fields.pop("model_type", default_model_type)
+    if model_type == MaskedMixerConfig.model_type:
+        return MaskedMixerConfig(**fields)
+    return AutoConfig.for_model(model_type, **fields)
+
+
+def smallest_attention_window(config: PreTrainedConfig) -> int | None:
+    """Return how many positions back the shortest-sighted layer of a decoder sees; `None` if all see everything."""
+    windows = []
+    layer_types = getattr(config, "layer_types", None)
+    sliding = getattr(config, "sliding_window", None)
+    slides = layer_types is None or any("sliding" in name for name in layer_types)
+    if sliding is not None and slides and getattr(config, "use_sliding_window", True):
+        windows.append(sliding)
+    chunked = getattr(config, "attention_chunk_size", None)
+    if chunked is not None and layer_types is not None and any("chunked" in name for name in layer_types):
+        windows.append(chunked)
+    return min(windows, default=None)
+
+
+class MemoryEncoderDecoderConfig(PreTrainedConfig):
+    r"""Architecture of a memory encoder-decoder: an encoder, a projector, a decoder, and how text becomes memories.
+
+    A *chunk* of `chunk_length` tokens becomes `memories_per_chunk` vectors; a *window* of `window_length` tokens is
+    what the decoder reads in clear. A full window folds into `window_length / chunk_length` chunks.
+
+    Args:
+        encoder (`PreTrainedConfig` or `dict`, *optional*):
+            Config of the encoder body, any model type. Defaults to a Llama body.
+        decoder (`PreTrainedConfig` or `dict`, *optional*):
+            Config of the decoder, any causal LM with an attention cache. Defaults to Llama.
+        chunk_length (`int`): Text tokens per chunk. An encoder's own special tokens are added beside them.
+        window_length (`int`, *optional*): Tokens the decoder reads in clear; a multiple of `chunk_length` and by
+            default equal to it.
+        memories_per_chunk (`int`): Vectors per chunk (K).
+        pooling (`str`): How the encoder's states become K vectors: `"last"` or `"mean"` of each of K groups.
+        projector_type (`str`): `"identity"`, `"linear"` (the paper's), `"mlp"` (RMSNorm, linear, GELU, linear) or
+            `"bottleneck"` (down, noise, up, linear).
+        projector_hidden_size (`int`, *optional*): Inner width of `"mlp"` (default: decoder width) and
+            `"bottleneck"` (default: a quarter of the encoder width).
+        projector_norm (`bool`, *optional*): RMSNorm in front of the projector. Default: only for `"mlp"`.
+        projector_noise (`float`): Half-width of the uniform noise added inside a `"bottleneck"` while training.
+        memory_token_id (`int`, *optional*): Id of a memory slot in `input_ids`. It need not be a row of the token
+            tables.
+        copy_token_id (`int`, *optional*): Id of the marker that asks for a copy; a real row of both token tables.
+        blank_token_id (`int`, *optional*): Id of the blank of the blank-copy objective; a real row likewise.
+        memory_positions (`str`): `"contiguous"`: text follows its memories directly. `"fixed"`: text starts after
+            room for `max_memories`, the paper's layout.
+        absent_memories (`str`): `"mask"`, or with fixed positions `"ones"` or `"zeros"`, the paper's constant fillers.
+        max_memories (`int`, *optional*): Most memory vectors a text may need. Default: what the decoder's positions
+            and attention windows leave beside one window; required by fixed positions.
+        self_memory (`bool`): Whether plain text longer than a window folds its full windows into memories. Needs one
+            tokenizer for encoder and decoder.
+        freeze_encoder (`bool`): Encoder in `eval()` without gradients, always.
+        freeze_decoder (`bool`): Decoder in `eval()`, its parameters without gradients.
+        initializer_range (`float`): Root mean square of a fresh projector's outputs for inputs of unit scale.
+        format_version (`int`): Version of the saved layout.
+
+    Raises:
+        ValueError: If fields do not fit each other; the message names both values and the remedy.
+
+    Source: Badger 2026, arXiv 2602.13466, chunked memory model (fixed and variable positions, constant fillers).
+    """
+
+    model_type = "memory_encoder_decoder"
+    sub_configs = {"encoder": AutoConfig, "decoder": AutoConfig}
+    keys_to_ignore_at_inference = ["past_key_values", "memory_embeds", "memory_mask"]
+
+    def __init__(
+        self,
+        encoder=None,
+        decoder=None,
+        chunk_length: int = 16,
+        window_length: int | None = None,
+        memories_per_chunk: int = 1,
+        pooling: str = "last",
+        projector_type: str = "linear",
+        projector_hidden_size: int | None = None,
+        projector_norm: bool | None = None,
+        projector_noise: float = 0.0,
+        memory_token_id: int | None = None,
+        copy_token_id: int | None = None,
+        blank_token_id: int | None = None,
+        memory_positions: str = "contiguous",
+        absent_memories: str = "mask",
+        max_memories: int | None = None,
+        self_memory: bool = True,
+        freeze_encoder: bool = True,
+        freeze_decoder: bool = False,
+        initializer_range: float = 0.02,
+        format_version: int = FORMAT_VERSION,
+        **kwargs,
+    ):
+        self.encoder = build_child_config(encoder)
+        self.decoder = build_child_config(decoder)
+        self.chunk_length = chunk_length
+        self.window_length = chunk_length if window_length is None else window_length
+        self.memories_per_chunk = memories_per_chunk
+        self.pooling = pooling
+        self.projector_type = projector_type
+        self.projector_hidden_size = projector_hidden_size
+        self.projector_norm = projector_type == "mlp" if projector_norm is None else projector_norm
+        self.projector_noise = projector_noise
+        self.memory_token_id = memory_token_id
+        self.copy_token_id = copy_token_id
+        self.blank_token_id = blank_token_id
+        self.memory_positions = memory_positions
+        self.absent_memories = absent_memories
+        self.max_memories = max_memories
+        self.self_memory = self_memory
+        self.freeze_encoder = freeze_encoder
+        self.freeze_decoder = freeze_decoder
+        self.initializer_range = initializer_range
+        self.format_version = format_version
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            if kwargs.get(name) is None:
+                kwargs[name] = getattr(self.decoder, name, None)
+        # Tied tables, if any, are tied inside the decoder, which declares them itself.
+        kwargs["tie_word_embeddings"] = False
+        super().__init__(**kwargs)
+        self._validate()
+
+    @property
+    def memories_per_window(self) -> int:
+        """Memory vectors that a full window folds into."""
+        return self.window_length // self.chunk_length * self.memories_per_chunk
+
+    @property
+    def memory_capacity(self) -> int | None:
+        """Most memory vectors a text may have: `max_memories`, else what the decoder sees beside one window."""
+        if self.max_memories is not None:
+            return self.max_memories
+        room = self._decoder_room()
+        return None if room is None else room - self.window_length
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the decoder's token table (V)."""
+        return self.decoder.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the decoder (D)."""
+        return self.decoder.hidden_size
+
+    @property
+    def max_position_embeddings(self) -> int | None:
+        """Most text tokens the model reads: all full windows that fit as memories, and one window in clear."""
+        capacity = self.memory_capacity
+        if capacity is None:
+            return None
+        if not self.self_memory:
+            return self._decoder_room()
+        return self.window_length * (1 + capacity // self.memories_per_window)
+
+    def _decoder_room(self) -> int | None:
+        """Positions that every layer of the decoder can see."""
+        limits = (
+            getattr(self.decoder, "max_position_embeddings", None),
+            smallest_attention_window(self.decoder),
+        )
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def _validate(self) -> None:
+        for name in ("chunk_length", "window_length", "memories_per_chunk"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"`{name}` is {value!r}; expected a positive integer.")
+        if self.window_length % self.chunk_length:
+            raise ValueError(
+                f"`window_length` is {self.window_length} and `chunk_length` is {self.chunk_length}; a window must "
+                "hold "
+                "whole chunks. Choose a window length that is a multiple of the chunk length."
+            )
+        if self.memories_per_chunk > self.chunk_length:
+            raise ValueError(
+                f"`memories_per_chunk` is {self.memories_per_chunk}, more than the {self.chunk_length} tokens of a "
+                "chunk. "
+                "Lower it or lengthen the chunk."
+            )
+        for name, known in (
+            ("pooling", POOLINGS),
+            ("projector_type", PROJECTOR_TYPES),
+            ("memory_positions", MEMORY_POSITIONS),
+            ("absent_memories", ABSENT_MEMORIES),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r}; expected one of {', '.join(map(repr, known))}."
+                )
+        for name in ("encoder", "decoder"):
+            if getattr(getattr(self, name), "hidden_size", None) is None:
+                raise ValueError(
+                    f"The {name} config of type {getattr(self, name).model_type!r} has no `hidden_size`; give the "
+                    "config "
+                    "of a text model."
+                )
+        if self.projector_type == "identity" and self.encoder.hidden_size != self.decoder.hidden_size:
+            raise ValueError(
+                f"An identity projector needs equal widths, but the encoder has {self.encoder.hidden_size} and the "
+                "decoder "
+                f"{self.decoder.hidden_size}. Use `projector_type='linear'`."
+            )
+        if self.projector_noise < 0:
+            raise ValueError(f"`projector_noise` is {self.projector_noise}; expected 0 or a positive half-width.")
+        if self.projector_noise and self.projector_type != "bottleneck":
+            raise ValueError(
+                f"`projector_noise` is {self.projector_noise}, but a {self.projector_type!r} projector adds none. "
+                "Use `projector_type='bottleneck'` or set it to 0."
+            )
+        self._validate_layout()
+        self._validate_tokens()
+
+    def _validate_layout(self) -> None:
+        if self.absent_memories != "mask" and self.memory_positions != "fixed":
+            raise ValueError(
+                f"`absent_memories={self.absent_memories!r}` fills the room that fixed positions reserve, but "
+                f"`memory_positions` is {self.memory_positions!r}. Set `memory_positions='fixed'` or "
+                "`absent_memories='mask'`."
+            )
+        if self.memory_positions == "fixed" and self.max_memories is None:
+            raise ValueError("`memory_positions='fixed'` reserves room for `max_memories`, which is not set. Set it.")
+        if self.max_memories is not None and self.max_memories < 0:
+            raise ValueError(f"`max_memories` is {self.max_memories}; expected 0 or more vectors.")
+        room = self._decoder_room()
+        needed = (self.max_memories or 0) + self.window_length
+        if room is not None and needed > room:
+            raise ValueError(
+                f"`max_memories` ({self.max_memories or 0}) and `window_length` ({self.window_length}) need {needed} "
+                f"positions, but the decoder's layers see {room} (max_position_embeddings "
+                f"{getattr(self.decoder, 'max_position_embeddings', None)}, attention window "
+                f"{smallest_attention_window(self.decoder)}). Lower them or choose a decoder that sees further."
+            )
+        limit = getattr(self.encoder, "max_position_embeddings", None)
+        if limit is not None and self.chunk_length > limit:
+            raise ValueError(
+                f"`chunk_length` is {self.chunk_length}, but the encoder takes {limit} tokens. Shorten the chunk."
+            )
+
+    def _validate_tokens(self) -> None:
+        encoder_vocabulary = getattr(self.encoder, "vocab_size", None)
+        if self.self_memory and encoder_vocabulary is not None and encoder_vocabulary < self.vocab_size:
+            raise ValueError(
+                f"`self_memory` feeds the decoder's ids to the encoder, but the encoder knows {encoder_vocabulary} "
+                "ids and "
+                f"the decoder {self.vocab_size}. Use one tokenizer, or set `self_memory=False` and give the context "
+                "through `context_input_ids`."
+            )
+        special = {}
+        for name in ("copy_token_id", "blank_token_id", "memory_token_id"):
+            token_id = getattr(self, name)
+            if token_id is None:
+                continue
+            if token_id < 0:
+                raise ValueError(f"`{name}` is {token_id}; expected an id of 0 or more.")
+            if name != "memory_token_id" and token_id >= self.vocab_size:
+                raise ValueError(
+                    f"`{name}` is {token_id}, but the decoder's token table has {self.vocab_size} rows. The marker "
+                    "must be a "
+                    "real row: add the token to the tokenizer and resize the tables."
+                )
+            special[name] = token_id
+        eos = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        taken = {"pad_token_id": [self.pad_token_id], "eos_token_id": eos}
+        for name, token_id in special.items():
+            rivals = [other for other, ids in taken.items() if token_id in ids]
+            rivals += [other for other, other_id in special.items() if other != name and other_id == token_id]
+            if rivals:
+                raise ValueError(f"`{name}` and `{rivals[0]}` are both {token_id}; each needs an id of its own.")

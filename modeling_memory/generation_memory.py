@@ -1,0 +1,193 @@
+"""Generation with memories: context read once, full windows folded while the text grows."""
+
+import torch
+from transformers.generation import GenerationMixin
+from transformers.generation.logits_process import LogitsProcessorList
+
+from .memory_cache import MemoryCache
+
+
+class MemoryGenerationMixin(GenerationMixin):
+    """What [`MemoryEncoderDecoderForCausalLM`] adds to the library's `generate`."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config=None,
+        *args,
+        context_input_ids: torch.LongTensor | None = None,
+        context_attention_mask: torch.LongTensor | None = None,
+        rolling_memory: bool | None = None,
+        **kwargs,
+    ):
+        """Generate as the library does, from plain text of any length or from a prompt with memories in its slots.
+
+        Args:
+            inputs (`torch.LongTensor` of shape `(B, T)`, *optional*): Prompt, also as `input_ids`; padded on the left.
+            generation_config (`GenerationConfig`, *optional*): As in the library.
+            args: As in the library.
+            context_input_ids (`torch.LongTensor` of shape `(B, C, L)`, *optional*): Chunks of a context; encoded once.
+            context_attention_mask (`torch.LongTensor` of shape `(B, C, L)`, *optional*): 1 for tokens, 0 for padding.
+            rolling_memory (`bool`, *optional*): Whether a window that fills up while writing folds into memories; if
+            not,
+                it grows on. Default: `config.self_memory`, and never with given memories.
+            kwargs: As in the library; `memory_embeds` and `memory_mask` are ready memories for the prompt's slots.
+
+        Returns:
+            What the library returns: prompt and new tokens, or a generation output.
+
+        Raises:
+            ValueError: If an option cannot be right with memories, or a prompt is padded on the right.
+        """
+        if context_input_ids is not None:
+            kwargs["memory_embeds"], kwargs["memory_mask"] = self._context_memories(
+                context_input_ids, context_attention_mask, kwargs.get("memory_embeds")
+            )
+        has_memories = kwargs.get("memory_embeds") is not None
+        plain = not has_memories and kwargs.get("inputs_embeds") is None
+        if rolling_memory and not (self.config.self_memory and plain):
+            reason = (
+                "memories or embeddings were given" if self.config.self_memory else "`config.self_memory` is False"
+            )
+            raise ValueError(
+                f"`rolling_memory=True` folds plain text of the encoder's own tokenizer, but {reason}. Leave it out."
+            )
+        rolling = self.config.self_memory and plain and rolling_memory is not False
+        self._check_generation_options(generation_config, kwargs, rolling)
+        if has_memories and kwargs.get("memory_mask") is None:
+            kwargs["memory_mask"] = torch.ones_like(kwargs["memory_embeds"][..., 0], dtype=torch.long)
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if input_ids is not None:
+            self._check_padding_side(input_ids, kwargs.get("attention_mask"))
+            if has_memories and len(kwargs["memory_embeds"]) == 1:
+                kwargs["memory_embeds"] = kwargs["memory_embeds"].expand(len(input_ids), -1, -1)
+                kwargs["memory_mask"] = kwargs["memory_mask"].expand(len(input_ids), -1)
+        return super().generate(inputs, generation_config, *args, rolling_memory=rolling, **kwargs)
+
+    def _check_generation_options(self, generation_config, kwargs: dict, rolling: bool) -> None:
+        def option(name: str):
+            given = kwargs.get(name)
+            if given is None:
+                given = getattr(generation_config or self.generation_config, name, None)
+            return given
+
+        if kwargs.get("assistant_model") is not None:
+            raise ValueError(
+                "`assistant_model` was given, but an assistant does not see the memories and its rejected tokens "
+                "cannot be taken "
+                "out of them. Generate without it."
+            )
+        if option("prefill_chunk_size") is not None:
+            raise ValueError(
+                f"`prefill_chunk_size` is {option('prefill_chunk_size')}, but a prompt cut at arbitrary columns loses "
+                "its slots "
+                "and windows. Leave it out: the windows are short already."
+            )
+        if not rolling:
+            return
+        if option("prompt_lookup_num_tokens") is not None:
+            raise ValueError(
+                f"`prompt_lookup_num_tokens` is {option('prompt_lookup_num_tokens')}, but rejected tokens cannot be "
+                "taken out of a "
+                "memory. Leave it out, or give the context through slots."
+            )
+        if option("cache_implementation") not in (None, "dynamic"):
+            raise ValueError(
+                f"`cache_implementation` is {option('cache_implementation')!r}, but a text that folds into memories "
+                "needs its own "
+                "cache. Leave it out, or pass `rolling_memory=False` with a prompt of one window."
+            )
+
+    def _check_padding_side(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        if input_ids.dim() != 2 or 0 in input_ids.shape:
+            raise ValueError(
+                f"The prompt has shape {tuple(input_ids.shape)}; expected (batch, tokens), none of them 0. Give at "
+                "least one token."
+            )
+        if attention_mask is None:
+            pad, eos = self.config.pad_token_id, self.config.eos_token_id
+            if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
+                return
+            padded = input_ids[:, -1] == pad
+        else:
+            padded = attention_mask[:, -1] == 0
+        if padded.any():
+            raise ValueError(
+                f"Row {int(padded.nonzero()[0])} of the prompt ends in padding, and the next token would be drawn "
+                "from it. Pad on the "
+                "left: `tokenizer.padding_side = 'left'`."
+            )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        memory_embeds=None,
+        memory_mask=None,
+        rolling_memory=None,
+        is_first_iteration=False,
+        use_cache=True,
+        **kwargs,
+    ):
+        """Lay out one step: memories enter with the prompt, later steps find them in the cache."""
+        model_inputs = GenerationMixin.prepare_inputs_for_generation(
+            self,
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        if memory_embeds is not None and (is_first_iteration or not use_cache):
+            model_inputs.update(memory_embeds=memory_embeds, memory_mask=memory_mask)
+        mask = model_inputs.get("attention_mask")
+        if mask is None or mask.dim() == 2:  # the model derives positions itself: they depend on memories
+            model_inputs.pop("position_ids", None)
+        return model_inputs
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """Give plain text the cache that can fold it; leave the rest to the library."""
+        plain = model_kwargs.get("memory_embeds") is None and model_kwargs.get("inputs_embeds") is None
+        own_cache = (self.config.self_memory and plain) or self.config.memory_positions == "fixed"
+        dynamic = generation_config.use_cache is not False and generation_config.cache_implementation in (
+            None,
+            "dynamic",
+        )
+        if own_cache and dynamic and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = MemoryCache(rolling=bool(model_kwargs.get("rolling_memory")))
+            return None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def _get_logits_processor(self, *args, **kwargs):
+        processors = super()._get_logits_processor(*args, **kwargs)
+        if self.config.memory_token_id is None:
+            return processors
+        return SlotlessLogitsProcessors(processors, self.config.memory_token_id)
+
+
+class SlotlessLogitsProcessors(LogitsProcessorList):
+    """Logits processors that never see a slot, whose id may be no row of the scores, and never let one be written.
+
+    Args:
+        processors (`LogitsProcessorList`): The processors to run.
+        memory_token_id (`int`): The slot's id.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, memory_token_id: int):
+        super().__init__(processors)
+        self.memory_token_id = memory_token_id
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.FloatTensor:
+        """Process scores `(B, V)` of the texts `input_ids` `(B, T)`; a slot counts as the row's first token."""
+        slots = input_ids == self.memory_token_id
+        first = input_ids.gather(1, (~slots).long().argmax(1, keepdim=True))
+        first = first.masked_fill(first == self.memory_token_id, 0)
+        scores = super().__call__(torch.where(slots, first, input_ids), scores, **kwargs)
+        if self.memory_token_id < scores.shape[-1]:
+            scores = scores.index_fill(1, torch.tensor([self.memory_token_id], device=scores.device), -torch.inf)
+        return scores

@@ -1,0 +1,482 @@
+"""The ways of reading: in slots, by windows, behind a block, continuing a cache, and in clear.
+
+B rows, T columns, K memories per chunk, M memories of a row, N windows of a row, W window length, P windows of all
+rows, R room for memories in front, D decoder width, X features.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_utils import PreTrainedModel
+
+from .memory_cache import MemoryCache
+from .memory_text import (
+    Text,
+    check_capacity,
+    check_clear,
+    check_memories,
+    check_no_slots,
+    check_text,
+    is_compiling,
+)
+from .memory_windows import Windows, has_inner_padding, predicting_column, split_windows
+
+
+@dataclass
+class Reading:
+    """What one call read.
+
+    Attributes:
+        features (`torch.FloatTensor` of shape `(B, T, X)`): What the model's `_decode` gives for the wanted columns:
+        hidden
+            states, or logits in the causal LM.
+        cache (`Cache`, *optional*): What the next call continues from.
+        hidden_states (`tuple` of `torch.FloatTensor` of shape `(B, T, D)`, *optional*): States of all layers.
+        attentions (`tuple`, *optional*): The decoder's attentions.
+        memory_embeds (`torch.FloatTensor` of shape `(B, M, D)`, *optional*): The memories that were read.
+        memory_mask (`torch.LongTensor` of shape `(B, M)`, *optional*): 1 for present memories.
+    """
+
+    features: torch.Tensor
+    cache: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    memory_embeds: torch.Tensor | None = None
+    memory_mask: torch.Tensor | None = None
+
+
+class MemoryReadingMixin:
+    """The ways in which a memory model puts memories and text before its decoder.
+
+    Throughout, `columns` are the text columns whose features are wanted (`None` is all), `cache` is what an earlier
+    call
+    returned or an empty cache to fill, and `options` are passed to the decoder.
+    """
+
+    config: Any
+    decoder: PreTrainedModel
+    training: bool
+    _takes_position_ids: bool
+
+    def _read(
+        self,
+        text: Text,
+        memory_embeds: torch.Tensor | None,
+        memory_mask: torch.Tensor | None,
+        cache: Cache | None,
+        use_cache: bool | None,
+        **options,
+    ) -> Reading:
+        """Put memories and text before the decoder: in slots, by windows, continuing a cache, or in clear."""
+        check_text(self.config, text, cache)
+        if use_cache is None:
+            use_cache = cache is not None or (not self.training and getattr(self.decoder.config, "use_cache", True))
+        fixed = self.config.memory_positions == "fixed"
+        if memory_embeds is not None:
+            memory_embeds, memory_mask = check_memories(self.config, text, memory_embeds, memory_mask)
+            if fixed or text.input_ids is None:
+                reading = self._read_behind(text, memory_embeds, memory_mask, cache, use_cache, **options)
+            else:
+                reading = self._read_slots(text, memory_embeds, memory_mask, cache, use_cache, **options)
+            reading.memory_embeds, reading.memory_mask = memory_embeds, memory_mask
+            return reading
+        check_no_slots(self.config, text)
+        if isinstance(cache, MemoryCache) and cache.num_columns > 0:
+            return self._read_on(text, cache, **options)
+        if (
+            self.config.self_memory
+            and text.input_ids is not None
+            and (cache is None or isinstance(cache, MemoryCache))
+        ):
+            if cache is None and use_cache:
+                cache = MemoryCache()
+            return self._read_windows(text, cache, **options)
+        check_clear(self.config, text, cache)
+        if fixed:
+            no_memories = self.get_input_embeddings().weight.new_zeros(
+                text.batch_size, 0, self.config.decoder.hidden_size
+            )
+            return self._read_behind(text, no_memories, no_memories[..., 0].long(), cache, use_cache, **options)
+        reading = self._read_clear(text, cache, use_cache, **options)
+        if text.input_ids is None:
+            _mark_clear(reading.cache)
+        return reading
+
+    def _read_clear(self, text: Text, cache: Cache | None, use_cache: bool, columns=None, **options) -> Reading:
+        """Read a text as the plain decoder does."""
+        mask = text.attention_mask
+        holes = not is_compiling() and text.has_own_mask and has_inner_padding(mask)
+        features, outputs = self._decode(
+            columns=None if holes else columns,
+            input_ids=text.input_ids,
+            inputs_embeds=text.inputs_embeds,
+            attention_mask=mask,
+            position_ids=text.positions(),
+            past_key_values=cache,
+            use_cache=use_cache,
+            **options,
+        )
+        if holes:  # what predicts the token after a hole stands before the hole
+            row = torch.arange(text.batch_size, device=mask.device)[:, None]
+            features = features[row, predicting_column(mask)]
+            features = features if columns is None else features[:, columns]
+        return Reading(features, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
+
+    def _read_slots(
+        self, text: Text, memory_embeds, memory_mask, cache: Cache | None, use_cache: bool, **options
+    ) -> Reading:
+        """Read a text in which memories stand in the slots."""
+        slots = text.input_ids == self.config.memory_token_id  # (B, T)
+        inputs_embeds = self._embed(text.input_ids, slots)
+        inputs_embeds = inputs_embeds.masked_scatter(
+            slots[..., None], memory_embeds[memory_mask.bool()].to(inputs_embeds)
+        )
+        reading = self._read_clear(
+            Text(None, text.attention_mask, inputs_embeds, text.position_ids), cache, use_cache, **options
+        )
+        _mark_clear(reading.cache)
+        return reading
+
+    def _read_windows(self, text: Text, cache: MemoryCache | None, prior=None, columns=None, **options) -> Reading:
+        """Read a text by windows: each in clear, behind the memories of all windows before it.
+
+        Args:
+            text (`Text`): Token ids of shape `(B, T)`.
+            cache ([`MemoryCache`], *optional*): An empty cache to fill with each row's last window.
+            prior (`tuple`, *optional*): Memories `(B, M, D)` and mask `(B, M)` that stand before the whole text.
+            columns (`torch.LongTensor`, *optional*): Text columns whose features are wanted.
+            options: Passed to the decoder.
+        """
+        one_window = text.length <= self.config.window_length and prior is None
+        windows = None if one_window else split_windows(text.input_ids, text.attention_mask, self.config.window_length)
+        one_window = one_window or (windows.num_windows == 1 and prior is None)
+        if one_window and self.config.memory_positions == "contiguous":
+            return self._read_one_window(text, cache, columns=columns, **options)
+        if windows is None:
+            windows = split_windows(text.input_ids, text.attention_mask, self.config.window_length)
+        if text.position_ids is not None:
+            raise ValueError(
+                f"`position_ids` were given for a text of {windows.num_windows} windows, but a window's positions "
+                "follow from its "
+                "memories. Leave them out."
+            )
+        if options.pop("output_attentions", None):
+            raise ValueError(
+                f"`output_attentions` was asked of a text of {windows.num_windows} windows, whose attentions have no "
+                "layout over "
+                f"the text. Ask for a text of at most {self.config.window_length} tokens."
+            )
+
+        memory_embeds, memory_mask = self._fold(windows)  # (B, M, D), (B, M)
+        num_prior = torch.zeros_like(windows.counts)
+        if prior is not None:
+            num_prior = prior[1].sum(1)
+            memory_embeds, memory_mask = pack_present(
+                torch.cat([prior[0].to(memory_embeds), memory_embeds], 1),
+                torch.cat([prior[1].to(memory_mask), memory_mask], 1),
+            )
+        check_capacity(self.config, memory_mask.shape[1])
+        if columns is not None and not options.get("output_hidden_states") and not is_compiling():
+            windows, columns = windows.keep(columns), None
+
+        num_visible = num_prior[windows.row] + windows.index * self.config.memories_per_window  # (P,)
+        visible = torch.arange(memory_mask.shape[1], device=num_visible.device) < num_visible[:, None]  # (P, M)
+        features, outputs, column_mask = self._decode_windows(windows, memory_embeds, visible.long(), **options)
+        if cache is not None:
+            last = windows.last
+            decoder_cache = outputs.past_key_values
+            decoder_cache.batch_select_indices(last)
+            cache.start(
+                decoder_cache,
+                column_mask=column_mask[last],
+                window_input_ids=windows.input_ids[last],
+                window_fill=windows.attention_mask[last].sum(1),
+                memory_embeds=memory_embeds.detach(),
+                memory_mask=memory_mask,
+            )
+            cache.num_columns = text.length
+        hidden_states = outputs.hidden_states
+        if hidden_states is not None:
+            length = windows.input_ids.shape[1]
+            hidden_states = tuple(windows.lay_back(states[:, -length:]) for states in hidden_states)
+        features = windows.lay_back(features)  # (B, T, X)
+        return Reading(
+            features if columns is None else features[:, columns],
+            cache,
+            hidden_states,
+            memory_embeds=memory_embeds,
+            memory_mask=memory_mask,
+        )
+
+    def _read_one_window(self, text: Text, cache: MemoryCache | None, **options) -> Reading:
+        """Read a text of one window: the plain decoder, exactly."""
+        reading = self._read_clear(
+            text, None if cache is None else cache.decoder_cache(), cache is not None, **options
+        )
+        if cache is not None:
+            mask = text.mask()
+            packed, _ = pack_present(text.input_ids[..., None], mask)
+            no_memories = self.get_input_embeddings().weight.new_zeros(
+                text.batch_size, 0, self.config.decoder.hidden_size
+            )
+            cache.start(
+                reading.cache,
+                column_mask=mask,
+                window_input_ids=packed[..., 0],
+                window_fill=mask.sum(1),
+                memory_embeds=no_memories,
+                memory_mask=no_memories[..., 0].long(),
+            )
+            cache.num_columns = text.length
+        reading.cache = cache
+        return reading
+
+    def _fold(self, windows: Windows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turn all windows of each row but its last into memories `(B, M, D)` and their mask `(B, M)`."""
+        batch_size, chunk_length = len(windows.counts), self.config.chunk_length
+        per_window = self.config.memories_per_window
+        if windows.dense:
+            folded = windows.input_ids.view(batch_size, windows.num_windows, -1)[:, :-1]  # (B, N-1, W)
+            memory_embeds = self._encode(folded.reshape(-1, chunk_length), None)
+            memory_embeds = memory_embeds.reshape(batch_size, (windows.num_windows - 1) * per_window, -1)
+            if windows.num_windows == 1:
+                memory_embeds = memory_embeds.reshape(batch_size, 0, self.config.decoder.hidden_size)
+            return memory_embeds, torch.ones_like(memory_embeds[..., 0], dtype=torch.long)
+        full = windows.index < windows.counts[windows.row] - 1
+        memory_embeds = self._encode(windows.input_ids[full].reshape(-1, chunk_length), None)
+        memory_embeds = memory_embeds.reshape(int(full.sum()), per_window, self.config.decoder.hidden_size)
+        numbers = torch.arange(windows.num_windows - 1, device=full.device)
+        present = numbers < windows.counts[:, None] - 1  # (B, N-1)
+        return scatter_present(memory_embeds, present).flatten(1, 2), present.long().repeat_interleave(
+            per_window, dim=1
+        )
+
+    def _decode_windows(self, windows: Windows, memory_embeds, visible, **options):
+        """Decode windows `(P, W)`, each behind the memories of its row that are visible to it.
+
+        The memories of a row do not depend on the window behind them, so they run through the decoder once and their
+        keys
+        and values are shared by the row's windows. Where that cannot be (constant fillers differ by window; activation
+        checkpointing switches the cache off) each window gets a row of its own, memories included.
+
+        Returns:
+            Features `(P, W, X)`, the decoder's output, and the mask over the columns of its cache `(P, columns)`.
+        """
+        window_length = windows.input_ids.shape[1]
+        offsets = torch.arange(window_length, device=visible.device)
+        fixed = self.config.memory_positions == "fixed"
+        start = torch.full_like(windows.row, self.config.max_memories) if fixed else visible.sum(1)
+        positions = start[:, None] + offsets  # (P, W)
+        options.setdefault("use_cache", True)
+        if self.config.absent_memories == "mask" and not _is_checkpointing(self.decoder):
+            column_mask = torch.cat([visible, windows.attention_mask], 1)  # (P, M + W)
+            shared = DynamicCache()
+            if memory_embeds.shape[1]:
+                memory_positions = torch.arange(memory_embeds.shape[1], device=visible.device)
+                memory_positions = memory_positions.expand(memory_embeds.shape[:2])
+                prefix = {"inputs_embeds": memory_embeds, "position_ids": memory_positions}
+                if not self._takes_position_ids:
+                    prefix.pop("position_ids")
+                shared = self.decoder.base_model(**prefix, past_key_values=shared, use_cache=True).past_key_values
+                shared.batch_select_indices(windows.row)
+            features, outputs = self._decode(
+                input_ids=windows.input_ids,
+                attention_mask=column_mask,
+                position_ids=positions,
+                past_key_values=shared,
+                **options,
+            )
+            return features, outputs, column_mask
+        block = self._memory_block(memory_embeds[windows.row], visible)
+        features, outputs, column_mask = self._decode_behind(
+            block, self._embed(windows.input_ids), windows.attention_mask, positions, None, **options
+        )
+        return features[:, -window_length:], outputs, column_mask
+
+    def _read_behind(
+        self,
+        text: Text,
+        memory_embeds,
+        memory_mask,
+        cache: Cache | None,
+        use_cache: bool,
+        columns=None,
+        **options,
+    ) -> Reading:
+        """Read a text behind memories in columns of their own: for embeddings without slots, and fixed positions."""
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(
+                f"Memories that stand before a text were given with a cache of {cache.get_seq_length()} columns. Pass "
+                "them with "
+                "the first tokens and `past_key_values=None`."
+            )
+        mask, embeds = text.mask(), text.inputs_embeds
+        slots = torch.zeros_like(mask, dtype=torch.bool)
+        if text.input_ids is not None:
+            slots = text.input_ids == self.config.memory_token_id if self._has_slots else slots
+            embeds = self._embed(text.input_ids, slots)
+            mask = mask * ~slots
+            if (slots & (mask.cumsum(1) > 0)).any():
+                raise ValueError(
+                    "With `memory_positions='fixed'` all memories stand before the text, but a slot stands behind a "
+                    "token. Put "
+                    "the slots in front or use `memory_positions='contiguous'`."
+                )
+        block = self._memory_block(memory_embeds, memory_mask)
+        fixed = self.config.memory_positions == "fixed"
+        start = torch.full_like(mask[:, 0], self.config.max_memories) if fixed else memory_mask.sum(1)
+        positions = start[:, None] + (mask.cumsum(1) - 1).clamp(min=0)
+        decoder_cache = None if not use_cache else DynamicCache()
+        features, outputs, column_mask = self._decode_behind(
+            block, embeds, mask, positions, decoder_cache, use_cache=use_cache, **options
+        )
+        room = column_mask.shape[1] - text.length
+        column = torch.where(
+            slots, slots.cumsum(1) - 1, room + torch.arange(text.length, device=mask.device)
+        )  # (B, T)
+        row = torch.arange(text.batch_size, device=mask.device)[:, None]
+        features = features[row, column if columns is None else column[:, columns]]
+        filled = None
+        if use_cache:
+            filled = cache if isinstance(cache, MemoryCache) else MemoryCache()
+            filled.rolling = False
+            filled.start(
+                outputs.past_key_values,
+                column_mask=column_mask,
+                window_input_ids=mask.new_zeros(text.batch_size, 0),
+                window_fill=mask.sum(1),
+                memory_embeds=memory_embeds,
+                memory_mask=memory_mask,
+            )
+            filled.num_columns = text.length
+        hidden_states = outputs.hidden_states
+        if hidden_states is not None:
+            hidden_states = tuple(states[row, column] for states in hidden_states)
+        return Reading(features, filled, hidden_states)
+
+    def _memory_block(self, memory_embeds: torch.Tensor, visible: torch.Tensor):
+        """Lay memories `(P, M, D)` out in columns before a text; absent ones are masked or constant fillers.
+
+        Returns:
+            Embeds `(P, R, D)`, mask `(P, R)` and positions `(P, R)`.
+        """
+        rank = (visible.cumsum(1) - 1).clamp(min=0)
+        if self.config.absent_memories == "mask":
+            return memory_embeds, visible, rank
+        rows, room = len(visible), self.config.max_memories
+        filler = float(self.config.absent_memories == "ones")
+        block = memory_embeds.new_full((rows, room, memory_embeds.shape[2]), filler)
+        row, column = visible.nonzero(as_tuple=True)
+        block = block.index_put((row, rank[row, column]), memory_embeds[row, column])
+        positions = torch.arange(room, device=visible.device).expand(rows, room)
+        return block, torch.ones_like(positions), positions
+
+    def _decode_behind(self, block, embeds, mask, positions, cache, **options):
+        """Decode `[block | text]`; returns features of all columns, the decoder's output and the column mask."""
+        block_embeds, block_mask, block_positions = block
+        column_mask = torch.cat([block_mask.to(mask), mask], 1)
+        features, outputs = self._decode(
+            inputs_embeds=torch.cat([block_embeds.to(embeds), embeds], 1),
+            attention_mask=column_mask,
+            position_ids=torch.cat([block_positions, positions], 1),
+            past_key_values=cache,
+            **options,
+        )
+        return features, outputs, column_mask
+
+    def _read_on(self, text: Text, cache: MemoryCache, columns=None, **options) -> Reading:
+        """Read the next tokens of texts that a memory cache began; full windows fold, each row's at its moment."""
+        if text.input_ids is None:
+            raise ValueError(
+                "A memory cache continues with token ids, but `inputs_embeds` were given. Pass `input_ids`."
+            )
+        mask = text.mask()
+        overflows = (cache.window_fill + mask.sum(1) > self.config.window_length) & cache.rolling  # (B,)
+        rows = overflows.nonzero()[:, 0]
+        num_columns = cache.num_columns + text.length
+        if len(rows) == 0:
+            reading = self._extend(text, mask, cache, columns, **options)
+        elif len(rows) == text.batch_size:
+            reading = self._reopen(rows, text, mask, cache, columns, **options)
+            cache.start(reading.cache, **reading.cache.row_state())
+        else:
+            reopened = self._reopen(rows, text, mask, cache, columns, **options)
+            reading = self._extend(text, mask, cache, columns, **options)
+            cache.replace_rows(rows, reopened.cache)
+            reading.features = reading.features.index_copy(0, rows, reopened.features)
+            if reading.hidden_states is not None:
+                pairs = zip(reading.hidden_states, reopened.hidden_states, strict=True)
+                reading.hidden_states = tuple(old.index_copy(0, rows, new) for old, new in pairs)
+        cache.num_columns = num_columns
+        reading.cache = cache
+        reading.memory_embeds, reading.memory_mask = cache.memory_embeds, cache.memory_mask
+        return reading
+
+    def _extend(self, text: Text, mask, cache: MemoryCache, columns, **options) -> Reading:
+        """Read tokens behind those of the open windows."""
+        fixed = self.config.memory_positions == "fixed"
+        start = torch.full_like(cache.window_fill, self.config.max_memories) if fixed else cache.memory_mask.sum(1)
+        positions = (start + cache.window_fill)[:, None] + mask.cumsum(1) - 1
+        features, outputs = self._decode(
+            columns=columns,
+            input_ids=text.input_ids,
+            attention_mask=torch.cat([cache.column_mask, mask.to(cache.column_mask)], 1),
+            position_ids=positions.clamp(min=0),
+            past_key_values=cache.decoder_cache(),
+            use_cache=True,
+            **options,
+        )
+        cache.append(text.input_ids, mask)
+        return Reading(features, cache, outputs.hidden_states, outputs.attentions)
+
+    def _reopen(self, rows, text: Text, mask, cache: MemoryCache, columns, **options) -> Reading:
+        """Read the open windows of some rows again together with their next tokens, folding what is full."""
+        length = cache.window_input_ids.shape[1]
+        offsets = torch.arange(length, device=rows.device)
+        window_mask = (offsets < cache.window_fill[rows][:, None]).to(mask)
+        opened = Text(
+            torch.cat([cache.window_input_ids[rows], text.input_ids[rows]], 1),
+            torch.cat([window_mask, mask[rows]], 1),
+        )
+        wanted = torch.arange(text.length, device=rows.device)
+        wanted = wanted if columns is None else wanted[columns]
+        prior = cache.memory_embeds[rows], cache.memory_mask[rows]
+        reading = self._read_windows(opened, MemoryCache(), prior, columns=length + wanted, **options)
+        if reading.hidden_states is not None:
+            reading.hidden_states = tuple(states[:, length:] for states in reading.hidden_states)
+        return reading
+
+    def _embed(self, input_ids: torch.Tensor, slots: torch.Tensor | None = None) -> torch.Tensor:
+        """Embed tokens; a slot, whose id need not be in the table, gets the embedding of id 0."""
+        if slots is not None:
+            input_ids = input_ids.masked_fill(slots, 0)
+        return self.get_input_embeddings()(input_ids)
+
+    @property
+    def _has_slots(self) -> bool:
+        return self.config.memory_token_id is not None
+
+
+def _is_checkpointing(model: PreTrainedModel) -> bool:
+    return model.training and model.is_gradient_checkpointing
+
+
+def _mark_clear(cache: Cache | None) -> None:
+    """Note on a cache that what it holds is read in clear, so that its next tokens are not taken for self-memory."""
+    if cache is not None:
+        cache.reads_in_clear = True
+
+
+def scatter_present(values: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    """Lay rows of `values` `(n, ...)` where `present` `(B, C)` is true, zeros elsewhere. Returns `(B, C, ...)`."""
+    return values.new_zeros(*present.shape, *values.shape[1:]).index_put((present,), values)
+
+
+def pack_present(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move the present values `(B, M, X)` of each row to the front and drop columns that no row needs."""
+    width = int(mask.sum(1).max()) if mask.shape[1] else 0
+    order = torch.argsort(mask, dim=1, descending=True, stable=True)[:, :width]
+    row = torch.arange(len(mask), device=mask.device)[:, None]
+    return values[row, order], mask[row, order]

@@ -1,0 +1,551 @@
+"""The memory encoder-decoder: a frozen encoder turns chunks into memories, a decoder reads them as input embeddings.
+
+```
+ context or earlier windows   x x x x | x x x x | x x x x        (B, C, L) token ids
+                                 |         |         |
+                              encoder   encoder   encoder         each chunk alone, from position 0
+                                 |         |         |            memory states (B, C*K, E)
+                              projector projector projector
+                                 |         |         |
+ decoder input                  m_0       m_1       m_2  y y y y   memory embeds (B, C*K, D), then the window in clear
+                                                         | | | |
+ decoder output                                          logits    (B, T, V)
+```
+
+Letters: B batch, T text tokens, C chunks, L chunk length, K memories per chunk, M memories of a text, E encoder width,
+D decoder width, V vocabulary.
+
+Source: Badger 2026, arXiv 2602.13466, chunked memory model.
+"""
+
+import copy
+import inspect
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_memory import MemoryEncoderDecoderConfig
+from .generation_memory import MemoryGenerationMixin
+from .memory_encoder import build_encoder, build_pooling, encode_chunks
+from .memory_projector import MemoryProjector
+from .memory_reading import MemoryReadingMixin, scatter_present
+from .memory_text import Text, check_ids, check_same_shape, is_compiling
+
+
+@dataclass
+class MemoryModelOutput(ModelOutput):
+    """What [`MemoryEncoderDecoderModel`] returns.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(B, T, D)`): The decoder's states in the columns of the text.
+        past_key_values (`Cache`, *optional*): What the next call continues from.
+        hidden_states (`tuple` of `torch.FloatTensor` of shape `(B, T, D)`, *optional*): States of all layers.
+        attentions (`tuple`, *optional*): The decoder's attentions, for a text of one window.
+        memory_embeds (`torch.FloatTensor` of shape `(B, M, D)`, *optional*): The memories that were read.
+        memory_mask (`torch.LongTensor` of shape `(B, M)`, *optional*): 1 for present memories.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    memory_embeds: torch.FloatTensor | None = None
+    memory_mask: torch.LongTensor | None = None
+
+
+@dataclass
+class MemoryCausalLMOutputWithPast(ModelOutput):
+    """What [`MemoryEncoderDecoderForCausalLM`] returns.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*): Nats per target token.
+        logits (`torch.FloatTensor` of shape `(B, T, V)`): Scores of the token that follows each column.
+        past_key_values (`Cache`, *optional*): What the next call continues from.
+        hidden_states (`tuple` of `torch.FloatTensor` of shape `(B, T, D)`, *optional*): States of all layers.
+        attentions (`tuple`, *optional*): The decoder's attentions, for a text of one window.
+        memory_embeds (`torch.FloatTensor` of shape `(B, M, D)`, *optional*): The memories that were read.
+        memory_mask (`torch.LongTensor` of shape `(B, M)`, *optional*): 1 for present memories.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    memory_embeds: torch.FloatTensor | None = None
+    memory_mask: torch.LongTensor | None = None
+
+
+class MemoryPreTrainedModel(PreTrainedModel):
+    """What the memory models share: loading, freezing, initialisation."""
+
+    config_class = MemoryEncoderDecoderConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MemoryProjector"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, MemoryProjector):
+            module.initialize(self.config.initializer_range)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """Load a model as `PreTrainedModel.from_pretrained` does, and freeze what its config says is frozen."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).apply_freezing()
+        return loaded
+
+
+class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
+    """A memory encoder-decoder without language modelling loss: it returns the decoder's hidden states.
+
+    Its parameters have the names of [`MemoryEncoderDecoderForCausalLM`], head included, so that one folder serves
+    both.
+
+    Args:
+        config ([`MemoryEncoderDecoderConfig`]): The architecture.
+        encoder (`PreTrainedModel`, *optional*): A ready encoder body to use instead of a fresh one.
+        decoder (`PreTrainedModel`, *optional*): A ready causal LM to use instead of a fresh one.
+    """
+
+    def __init__(
+        self,
+        config: MemoryEncoderDecoderConfig,
+        encoder: PreTrainedModel | None = None,
+        decoder: PreTrainedModel | None = None,
+    ):
+        super().__init__(config)
+        self.encoder = build_encoder(config.encoder) if encoder is None else encoder
+        self.pooling = build_pooling(config.pooling, config.memories_per_chunk)
+        self.projector = MemoryProjector(config)
+        self.decoder = AutoModelForCausalLM.from_config(config.decoder) if decoder is None else decoder
+        # One object a config: what is set on the child (attention implementation, vocabulary size) is set here too.
+        config.encoder, config.decoder = self.encoder.config, self.decoder.config
+        arguments = inspect.signature(self.decoder.forward).parameters
+        self._takes_position_ids = "position_ids" in arguments
+        self._takes_logits_to_keep = "logits_to_keep" in arguments
+        if "past_key_values" not in arguments:
+            raise ValueError(
+                f"A decoder of type {config.decoder.model_type!r} keeps no attention cache (`past_key_values`), so it "
+                "cannot "
+                "read memories. Choose a decoder with attention."
+            )
+        self.post_init()
+        self.apply_freezing()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the decoder's token table."""
+        return self.decoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the decoder's token table."""
+        self.decoder.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the decoder's language modelling head."""
+        return self.decoder.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the decoder's language modelling head."""
+        self.decoder.set_output_embeddings(value)
+
+    def apply_freezing(self) -> None:
+        """Freeze the encoder and the decoder as `config.freeze_encoder` and `config.freeze_decoder` say.
+
+        A frozen part has no gradients, token table included, and stays in `eval()` also after `model.train()`.
+        """
+        for part, frozen in (
+            (self.encoder, self.config.freeze_encoder),
+            (self.decoder, self.config.freeze_decoder),
+        ):
+            if frozen:
+                part.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True):
+        """Set training mode, except in frozen parts."""
+        super().train(mode)
+        if self.config.freeze_encoder:
+            self.encoder.eval()
+        if self.config.freeze_decoder:
+            self.decoder.eval()
+        return self
+
+    @classmethod
+    def from_encoder_decoder_pretrained(
+        cls,
+        encoder: str | PreTrainedModel,
+        decoder: str | PreTrainedModel,
+        encoder_kwargs: dict | None = None,
+        decoder_kwargs: dict | None = None,
+        **config,
+    ):
+        """Join a pretrained encoder and a pretrained decoder by a fresh projector.
+
+        The projector starts at the scale of the decoder's token embeddings. Of a causal LM or a memory autoencoder
+        given
+        as encoder the body is taken; an autoencoder also sets `chunk_length`, `memories_per_chunk`, `pooling` and, if
+        it
+        has a bottleneck, the projector's. The encoder is cast to the decoder's dtype, so that what is saved is what is
+        loaded.
+
+        Args:
+            encoder (`str` or `PreTrainedModel`): Hub id, folder or model.
+            decoder (`str` or `PreTrainedModel`): Hub id, folder or causal LM.
+            encoder_kwargs (`dict`, *optional*): Passed to the encoder's `from_pretrained`.
+            decoder_kwargs (`dict`, *optional*): Passed to the decoder's `from_pretrained`.
+            config: Fields of [`MemoryEncoderDecoderConfig`].
+
+        Returns:
+            The model, in `eval()` mode.
+
+        Raises:
+            ValueError: If the parts do not fit each other.
+        """
+        if isinstance(encoder, str):
+            encoder = AutoModel.from_pretrained(encoder, **(encoder_kwargs or {}))
+        if isinstance(decoder, str):
+            decoder = AutoModelForCausalLM.from_pretrained(decoder, **(decoder_kwargs or {}))
+        if decoder.get_output_embeddings() is None:
+            raise ValueError(
+                f"The decoder is a {type(decoder).__name__} without a language modelling head; give a causal LM, for "
+                "example "
+                "from `AutoModelForCausalLM.from_pretrained`."
+            )
+        bottleneck = None
+        if encoder.config.model_type == "memory_autoencoder":
+            autoencoder, encoder = encoder, encoder.encoder
+            bottleneck = autoencoder.bottleneck
+            for name in ("chunk_length", "memories_per_chunk", "pooling"):
+                config.setdefault(name, getattr(autoencoder.config, name))
+            if bottleneck is not None:
+                config.setdefault("projector_type", "bottleneck")
+                config.setdefault("projector_hidden_size", autoencoder.config.bottleneck_size)
+                config.setdefault("projector_noise", autoencoder.config.bottleneck_noise)
+        elif encoder.get_output_embeddings() is not None and encoder.base_model is not encoder:
+            encoder = encoder.base_model
+        encoder_config, decoder_config = encoder.config, decoder.config
+        # The places the parts came from are of no use to whoever loads the joined model.
+        encoder_config._name_or_path = decoder_config._name_or_path = ""
+        vocabularies = getattr(encoder_config, "vocab_size", None), decoder_config.vocab_size
+        config.setdefault("self_memory", vocabularies[0] is not None and vocabularies[0] >= vocabularies[1])
+        model = cls(
+            cls.config_class(encoder=encoder_config, decoder=decoder_config, **config),
+            encoder=encoder.to(decoder.dtype),
+            decoder=decoder,
+        )
+        model.projector.to(decoder.dtype).to(decoder.device)
+        model.pooling.to(decoder.dtype).to(decoder.device)
+        with torch.no_grad():
+            model.projector.initialize(decoder.get_input_embeddings().weight.float().std().item())
+            if bottleneck is not None and model.config.projector_type == "bottleneck":
+                model.projector.down.load_state_dict(bottleneck.down.state_dict())
+                model.projector.up.load_state_dict(bottleneck.up.state_dict())
+        if model.can_generate():
+            model.generation_config = copy.deepcopy(decoder.generation_config)
+        return model.eval()
+
+    def encode_memories(
+        self, context_input_ids: torch.LongTensor, context_attention_mask: torch.LongTensor | None = None
+    ) -> tuple[torch.FloatTensor, torch.LongTensor]:
+        """Turn the chunks of each context into memories in decoder width.
+
+        Chunks do not see each other. The result may be kept, stored, repeated for many prompts and passed to
+        `forward` or
+        `generate`.
+
+        Args:
+            context_input_ids (`torch.LongTensor` of shape `(B, C, L)`): Encoder token ids.
+            context_attention_mask (`torch.LongTensor` of shape `(B, C, L)`, *optional*): 1 for tokens, 0 for padding.
+                A chunk of zeros only is an absent chunk.
+
+        Returns:
+            `memory_embeds` (`torch.FloatTensor` of shape `(B, C*K, D)`) and `memory_mask` (`torch.LongTensor` of shape
+            `(B, C*K)`, 1 for present memories). Absent memories are zero.
+
+        Raises:
+            ValueError: If the shapes differ, a chunk is longer than the encoder takes, or an id is outside its
+            vocabulary.
+        """
+        if context_input_ids.dim() != 3 or 0 in context_input_ids.shape:
+            raise ValueError(
+                f"`context_input_ids` has shape {tuple(context_input_ids.shape)}; expected (batch, chunks, chunk "
+                "tokens), none "
+                "of them 0. `MemoryProcessor` builds it."
+            )
+        check_same_shape("context_attention_mask", context_attention_mask, "context_input_ids", context_input_ids)
+        limit = getattr(self.config.encoder, "max_position_embeddings", None)
+        if limit is not None and context_input_ids.shape[2] > limit:
+            raise ValueError(
+                f"A chunk of the context has {context_input_ids.shape[2]} tokens, but the encoder takes {limit}. Cut "
+                "the context "
+                f"into chunks of `chunk_length` ({self.config.chunk_length}) tokens."
+            )
+        batch_size, num_chunks, _ = context_input_ids.shape
+        num_memories = self.config.memories_per_chunk
+        if context_attention_mask is None:
+            memory_embeds = self._encode(context_input_ids.flatten(0, 1), None)  # (B*C, K, D)
+            memory_embeds = memory_embeds.reshape(batch_size, num_chunks * num_memories, -1)
+            return memory_embeds, torch.ones_like(memory_embeds[..., 0], dtype=torch.long)
+        present = context_attention_mask.bool().any(2)  # (B, C)
+        memory_embeds = self._encode(context_input_ids[present], context_attention_mask[present])
+        memory_embeds = scatter_present(memory_embeds, present)
+        return memory_embeds.flatten(1, 2), present.long().repeat_interleave(num_memories, dim=1)
+
+    def _encode(self, chunk_ids: torch.Tensor, chunk_mask: torch.Tensor | None) -> torch.Tensor:
+        """Encode chunks `(n, L)` into memories `(n, K, D)`; the encoder runs once for all of them."""
+        if len(chunk_ids) == 0:
+            shape = 0, self.config.memories_per_chunk, self.config.decoder.hidden_size
+            return torch.zeros(shape, dtype=self.decoder.dtype, device=chunk_ids.device)
+        check_ids("The encoder", "context_input_ids", chunk_ids, getattr(self.config.encoder, "vocab_size", None))
+        with torch.no_grad() if self.config.freeze_encoder else nullcontext():
+            memory_states = encode_chunks(self.encoder, self.pooling, chunk_ids, chunk_mask)  # (n, K, E)
+        return self.projector(memory_states.to(self.decoder.dtype))
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        context_input_ids: torch.LongTensor | None = None,
+        context_attention_mask: torch.LongTensor | None = None,
+        memory_embeds: torch.FloatTensor | None = None,
+        memory_mask: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> MemoryModelOutput | tuple:
+        """Read a text; arguments and modes are those of [`MemoryEncoderDecoderForCausalLM.forward`].
+
+        Returns:
+            [`MemoryModelOutput`]: Hidden states in the columns of the text, memories and cache.
+        """
+        if context_input_ids is not None:
+            memory_embeds, memory_mask = self._context_memories(
+                context_input_ids, context_attention_mask, memory_embeds
+            )
+        reading = self._read(
+            Text(input_ids, attention_mask, inputs_embeds, position_ids),
+            memory_embeds,
+            memory_mask,
+            past_key_values,
+            use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        output = MemoryModelOutput(
+            reading.features,
+            reading.cache,
+            reading.hidden_states,
+            reading.attentions,
+            reading.memory_embeds,
+            reading.memory_mask,
+        )
+        return output if self._returns_dict(return_dict) else output.to_tuple()
+
+    def _returns_dict(self, return_dict: bool | None) -> bool:
+        return getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+
+    def _context_memories(self, context_input_ids, context_attention_mask, memory_embeds):
+        """Encode a context, unless its memories were given as well."""
+        if memory_embeds is not None:
+            raise ValueError(
+                "Both `context_input_ids` and `memory_embeds` were given, but a prompt has one context. Give the "
+                "context or "
+                "its ready memories."
+            )
+        return self.encode_memories(context_input_ids, context_attention_mask)
+
+    def _decode(self, *, columns: torch.Tensor | None = None, **inputs) -> tuple[torch.Tensor, ModelOutput]:
+        """Run the decoder. Returns features `(rows, columns, X)` and the decoder's output."""
+        if not self._takes_position_ids:
+            inputs.pop("position_ids", None)
+        outputs = self.decoder.base_model(**inputs)
+        features = outputs.last_hidden_state
+        return features if columns is None else features[:, columns], outputs
+
+
+class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGenerationMixin, GenerationMixin):
+    """A causal language model that reads long text through memories.
+
+    1. **Plain text.** A text longer than a window is cut into windows; each is read in clear behind the memories of
+    all
+       windows before it. A text of one window is the plain decoder.
+    2. **Context through slots.** Memories of `context_input_ids`, or ready `memory_embeds`, take the places of the
+    slot
+       tokens (`config.memory_token_id`) in `input_ids`.
+    3. **Cached steps** of either. The cache of plain text folds a window into memories when it is full.
+
+    Example:
+    ```python
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    logits = model(**tokenizer(long_text, return_tensors="pt")).logits  # (1, T, V), whatever T
+    memory_embeds, memory_mask = model.encode_memories(context_input_ids)  # (1, C*K, D): keep them
+    output_ids = model.generate(prompt_ids, memory_embeds=memory_embeds, memory_mask=memory_mask)
+    ```
+    """
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        context_input_ids: torch.LongTensor | None = None,
+        context_attention_mask: torch.LongTensor | None = None,
+        memory_embeds: torch.FloatTensor | None = None,
+        memory_mask: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_dict: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> MemoryCausalLMOutputWithPast | tuple:
+        """Predict the next token of every column of a text.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`): Decoder token ids, with slots if memories are given.
+            attention_mask (`torch.LongTensor` of shape `(B, T)` or, with a cache, `(B, past + T)`, *optional*): 1 for
+                tokens and slots, 0 for padding, which may stand anywhere and is skipped.
+            context_input_ids (`torch.LongTensor` of shape `(B, C, L)`, *optional*): Chunks of encoder token ids.
+            context_attention_mask (`torch.LongTensor` of shape `(B, C, L)`, *optional*): 1 for tokens, 0 for padding;
+            a
+                chunk of zeros only is absent and takes no slots.
+            memory_embeds (`torch.FloatTensor` of shape `(B, M, D)` or `(1, M, D)`, *optional*): Ready memories, from
+                [`encode_memories`]; a single row is repeated for all texts. With `inputs_embeds` they stand in front.
+            memory_mask (`torch.LongTensor` of shape `(B, M)`, *optional*): 1 for present memories. Default: all.
+            labels (`torch.LongTensor` of shape `(B, T)`, *optional*): Token that stands in each column, -100 where it
+            is
+                not to be learnt; slots are -100. Shifted inside, across windows too.
+            past_key_values (`Cache`, *optional*): From an earlier call. Plain text gives and takes a [`MemoryCache`].
+            inputs_embeds (`torch.FloatTensor` of shape `(B, T, D)`, *optional*): Instead of `input_ids`, for at most
+            one
+                window or with memories.
+            position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Positions of a text read in clear. By
+            default
+                they follow from the mask.
+            use_cache (`bool`, *optional*): Whether to return a cache. Default: the decoder's setting, never in
+            training.
+            logits_to_keep (`int` or `torch.LongTensor`): Number of last columns, or columns, to return logits for; 0
+            for
+                all.
+            return_dict (`bool`, *optional*): Whether to return an output object rather than a tuple.
+            output_hidden_states (`bool`, *optional*): Whether to return the states of all layers.
+            output_attentions (`bool`, *optional*): Whether to return attentions; only of texts of one window.
+            kwargs: Passed to the loss: `num_items_in_batch`, the global number of targets to divide by, and
+            `shift_labels`
+                `(B, T)`, targets *of* each column, which then replace `labels`.
+
+        Returns:
+            [`MemoryCausalLMOutputWithPast`]: Logits have the shape of `input_ids`; the loss is in nats per target.
+
+        Raises:
+            ValueError: If slots and memories differ in number in some row, a label stands on a slot, shapes or ids do
+            not
+                fit, or the text needs more memories than the decoder takes.
+
+        Source: Badger 2026, arXiv 2602.13466, chunked memory model; unlike there the first token of a window is
+        trained,
+        absent memories are masked, and each window has its own mask.
+        """
+        if context_input_ids is not None:
+            memory_embeds, memory_mask = self._context_memories(
+                context_input_ids, context_attention_mask, memory_embeds
+            )
+        text = Text(input_ids, attention_mask, inputs_embeds, position_ids)
+        shift_labels = self._shift_labels(labels, kwargs.pop("shift_labels", None), text, logits_to_keep)
+        reading = self._read(
+            text,
+            memory_embeds,
+            memory_mask,
+            past_key_values,
+            use_cache,
+            columns=_kept_columns(logits_to_keep, text),
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        logits = reading.features.contiguous()  # (B, T, V)
+        loss = None
+        if shift_labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=None, vocab_size=logits.shape[-1], shift_labels=shift_labels, **kwargs
+            )
+        output = MemoryCausalLMOutputWithPast(
+            loss,
+            logits,
+            reading.cache,
+            reading.hidden_states,
+            reading.attentions,
+            reading.memory_embeds,
+            reading.memory_mask,
+        )
+        return output if self._returns_dict(return_dict) else output.to_tuple()
+
+    def _decode(self, *, columns: torch.Tensor | None = None, **inputs) -> tuple[torch.Tensor, ModelOutput]:
+        """Run the whole causal LM, its head and scalings included; returns logits `(rows, columns, V)` and output."""
+        if not self._takes_position_ids:
+            inputs.pop("position_ids", None)
+        if columns is not None and self._takes_logits_to_keep:
+            outputs = self.decoder(**inputs, logits_to_keep=columns)
+            return outputs.logits, outputs
+        outputs = self.decoder(**inputs)
+        return outputs.logits if columns is None else outputs.logits[:, columns], outputs
+
+    def _shift_labels(self, labels, shift_labels, text: Text, logits_to_keep) -> torch.Tensor | None:
+        """Turn the token in each column into the target of the column before it; check both kinds of labels."""
+        for name, given in (("labels", labels), ("shift_labels", shift_labels)):
+            if given is not None and given.shape != text.tokens.shape[:2]:
+                raise ValueError(
+                    f"`{name}` has shape {tuple(given.shape)}, but the text has {tuple(text.tokens.shape[:2])}. Give "
+                    "one label for "
+                    "each column, -100 where nothing is to be learnt."
+                )
+        if (labels is not None or shift_labels is not None) and not (
+            isinstance(logits_to_keep, int) and logits_to_keep == 0
+        ):
+            raise ValueError(
+                "A loss needs the logits of all columns, but `logits_to_keep` was given. Leave one of them out."
+            )
+        if labels is None or shift_labels is not None:
+            return shift_labels
+        if self._has_slots and text.input_ids is not None and not is_compiling():
+            wrong = (text.input_ids == self.config.memory_token_id) & (labels != -100)
+            if wrong.any():
+                row, column = wrong.nonzero()[0].tolist()
+                raise ValueError(
+                    f"Row {row}, column {column} is a memory slot, but its label is {int(labels[row, column])}. A "
+                    "slot holds no token "
+                    "to learn: set its label to -100."
+                )
+        if text.has_own_mask:  # the first token has nothing before it that could predict it
+            labels = labels.masked_fill(text.mask().cumsum(1) == 1, -100)
+        return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
+
+
+def _kept_columns(logits_to_keep: int | torch.Tensor, text: Text) -> torch.Tensor | None:
+    if not isinstance(logits_to_keep, int):
+        return logits_to_keep
+    if logits_to_keep == 0 or logits_to_keep >= text.length:
+        return None
+    return torch.arange(text.length - logits_to_keep, text.length, device=text.tokens.device)

@@ -1,0 +1,103 @@
+"""The paper's loop, written slowly and obviously: rows, windows, chunks and memories one at a time, no cache.
+
+It is the truth that the batched model must equal, in outputs and in gradients.
+"""
+
+import torch
+
+
+def encode_chunk(model, chunk_ids: torch.Tensor) -> list[torch.Tensor]:
+    """Encode one chunk of real tokens `(n,)` into its K memories, each `(D,)`."""
+    body = model.encoder(input_ids=chunk_ids[None], attention_mask=torch.ones_like(chunk_ids)[None])
+    states = body.last_hidden_state[0]  # (n, E)
+    num_tokens, num_memories = len(chunk_ids), model.config.memories_per_chunk
+    memories = []
+    for number in range(num_memories):
+        start = number * num_tokens // num_memories
+        end = -(-(number + 1) * num_tokens // num_memories)
+        group = states[start:end]
+        state = group[-1] if model.config.pooling == "last" else group.sum(0) / len(group)
+        if model.config.freeze_encoder:
+            state = state.detach()
+        memories.append(model.projector(state))
+    return memories
+
+
+def encode_context(model, chunks: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Encode the chunks of one context one by one."""
+    return [memory for chunk in chunks for memory in encode_chunk(model, chunk)]
+
+
+def decode_behind(model, memories: list[torch.Tensor], token_ids: torch.Tensor) -> torch.Tensor:
+    """Logits `(n, V)` of one window of tokens `(n,)` behind its memories."""
+    config = model.config
+    embeds = model.get_input_embeddings()(token_ids)  # (n, D)
+    front = list(memories)
+    start = len(front)
+    if config.memory_positions == "fixed":
+        start = config.max_memories
+        if config.absent_memories != "mask":
+            filler = torch.full_like(embeds[0], 1.0 if config.absent_memories == "ones" else 0.0)
+            while len(front) < config.max_memories:
+                front.append(filler)
+    positions = list(range(len(front))) + [start + offset for offset in range(len(token_ids))]
+    sequence = torch.stack(front + list(embeds))[None]
+    # Positions that jump would be taken for packed texts without a mask.
+    inputs = {"inputs_embeds": sequence, "use_cache": False, "position_ids": torch.tensor([positions])}
+    inputs["attention_mask"] = torch.ones_like(inputs["position_ids"])
+    return model.decoder(**inputs).logits[0, len(front) :]
+
+
+def read_tokens(model, token_ids: torch.Tensor) -> torch.Tensor:
+    """Logits `(n, V)` of one text of real tokens `(n,)`: window after window, each behind all earlier memories."""
+    window_length, chunk_length = model.config.window_length, model.config.chunk_length
+    memories: list[torch.Tensor] = []
+    logits = []
+    for start in range(0, len(token_ids), window_length):
+        window = token_ids[start : start + window_length]
+        logits.append(decode_behind(model, memories, window))
+        if start + window_length < len(token_ids):
+            for offset in range(0, window_length, chunk_length):
+                memories.extend(encode_chunk(model, window[offset : offset + chunk_length]))
+    return torch.cat(logits)
+
+
+def read_texts(model, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """Logits of each row's real tokens, row by row."""
+    rows = []
+    for number, row in enumerate(input_ids):
+        keep = torch.ones_like(row) if attention_mask is None else attention_mask[number]
+        rows.append(read_tokens(model, row[keep.bool()]))
+    return rows
+
+
+def causal_loss(model, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean next-token loss over all real tokens but each row's first."""
+    losses = []
+    for number, logits in enumerate(read_texts(model, input_ids, attention_mask)):
+        row = input_ids[number]
+        tokens = row if attention_mask is None else row[attention_mask[number].bool()]
+        for position in range(len(tokens) - 1):
+            losses.append(-torch.log_softmax(logits[position].float(), -1)[tokens[position + 1]])
+    return torch.stack(losses).mean()
+
+
+@torch.no_grad()
+def generate_greedily(model, token_ids: torch.Tensor, num_new_tokens: int) -> torch.Tensor:
+    """Extend one text of real tokens by argmax, reading it anew for every token."""
+    for _ in range(num_new_tokens):
+        token_ids = torch.cat([token_ids, read_tokens(model, token_ids)[-1:].argmax(-1)])
+    return token_ids
+
+
+def read_slots(model, chunks: list[torch.Tensor], token_ids: torch.Tensor) -> torch.Tensor:
+    """Logits `(n, V)` of one prompt in which the memories of some chunks stand in the slots."""
+    memories = encode_context(model, chunks)
+    sequence = []
+    for token in token_ids:
+        if token == model.config.memory_token_id:
+            sequence.append(memories.pop(0))
+        else:
+            sequence.append(model.get_input_embeddings()(token))
+    assert not memories
+    return model.decoder(inputs_embeds=torch.stack(sequence)[None], use_cache=False).logits[0]
