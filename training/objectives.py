@@ -1,0 +1,572 @@
+"""Objectives as data: which tokens a batch shows and which token each position must output.
+
+Every objective is a pure function of token ids. It makes the *text* that the model reads in clear; in front of it
+stands the *source*, what shall be remembered:
+
+| objective | source | text | target of text position j |
+|---|---|---|---|
+| causal | none (slots layout: the first windows) | x | x[j+1] |
+| copy | x | COPY, x[0..H-2] | x[j] |
+| blank copy | x | BLANK x H | x[j] |
+| copy, `marker="none"` | x | x | x[j+1] |
+| blank copy, `marker="none"` | x | BLANK x H | x[j+1] |
+| reconstruction | the chunk | none | x[j], one pass of an autoencoder |
+
+In the layout `"self"` the source is plain text that the model folds into memories by itself; in `"slots"` it is
+`context_input_ids`, and slot tokens stand for its memories. `build_batch` makes both. `shift_labels[b, t]` is what
+position t must output, -100 where nothing is learnt.
+
+B batch, n tokens of a row, H tokens of a source, T columns of a batch, C chunks, L chunk length, K memories per chunk.
+
+Source: Badger 2026, arXiv 2602.13466, copy and blank copy objectives and curriculum. There the copy has no marker
+(or three overwritten tokens), so its first token cannot be told from a continuation, and its loss is halved.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+IGNORED = -100
+OBJECTIVES = ("causal", "copy", "blank_copy", "reconstruction")
+LAYOUTS = ("self", "slots")
+MARKERS = ("token", "none")
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids that the objectives put between tokens of the text.
+
+    Attributes:
+        pad (`int`): Fills columns that the attention mask hides.
+        bos (`int`, *optional*): Begins a document. No objective adds one.
+        eos (`int`, *optional*): Ends a document. No objective adds one.
+        memory (`int`, *optional*): Slot that a memory takes; for the slots layout.
+        copy (`int`, *optional*): Marker that asks for the source; for the copy objective.
+        blank (`int`, *optional*): Token that shows nothing; for the blank copy objective.
+
+    Raises:
+        ValueError: If an id is negative, or copy, blank or memory is equal to another special token: `generate` takes
+            pad ids for padding and stops at eos, and the decoder could not tell the objectives apart.
+
+    >>> SpecialTokens(pad=0, eos=2, copy=2)
+    Traceback (most recent call last):
+    ValueError: copy has the id 2, which is eos; ... Give copy an id of its own.
+    """
+
+    pad: int
+    bos: int | None = None
+    eos: int | None = None
+    memory: int | None = None
+    copy: int | None = None
+    blank: int | None = None
+
+    def __post_init__(self) -> None:
+        ids = {name: value for name, value in vars(self).items() if value is not None}
+        for name, value in ids.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name} is {value!r}; expected a token id, an integer of 0 or more.")
+        for name in ("copy", "blank", "memory"):
+            for other, value in ids.items():
+                if other != name and value == ids.get(name):
+                    raise ValueError(
+                        f"{name} has the id {value}, which is {other}; padding, ends, slots and markers must differ. "
+                        f"Give {name} an id of its own."
+                    )
+
+    def require(self, name: str, purpose: str) -> int:
+        """Return the id called `name`, or say what it would be needed for.
+
+        Args:
+            name (`str`): Field of this class.
+            purpose (`str`): What needs it, for the message.
+
+        Raises:
+            ValueError: If the id is not set.
+        """
+        value: int | None = getattr(self, name)
+        if value is None:
+            raise ValueError(f"{purpose} needs a {name} token, but its id is None; set SpecialTokens({name}=...).")
+        return value
+
+
+class Columns(NamedTuple):
+    """Columns of a batch, each tensor of shape `(B, T)`.
+
+    Attributes:
+        input_ids (`torch.LongTensor`): What stands there.
+        targets (`torch.LongTensor`): What must be output there; -100 for nothing.
+        attention_mask (`torch.LongTensor`): 1 for tokens and slots, 0 for padding.
+    """
+
+    input_ids: torch.Tensor
+    targets: torch.Tensor
+    attention_mask: torch.Tensor
+
+
+def causal(tokens: torch.Tensor, attention_mask: torch.Tensor) -> Columns:
+    """Ask each token for the next one.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(B, n)`): Rows, padded on the right.
+        attention_mask (`torch.LongTensor` of shape `(B, n)`): 1 for tokens, 0 for padding.
+
+    >>> causal(torch.tensor([[5, 6, 7, 8, 0]]), torch.tensor([[1, 1, 1, 1, 0]])).targets.tolist()
+    [[6, 7, 8, -100, -100]]
+    """
+    return Columns(tokens, next_tokens(tokens, attention_mask), attention_mask)
+
+
+def copy(tokens: torch.Tensor, attention_mask: torch.Tensor, copy_token_id: int) -> Columns:
+    """Ask for the source again, each token with the ones before it in sight.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(B, H)`): Sources, padded on the right.
+        attention_mask (`torch.LongTensor` of shape `(B, H)`): 1 for tokens, 0 for padding.
+        copy_token_id (`int`): Marker in front of the first token.
+
+    >>> columns = copy(torch.tensor([[5, 6, 7, 8, 9]]), torch.ones(1, 5).long(), copy_token_id=3)
+    >>> columns.input_ids.tolist(), columns.targets.tolist()
+    ([[3, 5, 6, 7, 8]], [[5, 6, 7, 8, 9]])
+    """
+    marker = torch.full_like(tokens[:, :1], copy_token_id)
+    shown = torch.cat([marker, tokens[:, :-1]], 1)
+    return Columns(shown, present_tokens(tokens, attention_mask), attention_mask)
+
+
+def blank_copy(tokens: torch.Tensor, attention_mask: torch.Tensor, blank_token_id: int) -> Columns:
+    """Ask for the source again with no text in sight: what is right was remembered.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(B, H)`): Sources, padded on the right.
+        attention_mask (`torch.LongTensor` of shape `(B, H)`): 1 for tokens, 0 for padding.
+        blank_token_id (`int`): What stands in every column.
+
+    >>> columns = blank_copy(torch.tensor([[5, 6, 7, 8, 9]]), torch.ones(1, 5).long(), blank_token_id=4)
+    >>> columns.input_ids.tolist(), columns.targets.tolist()
+    ([[4, 4, 4, 4, 4]], [[5, 6, 7, 8, 9]])
+    """
+    return Columns(torch.full_like(tokens, blank_token_id), present_tokens(tokens, attention_mask), attention_mask)
+
+
+def markerless_copy(tokens: torch.Tensor, attention_mask: torch.Tensor) -> Columns:
+    """Show the source a second time without a marker, as the paper does: the text of `causal`.
+
+    The first token is asked of the last source token, which `build_batch` adds.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(B, H)`): Sources, padded on the right.
+        attention_mask (`torch.LongTensor` of shape `(B, H)`): 1 for tokens, 0 for padding.
+
+    >>> columns = markerless_copy(torch.tensor([[5, 6, 7, 8, 9]]), torch.ones(1, 5).long())
+    >>> columns.input_ids.tolist(), columns.targets.tolist()
+    ([[5, 6, 7, 8, 9]], [[6, 7, 8, 9, -100]])
+    """
+    return causal(tokens, attention_mask)
+
+
+def markerless_blank_copy(tokens: torch.Tensor, attention_mask: torch.Tensor, blank_token_id: int) -> Columns:
+    """Show blanks in the place of the source's second appearance, each asked for the *next* token, as the paper does.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(B, H)`): Sources, padded on the right.
+        attention_mask (`torch.LongTensor` of shape `(B, H)`): 1 for tokens, 0 for padding.
+        blank_token_id (`int`): What stands in every column.
+
+    >>> columns = markerless_blank_copy(torch.tensor([[5, 6, 7, 8, 9]]), torch.ones(1, 5).long(), blank_token_id=4)
+    >>> columns.input_ids.tolist(), columns.targets.tolist()
+    ([[4, 4, 4, 4, 4]], [[6, 7, 8, 9, -100]])
+    """
+    return causal(tokens, attention_mask)._replace(input_ids=torch.full_like(tokens, blank_token_id))
+
+
+def reconstruction(
+    tokens: torch.Tensor, attention_mask: torch.Tensor, *, chunk_length: int, pad_token_id: int
+) -> dict[str, torch.Tensor]:
+    """Cut rows into chunks, each of which an autoencoder has to give back in one pass; targets are not shifted.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(B, n)`): Rows, padded on the right; n a whole number of chunks.
+        attention_mask (`torch.LongTensor` of shape `(B, n)`): 1 for tokens, 0 for padding.
+        chunk_length (`int`): Tokens per chunk (L).
+        pad_token_id (`int`): Fills padded columns.
+
+    Returns:
+        `input_ids`, `attention_mask` and unshifted `labels`, each `(chunks, L)`, in row order. Chunks of padding only
+        are left out.
+
+    Raises:
+        ValueError: If n is not a whole number of chunks.
+
+    >>> batch = reconstruction(
+    ...     torch.tensor([[5, 6, 7, 8, 0, 0]]), torch.tensor([[1, 1, 1, 1, 0, 0]]), chunk_length=3, pad_token_id=0
+    ... )
+    >>> batch["input_ids"].tolist(), batch["labels"].tolist()
+    ([[5, 6, 7], [8, 0, 0]], [[5, 6, 7], [8, -100, -100]])
+    """
+    if tokens.shape[1] % chunk_length:
+        raise ValueError(
+            f"rows have {tokens.shape[1]} columns, but reconstruction takes a whole number of chunks of "
+            f"{chunk_length}. Cut rows to a multiple of {chunk_length}, or pad them and give an attention_mask."
+        )
+    chunks, mask = tokens.reshape(-1, chunk_length), attention_mask.reshape(-1, chunk_length)
+    present = mask.any(1)
+    chunks, mask = chunks[present], mask[present]
+    return {
+        "input_ids": chunks.masked_fill(mask == 0, pad_token_id),
+        "attention_mask": mask,
+        "labels": present_tokens(chunks, mask),
+    }
+
+
+def build_batch(
+    objective: str,
+    tokens: torch.Tensor,
+    *,
+    window_length: int,
+    chunk_length: int,
+    memories_per_chunk: int = 1,
+    tokens_ids: SpecialTokens,
+    layout: str = "self",
+    marker: str = "token",
+    mixed_with_causal: bool = False,
+    attention_mask: torch.Tensor | None = None,
+    source_length: int | None = None,
+    context_input_ids: torch.Tensor | None = None,
+    context_attention_mask: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """Build the inputs and targets of one objective from rows of tokens.
+
+    Rows may be padded on either side; the batch is padded on the right and as wide as its longest row needs. Sources
+    are whole windows in every row, so that copy window m+i outputs exactly the tokens of source window i.
+
+    Args:
+        objective (`str`): `"causal"`, `"copy"`, `"blank_copy"` or `"reconstruction"`.
+        tokens (`torch.LongTensor` of shape `(B, n)`): Text in decoder tokens (reconstruction: encoder tokens).
+        window_length (`int`): Tokens per window (W), a multiple of `chunk_length`.
+        chunk_length (`int`): Tokens per chunk (L).
+        memories_per_chunk (`int`): Memories, and so slots, of a chunk (K).
+        tokens_ids (`SpecialTokens`): Ids of padding, slots and markers.
+        layout (`str`): `"self"`: plain text. `"slots"`: the source is a context, slots stand for its memories.
+        marker (`str`): `"token"`, or `"none"` for the paper's layouts x ++ x and x ++ BLANK * H, in which the last
+            source token is asked for x[0]. Slots predict nothing: in the slots layout x[0] then has no predictor and
+            is no target.
+        mixed_with_causal (`bool`): Whether the model also learns `causal`. With `marker="none"` the predictor of x[0]
+            then has exactly a causal input with another target, so it is no target. No effect with a marker.
+        attention_mask (`torch.LongTensor` of shape `(B, n)`, *optional*): 1 for tokens, 0 for padding. Default: all 1.
+        source_length (`int`, *optional*): Tokens of a row that are its source (H), a whole number of windows. Default
+            for copies: the row. For `causal` in the slots layout: all windows but the row's last; shorter rows have
+            a shorter source, so that each row keeps at least one token of text. Elsewhere it has no meaning and no
+            effect.
+        context_input_ids (`torch.LongTensor` of shape `(B, C, L')`, *optional*): The source as ready chunks, for an
+            encoder with its own tokenizer; slots layout only. `tokens` is then the whole text to copy or continue,
+            of any length.
+        context_attention_mask (`torch.LongTensor` of shape `(B, C, L')`, *optional*): 1 for tokens, 0 for padding; a
+            chunk of zeros only takes no slots.
+
+    Returns:
+        `dict`: `input_ids`, `attention_mask` and `shift_labels`, each `(B, T)`; in the slots layout also
+        `context_input_ids` and `context_attention_mask`, each `(B, C, L)`. For reconstruction `input_ids`,
+        `attention_mask` and `labels`, each `(chunks, L)`. All are arguments of the models' `forward`.
+
+    Raises:
+        ValueError: If a name is unknown, a shape does not fit, a row is empty, a source is not a whole number of
+            windows, or an id that is needed is not set.
+
+    >>> ids = SpecialTokens(pad=0, bos=1, eos=2, memory=99, copy=3, blank=4)
+    >>> x = torch.tensor([[5, 6, 7, 8, 9]])
+    >>> def show(objective, **options):
+    ...     batch = build_batch(objective, x, window_length=5, chunk_length=5, tokens_ids=ids, **options)
+    ...     for name in ("context_input_ids", "input_ids", "shift_labels"):
+    ...         if name in batch:
+    ...             print(name, batch[name].tolist())
+    >>> show("copy")
+    input_ids [[5, 6, 7, 8, 9, 3, 5, 6, 7, 8]]
+    shift_labels [[-100, -100, -100, -100, -100, 5, 6, 7, 8, 9]]
+    >>> show("blank_copy")
+    input_ids [[5, 6, 7, 8, 9, 4, 4, 4, 4, 4]]
+    shift_labels [[-100, -100, -100, -100, -100, 5, 6, 7, 8, 9]]
+    >>> show("copy", marker="none")
+    input_ids [[5, 6, 7, 8, 9, 5, 6, 7, 8, 9]]
+    shift_labels [[-100, -100, -100, -100, 5, 6, 7, 8, 9, -100]]
+    >>> show("blank_copy", marker="none", mixed_with_causal=True)
+    input_ids [[5, 6, 7, 8, 9, 4, 4, 4, 4, 4]]
+    shift_labels [[-100, -100, -100, -100, -100, 6, 7, 8, 9, -100]]
+    >>> show("copy", layout="slots", memories_per_chunk=2)
+    context_input_ids [[[5, 6, 7, 8, 9]]]
+    input_ids [[99, 99, 3, 5, 6, 7, 8]]
+    shift_labels [[-100, -100, 5, 6, 7, 8, 9]]
+
+    The last token of a window predicts the first of the next. In the slots layout the last *slot* stands there; it
+    predicts nothing, so the first token of the text (here 9) is shown and not asked for:
+
+    >>> x = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    >>> batch = build_batch("causal", x, window_length=4, chunk_length=2, tokens_ids=ids, layout="slots")
+    >>> batch["context_input_ids"].tolist(), batch["input_ids"].tolist(), batch["shift_labels"].tolist()
+    ([[[5, 6], [7, 8]]], [[99, 99, 9, 10]], [[-100, -100, 10, -100]])
+    """
+    _check_options(objective, layout, marker, window_length, chunk_length, memories_per_chunk)
+    mask = _check_rows(objective, tokens, attention_mask)
+    if context_input_ids is not None and (layout != "slots" or objective == "reconstruction"):
+        raise ValueError(
+            f"context_input_ids was given for {objective} in the layout {layout!r}; only the slots layout of causal "
+            "and the copies has a context. Leave it out, or use layout='slots'."
+        )
+    tokens, mask = _pack_left(mask, tokens, mask)
+    if objective == "reconstruction":
+        return reconstruction(tokens, mask, chunk_length=chunk_length, pad_token_id=tokens_ids.pad)
+    has_own_context = layout == "slots" and context_input_ids is None
+    if objective == "causal":
+        source, text = _split_causal(tokens, mask, window_length, source_length, split=has_own_context)
+    else:
+        if context_input_ids is None:
+            tokens, mask = _whole_windows(objective, tokens, mask, window_length, source_length)
+        source, text = _copy_parts(objective, tokens, mask, tokens_ids, marker, mixed_with_causal)
+    if layout == "self":
+        return _batch([source, text], tokens_ids.pad)
+    if context_input_ids is None:
+        chunks = source.input_ids.shape[0], -1, chunk_length
+        context_mask = source.attention_mask.reshape(chunks)
+        context = source.input_ids.reshape(chunks).masked_fill(context_mask == 0, tokens_ids.pad)
+    else:
+        context, context_mask = _check_context(context_input_ids, context_attention_mask, len(tokens))
+    slot = tokens_ids.require("memory", "the slots layout")
+    slots = _slot_columns(context_mask, memories_per_chunk, slot)
+    return {
+        **_batch([slots, text], tokens_ids.pad),
+        "context_input_ids": context,
+        "context_attention_mask": context_mask,
+    }
+
+
+def targets_of(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return what each position of a batch must output, whatever its objective; -100 where nothing is asked.
+
+    Args:
+        batch (`Mapping[str, torch.Tensor]`): From [`build_batch`].
+
+    >>> targets_of({"labels": torch.tensor([[5, -100]])}).tolist()
+    [[5, -100]]
+    """
+    return batch["shift_labels"] if "shift_labels" in batch else batch["labels"]
+
+
+def combine_losses(
+    loss_sums: Mapping[str, torch.Tensor],
+    num_targets: Mapping[str, int | torch.Tensor],
+    weights: Mapping[str, float],
+) -> torch.Tensor:
+    """Add objectives up: each its own mean over its own targets, times its weight.
+
+    With sums and numbers of the global batch, accumulation and several processes give the loss of one large batch.
+    An objective without a target adds 0.
+
+    Args:
+        loss_sums (`Mapping[str, torch.Tensor]`): Objective -> sum of its token losses in nats, a scalar.
+        num_targets (`Mapping[str, int or torch.Tensor]`): Objective -> number of its targets.
+        weights (`Mapping[str, float]`): Objective -> weight. (The paper's code amounts to causal 1 and copy 1/2.)
+
+    Raises:
+        ValueError: If the three do not name the same objectives.
+
+    >>> sums = {"causal": torch.tensor(8.0), "copy": torch.tensor(6.0)}
+    >>> combine_losses(sums, {"causal": 4, "copy": 2}, {"causal": 1.0, "copy": 0.5})
+    tensor(3.5000)
+    """
+    if not loss_sums or not (set(loss_sums) == set(num_targets) == set(weights)):
+        raise ValueError(
+            f"loss sums are of {sorted(loss_sums)}, numbers of targets of {sorted(num_targets)}, weights of "
+            f"{sorted(weights)}; give all three for the same objectives, at least one."
+        )
+    counts = {name: torch.as_tensor(count).clamp(min=1) for name, count in num_targets.items()}
+    terms = [weights[name] * loss / counts[name].to(loss.device) for name, loss in loss_sums.items()]
+    return torch.stack(terms).sum()
+
+
+def next_tokens(tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Return for each column the token of the next column; -100 where there is none.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(B, n)`): Rows, padded on the right.
+        attention_mask (`torch.LongTensor` of shape `(B, n)`): 1 for tokens, 0 for padding.
+
+    >>> next_tokens(torch.tensor([[5, 6, 0]]), torch.tensor([[1, 1, 0]])).tolist()
+    [[6, -100, -100]]
+    """
+    following = present_tokens(tokens, attention_mask)[:, 1:]
+    return torch.cat([following, torch.full_like(tokens[:, :1], IGNORED)], 1)
+
+
+def present_tokens(tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Return the tokens, -100 where there is padding.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(B, n)`): Rows.
+        attention_mask (`torch.LongTensor` of shape `(B, n)`): 1 for tokens, 0 for padding.
+
+    >>> present_tokens(torch.tensor([[5, 0]]), torch.tensor([[1, 0]])).tolist()
+    [[5, -100]]
+    """
+    return tokens.masked_fill(attention_mask == 0, IGNORED)
+
+
+def _copy_parts(
+    objective: str,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    ids: SpecialTokens,
+    marker: str,
+    mixed_with_causal: bool,
+) -> tuple[Columns, Columns]:
+    """Return source and text of a copy objective."""
+    nothing = torch.full_like(tokens, IGNORED)
+    source = Columns(tokens, nothing, mask)
+    blank = ids.require("blank", "blank_copy") if objective == "blank_copy" else None
+    if marker == "token":
+        if blank is not None:
+            return source, blank_copy(tokens, mask, blank)
+        return source, copy(tokens, mask, ids.require("copy", "copy"))
+    if not mixed_with_causal:
+        columns = torch.arange(tokens.shape[1], device=tokens.device)
+        last = columns == mask.sum(1, keepdim=True) - 1  # (B, H)
+        source = source._replace(targets=torch.where(last, tokens[:, :1], nothing))
+    text = markerless_copy(tokens, mask) if blank is None else markerless_blank_copy(tokens, mask, blank)
+    return source, text
+
+
+def _split_causal(
+    tokens: torch.Tensor, mask: torch.Tensor, window_length: int, source_length: int | None, *, split: bool
+) -> tuple[Columns, Columns]:
+    """Return the windows that become a context, none without `split`, and the text behind them."""
+    if not split:
+        nothing = tokens[:, :0]
+        return Columns(nothing, nothing, mask[:, :0]), causal(tokens, mask)
+    longest = (tokens.shape[1] - 1) // window_length * window_length
+    if longest == 0:
+        raise ValueError(
+            f"rows have {tokens.shape[1]} tokens, but causal in the slots layout takes more than one window of "
+            f"{window_length}: the first windows are the context. Give longer rows or use layout='self'."
+        )
+    limit = longest if source_length is None else source_length
+    if not 0 < limit <= longest or limit % window_length:
+        raise ValueError(
+            f"source_length is {source_length}, but rows of {tokens.shape[1]} tokens take a source of whole windows "
+            f"of {window_length}, {window_length} to {longest} tokens. Give such a length or leave it out."
+        )
+    counts = ((mask.sum(1) - 1) // window_length * window_length).clamp(max=limit)  # (B,)
+    is_source = (torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None]).to(mask)
+    source = Columns(tokens[:, :limit], torch.full_like(tokens[:, :limit], IGNORED), is_source[:, :limit])
+    rest = mask * (1 - is_source)
+    text, text_mask = _pack_left(rest, tokens, rest)
+    return source, causal(text, text_mask)
+
+
+def _whole_windows(
+    objective: str, tokens: torch.Tensor, mask: torch.Tensor, window_length: int, source_length: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut rows to their source and check that it is whole windows in every row."""
+    length = tokens.shape[1] if source_length is None else source_length
+    if not 0 < length <= tokens.shape[1]:
+        raise ValueError(
+            f"source_length is {source_length}, but rows have {tokens.shape[1]} tokens. Give 1 to {tokens.shape[1]}, "
+            f"a multiple of {window_length}."
+        )
+    tokens, mask = tokens[:, :length], mask[:, :length]
+    counts = mask.sum(1)
+    wrong = counts % window_length != 0
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"row {row} has a source of {int(counts[row])} tokens, but {objective} takes a whole number of windows of "
+            f"{window_length}. Cut rows to a multiple of {window_length}, or give such a source_length."
+        )
+    length -= length % window_length  # what is cut off is padding in every row
+    return tokens[:, :length], mask[:, :length]
+
+
+def _slot_columns(context_mask: torch.Tensor, memories_per_chunk: int, memory_token_id: int) -> Columns:
+    """Return K slots for each present chunk of `(B, C, L)`."""
+    present = context_mask.any(2).long().repeat_interleave(memories_per_chunk, 1)  # (B, C * K)
+    return Columns(torch.full_like(present, memory_token_id), torch.full_like(present, IGNORED), present)
+
+
+def _batch(parts: list[Columns], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Join parts side by side, move padding to the right and drop columns that no row needs."""
+    joined = Columns(*(torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)))
+    packed = _pack_left(joined.attention_mask, *joined)
+    width = int(joined.attention_mask.sum(1).max())
+    joined = Columns(*(tensor[:, :width] for tensor in packed))
+    padding = joined.attention_mask == 0
+    return {
+        "input_ids": joined.input_ids.masked_fill(padding, pad_token_id),
+        "attention_mask": joined.attention_mask,
+        "shift_labels": joined.targets.masked_fill(padding, IGNORED),
+    }
+
+
+def _pack_left(mask: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Move what the mask `(B, T)` keeps to the front of each row, in order; the rest follows."""
+    if bool(mask.all()):
+        return tensors
+    order = torch.argsort(mask, dim=1, descending=True, stable=True)
+    return tuple(tensor.gather(1, order) for tensor in tensors)
+
+
+def _check_options(
+    objective: str, layout: str, marker: str, window_length: int, chunk_length: int, memories_per_chunk: int
+) -> None:
+    choices = {"objective": (objective, OBJECTIVES), "layout": (layout, LAYOUTS), "marker": (marker, MARKERS)}
+    for name, (given, known) in choices.items():
+        if given not in known:
+            raise ValueError(f"{name} {given!r} is unknown; known: {', '.join(known)}.")
+    if min(window_length, chunk_length, memories_per_chunk) < 1:
+        raise ValueError(
+            f"window_length is {window_length}, chunk_length {chunk_length}, memories_per_chunk {memories_per_chunk}; "
+            "all are counts of 1 or more."
+        )
+    if window_length % chunk_length:
+        raise ValueError(
+            f"window_length {window_length} is no multiple of chunk_length {chunk_length}. Choose a window of whole "
+            "chunks."
+        )
+
+
+def _check_rows(objective: str, tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Check rows and return their mask as integers."""
+    if tokens.dim() != 2 or 0 in tokens.shape or tokens.dtype != torch.long:
+        raise ValueError(
+            f"tokens is {tokens.dtype} of shape {tuple(tokens.shape)}; expected torch.int64 of shape (rows, tokens), "
+            "neither of them 0."
+        )
+    if attention_mask is None:
+        return torch.ones_like(tokens)
+    if attention_mask.shape != tokens.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but tokens has {tuple(tokens.shape)}. Give one "
+            "mask value for each token."
+        )
+    mask = attention_mask.bool()
+    if not mask.any(1).all():
+        row = int((~mask.any(1)).nonzero()[0])
+        raise ValueError(f"row {row} is padding only, so {objective} has nothing to learn from. Drop the row.")
+    return mask.long()
+
+
+def _check_context(
+    context_input_ids: torch.Tensor, context_attention_mask: torch.Tensor | None, num_rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Check a ready context and return it with its mask as integers."""
+    if context_input_ids.dim() != 3 or 0 in context_input_ids.shape or len(context_input_ids) != num_rows:
+        raise ValueError(
+            f"context_input_ids has shape {tuple(context_input_ids.shape)}; expected ({num_rows}, chunks, tokens), "
+            "one row for each row of text."
+        )
+    if context_attention_mask is None:
+        return context_input_ids, torch.ones_like(context_input_ids)
+    if context_attention_mask.shape != context_input_ids.shape:
+        raise ValueError(
+            f"context_attention_mask has shape {tuple(context_attention_mask.shape)}, but context_input_ids has "
+            f"{tuple(context_input_ids.shape)}. Give one mask value for each token."
+        )
+    return context_input_ids, context_attention_mask.bool().long()
