@@ -1,0 +1,110 @@
+"""Figures of a run, drawn from its record: loss, token accuracy, accuracy by position in the chunk."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MPLBACKEND", "Agg")  # files only: no window, no display needed
+
+import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.ticker import PercentFormatter  # noqa: E402
+
+# Okabe and Ito's colours: told apart by colour-blind readers and in grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def write_figures(record: dict[str, Any], folder: Path) -> list[str]:
+    """Draw the figures of a record as PNG files.
+
+    Args:
+        record (`dict`): With `stages.<name>.series` (one mapping per log) and `metrics`.
+        folder (`Path`): Where the files go.
+
+    Returns:
+        `list[str]`: Names of the files written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stages = {name: stage["series"] for name, stage in record["stages"].items() if stage.get("series")}
+    written = []
+    if stages:
+        written.append(_draw_series(stages, "loss", "loss (nats per token)", folder / "loss.png"))
+        written.append(_draw_series(stages, "token_accuracy", "token accuracy", folder / "token_accuracy.png"))
+    curves = position_curves(record.get("metrics", {}))
+    if curves:
+        written.append(_draw_positions(curves, folder / "accuracy_by_position.png"))
+    return written
+
+
+def series_curves(series: list[dict[str, Any]], suffix: str) -> dict[str, tuple[list[int], list[float]]]:
+    """Collect the curves of one quantity from a stage's logs, by name.
+
+    >>> logs = [{"step": 1, "copy_loss": 3.0}, {"step": 2, "copy_loss": 2.0, "eval_copy_loss": 2.5}]
+    >>> series_curves(logs, "loss")
+    {'copy': ([1, 2], [3.0, 2.0]), 'copy, validation': ([2], [2.5])}
+    """
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    for log in series:
+        for key, value in log.items():
+            if not key.endswith(f"_{suffix}") or key in ("eval_loss", "train_loss"):
+                continue
+            name = key[: -len(suffix) - 1]
+            name = f"{name[5:]}, validation" if name.startswith("eval_") else name
+            steps, values = curves.setdefault(name.replace("_", " "), ([], []))
+            steps.append(log["step"])
+            values.append(value)
+    return curves
+
+
+def position_curves(metrics: dict[str, Any]) -> dict[str, list[float]]:
+    """Pick the accuracies by position in the chunk that were measured with the right memories."""
+    curves = {}
+    for suite, result in metrics.items():
+        positions = result.get("memory", {}).get("token_accuracy_by_position")
+        if positions and suite != "clm":
+            curves[suite.replace("_", " ")] = positions
+    return curves
+
+
+def _draw_series(stages: dict[str, list[dict[str, Any]]], suffix: str, label: str, path: Path) -> str:
+    """One panel a stage, side by side, with a common vertical axis."""
+    width = max(3.2 * len(stages), 5)
+    figure, panels = plt.subplots(1, len(stages), figsize=(width, 3.4), sharey=True, squeeze=False)
+    for panel, (stage, series) in zip(panels[0], stages.items(), strict=True):
+        for colour, (name, (steps, values)) in zip(COLOURS, series_curves(series, suffix).items(), strict=False):
+            dashed = name.endswith("validation")
+            panel.plot(steps, values, "o--" if dashed else "-", color=colour, label=name, markersize=3, linewidth=1.4)
+        panel.set_title(stage.replace("_", " "), fontsize=10)
+        panel.set_xlabel("step")
+        _tidy(panel, suffix)
+    panels[0][0].set_ylabel(label)
+    return _save(figure, path)
+
+
+def _draw_positions(curves: dict[str, list[float]], path: Path) -> str:
+    figure, panel = plt.subplots(figsize=(6, 3.6))
+    for colour, (name, values) in zip(COLOURS, curves.items(), strict=False):
+        panel.plot(range(len(values)), values, "o-", color=colour, label=name, markersize=3, linewidth=1.4)
+    panel.set_xlabel("position in the chunk")
+    panel.set_ylabel("token accuracy, test split")
+    _tidy(panel, "token_accuracy")
+    return _save(figure, path)
+
+
+def _tidy(panel: Axes, suffix: str) -> None:
+    if suffix == "token_accuracy":
+        panel.set_ylim(0, 1.02)
+        panel.yaxis.set_major_formatter(PercentFormatter(1.0))
+    else:
+        panel.set_ylim(bottom=0)
+    panel.grid(alpha=0.3, linewidth=0.6)
+    panel.spines[["top", "right"]].set_visible(False)
+    if panel.get_legend_handles_labels()[0]:
+        panel.legend(fontsize=8, frameon=False)
+
+
+def _save(figure: Any, path: Path) -> str:
+    figure.tight_layout()
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    plt.close(figure)
+    return path.name

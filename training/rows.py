@@ -1,0 +1,139 @@
+"""Rows of tokens in training order, and the collator that makes every objective's batch from them."""
+
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from training.objectives import IGNORED, SpecialTokens, build_batch
+
+
+class TokenRows(Dataset):
+    """Rows of `row_length` tokens from one flat stream, in an order that depends on the seed and the index alone.
+
+    Training (`seed` given) goes through the stream pass after pass: each pass has its own permutation and, after the
+    first, its own starting offset, so that row boundaries move. Item i never depends on what was read before, which
+    makes resuming and several processes exact. Evaluation (`seed=None`) reads rows from the start, once; items
+    behind the last row repeat the first one under the number -1 and count for nothing.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(num_tokens,)`): Documents with an end token between them.
+        row_length (`int`): Tokens per row.
+        num_items (`int`): Length of the dataset.
+        seed (`int`, *optional*): Seed of the order; `None` reads in order.
+
+    Raises:
+        ValueError: If the stream is shorter than one row.
+    """
+
+    def __init__(self, tokens: torch.Tensor, *, row_length: int, num_items: int, seed: int | None = None) -> None:
+        if tokens.numel() < row_length:
+            raise ValueError(
+                f"the text has {tokens.numel()} tokens, fewer than one row of {row_length}; give more text or "
+                "shorten data.row_length"
+            )
+        self.tokens = tokens
+        self.row_length = row_length
+        self.num_items = num_items
+        self.seed = seed
+        self._pass: tuple[int, int, torch.Tensor] | None = None
+
+    def __len__(self) -> int:
+        return self.num_items
+
+    @property
+    def num_rows(self) -> int:
+        """Whole rows in one pass."""
+        return self.tokens.numel() // self.row_length
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor]:
+        number, start = self._locate(index)
+        return number, self.tokens[start : start + self.row_length].long()
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Return the number and the first token of an item's row."""
+        if self.seed is None:
+            real = index < self.num_rows
+            return (index, index * self.row_length) if real else (-1, 0)
+        # Shifted passes have one row less, so that all passes are equally long.
+        per_pass = max(self.num_rows - 1, 1)
+        passed, place = divmod(index, per_pass)
+        if self._pass is None or self._pass[0] != passed:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + passed)
+            slack = self.tokens.numel() - per_pass * self.row_length
+            offset = int(torch.randint(min(slack, self.row_length) + 1, (), generator=generator)) if passed else 0
+            self._pass = (passed, offset, torch.randperm(per_pass, generator=generator))
+        _, offset, order = self._pass
+        number = int(order[place])
+        return number, offset + number * self.row_length
+
+
+class ObjectiveCollator:
+    """Turns rows into `{objective: inputs}`, plus `"rows"`, the rows' numbers.
+
+    Args:
+        objectives (`list[str]`): Names known to `build_batch`.
+        special_tokens (`SpecialTokens`): Ids of the special tokens.
+        chunk_length (`int`): Tokens per chunk.
+        window_length (`int`): Tokens per window. With `split_windows` each window becomes a row of its own.
+        source_length (`int`, *optional*): Tokens at the start of a row that the copy objectives copy.
+        split_windows (`bool`): Whether the model reads each window by itself. Targets stay those of the whole row:
+            the last token of a window is asked for the first of the next, as a memory model is.
+        options: Passed to `build_batch`.
+    """
+
+    def __init__(
+        self,
+        objectives: list[str],
+        special_tokens: SpecialTokens,
+        *,
+        chunk_length: int,
+        window_length: int,
+        source_length: int | None = None,
+        split_windows: bool = False,
+        **options: Any,
+    ) -> None:
+        self.objectives = objectives
+        self.special_tokens = special_tokens
+        self.chunk_length = chunk_length
+        self.window_length = window_length
+        self.source_length = source_length
+        self.split_windows = split_windows
+        self.options = options
+
+    def __call__(self, items: list[tuple[int, torch.Tensor]]) -> dict[str, Any]:
+        rows = torch.tensor([number for number, _ in items])
+        tokens = torch.stack([row for _, row in items])  # (B, n)
+        batches: dict[str, Any] = {"rows": rows}
+        for objective in self.objectives:
+            batches[objective] = self.collate(objective, tokens, rows)
+        return batches
+
+    def collate(
+        self, objective: str, tokens: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Build the batch of one objective from rows `(B, n)`; rows with a negative number get no target."""
+        batch = build_batch(
+            objective,
+            tokens,
+            window_length=self.window_length,
+            chunk_length=self.chunk_length,
+            source_length=self.source_length,
+            tokens_ids=self.special_tokens,
+            mixed_with_causal="causal" in self.objectives,
+            **self.options,
+        )
+        key = "labels" if "labels" in batch else "shift_labels"
+        targets = batch.pop(key)
+        if rows is not None and (rows < 0).any():
+            absent = (rows < 0).repeat_interleave(targets.shape[0] // rows.shape[0])
+            targets = targets.masked_fill(absent[:, None], IGNORED)
+        batch[key] = targets
+        if self.split_windows:
+            batch = {name: tensor.reshape(-1, self.window_length) for name, tensor in batch.items()}
+        if key == "shift_labels":
+            wanted = (batch[key] != IGNORED).any(0)
+            # Half of the output head, and whole source windows, would be computed for nothing in a copy.
+            if wanted.any() and wanted.sum() <= 0.75 * wanted.numel():
+                batch["columns"] = wanted.nonzero()[:, 0]
+        return batch

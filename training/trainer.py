@@ -1,0 +1,366 @@
+"""Trainer of several objectives at once, with exact sums behind every number it logs.
+
+One step's loss is `sum_o weight_o * (sum of the token losses of o) / (number of targets of o)`, where both sums run
+over the *global* batch: all accumulation steps and all processes. So one process, two processes and accumulation
+give the same gradients, whatever their label counts. Token accuracies and per-objective losses are logged from the
+same kind of sums, never as means of batch means.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from training.objectives import IGNORED, combine_losses, targets_of
+from training.optimizer import build_optimizer
+from training.recipe import TrainingRecipe
+from training.rows import TokenRows
+
+SCHEDULES = {
+    "warmup_stable_decay": "warmup_stable_decay",
+    "linear": "linear",
+    "cosine": "cosine",
+    "constant": "constant_with_warmup",
+}
+
+CHECKPOINT_FILES = ("config.json", "optimizer.pt", "scheduler.pt")
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss, or a weight about to be saved, is not a finite number."""
+
+
+def run_objective(model: nn.Module, batch: Mapping[str, torch.Tensor], **kwargs: Any) -> Any:
+    """Run a model on the batch of one objective.
+
+    Args:
+        model (`nn.Module`): The model, possibly wrapped for several processes.
+        batch (`Mapping`): As made by the collator; `shift_labels` `(B, T)` or unshifted `labels` `(B, L)`,
+            and optionally `columns`, the columns that have a target in some row.
+        kwargs: Further arguments of the model's `forward`.
+
+    Returns:
+        The sum of the token losses (a scalar with gradient), the logits `(B, columns, V)` and their targets.
+    """
+    inputs = {name: tensor for name, tensor in batch.items() if name not in ("shift_labels", "columns", "labels")}
+    own = model.module if hasattr(model, "module") else model
+    if "labels" in batch:
+        outputs = model(**inputs, labels=batch["labels"], num_items_in_batch=1, **kwargs)
+        return outputs.loss, outputs.logits, batch["labels"]
+    targets = batch["shift_labels"]
+    if "columns" in batch:
+        targets = targets[:, batch["columns"]]
+        kwargs["logits_to_keep"] = batch["columns"]
+    logits = model(**inputs, use_cache=False, **kwargs).logits
+    loss = own.loss_function(
+        logits=logits, labels=None, vocab_size=logits.shape[-1], shift_labels=targets, num_items_in_batch=1
+    )
+    return loss, logits, targets
+
+
+class MemoryTrainer(Trainer):
+    """`Trainer` over batches of `{objective: inputs}`.
+
+    Args:
+        model (`PreTrainedModel`): A memory autoencoder, a causal LM or a memory encoder-decoder.
+        args (`TrainingArguments`): From [`training_arguments`].
+        objectives (`dict[str, float]`): Objective -> weight.
+        training (`TrainingRecipe`): Optimizer, learning rates and their multipliers, bf16.
+        train_dataset (`TokenRows`): Rows in training order.
+        eval_dataset (`TokenRows`, *optional*): Validation rows.
+        data_collator (`Callable`): Turns rows into `{objective: inputs}` plus `"rows"`, their numbers.
+        label (`str`): What progress lines are headed by.
+
+    Raises:
+        NonFiniteLossError: From `train`, naming step, objective and rows; checkpoints that exist are kept, and no
+            checkpoint with a non-finite weight is written.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        *,
+        objectives: dict[str, float],
+        training: TrainingRecipe,
+        train_dataset: TokenRows,
+        eval_dataset: TokenRows | None = None,
+        data_collator: Any,
+        label: str = "",
+    ) -> None:
+        super().__init__(
+            model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=data_collator
+        )
+        self.objectives = objectives
+        self.training = training
+        # `compute_loss` divides by the targets of the whole accumulated batch itself.
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
+        self._sums: dict[str, torch.Tensor] = {}
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(StageProgress(label))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build the recipe's optimizer over the trainable parameters."""
+        if self.optimizer is None:
+            training = self.training
+            self.optimizer = build_optimizer(
+                self.model if model is None else model,
+                optimizer=training.optimizer,
+                learning_rate=training.learning_rate,
+                muon_learning_rate=training.muon_learning_rate,
+                weight_decay=training.weight_decay,
+                betas=(training.adam_beta1, training.adam_beta2),
+                lr_multipliers=training.lr_multipliers,
+            )
+        return self.optimizer
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
+        """Autocast to bf16 here: accelerate's own way would copy the logits of every step to float32."""
+        return torch.autocast(
+            self.args.device.type, dtype=torch.bfloat16, enabled=self.training.bf16, cache_enabled=bool(cache_enabled)
+        )
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return 0: a nested batch has no single input to estimate from; tokens are counted instead."""
+        return 0
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+        """Collect the micro-batches of one step and count each objective's targets over the global batch."""
+        batches = list(islice(epoch_iterator, num_batches))
+        counts = torch.stack(
+            [sum((targets_of(batch[name]) != IGNORED).sum() for batch in batches) for name in self.objectives]
+        ).to(device)
+        if self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        return batches, dict(zip(self.objectives, counts, strict=True))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> torch.Tensor:
+        """Return the weighted sum of the objectives' losses, each over its global number of targets."""
+        next_step = self.state.global_step + 1
+        measured = next_step % self.args.logging_steps == 0 or next_step == 1
+        loss_sums = {}
+        for name in self.objectives:
+            loss_sums[name], logits, targets = run_objective(model, inputs[name])
+            self._count(name, loss_sums[name], logits, targets, measured=measured)
+        total = combine_losses(loss_sums, num_items_in_batch, self.objectives)
+        self._check_finite(total, inputs["rows"])
+        if self.args.world_size > 1:
+            # Gradients are averaged over processes; and every parameter takes part, or a process would wait for it.
+            unused = sum(p.sum() for p in self.model.parameters() if p.requires_grad) * 0.0
+            total = total * self.args.world_size + unused
+        return total
+
+    @torch.no_grad()
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[None, None, None]:
+        """Add one evaluation batch to the sums; `log` turns them into metrics."""
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            for name in self.objectives:
+                self._count(f"eval_{name}", *run_objective(model, inputs[name]), measured=True)
+        return None, None, None
+
+    def _count(
+        self, key: str, loss_sum: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, *, measured: bool
+    ) -> None:
+        """Add loss sum, number of targets, correct tokens and tokens judged. Accuracy is judged on logged steps only:
+        the argmax over a vocabulary costs a CPU several per cent of a step.
+        """
+        present = targets != IGNORED
+        count = present.sum()
+        correct = ((logits.detach().argmax(-1) == targets) & present).sum() if measured else torch.zeros_like(count)
+        judged = count if measured else torch.zeros_like(count)
+        sums = torch.stack([loss_sum.detach().double(), count.double(), correct.double(), judged.double()])
+        self._sums[key] = self._sums[key] + sums if key in self._sums else sums
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add each objective's loss and token accuracy from sums over all steps since the last log."""
+        prefix = "eval_" if any(key.startswith("eval_") for key in logs) else ""
+        for name in self.objectives:
+            sums = self._sums.pop(prefix + name, None)
+            if sums is None:
+                continue
+            if self.args.world_size > 1:
+                sums = self.accelerator.reduce(sums, reduction="sum")
+            loss_sum, count, correct, judged = sums.tolist()
+            logs[f"{prefix}{name}_loss"] = loss_sum / count
+            if judged:
+                logs[f"{prefix}{name}_token_accuracy"] = correct / judged
+        if prefix and all(f"eval_{name}_loss" in logs for name in self.objectives):
+            logs["eval_loss"] = sum(weight * logs[f"eval_{name}_loss"] for name, weight in self.objectives.items())
+        super().log(logs, start_time)
+
+    def _check_finite(self, loss: torch.Tensor, rows: torch.Tensor) -> None:
+        """Stop all processes when one of them has a loss that is no finite number."""
+        bad = (~torch.isfinite(loss.detach())).float()
+        if self.args.world_size > 1:
+            bad = self.accelerator.reduce(bad, reduction="sum")
+        if bad:
+            named = ", ".join(str(row) for row in rows.tolist())
+            raise NonFiniteLossError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1} (batch of rows {named}). "
+                "The last checkpoint is kept: lower the learning rate or lengthen the warm-up and start again; "
+                "if it fails at the same rows, look at their text"
+            )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint, unless its weights are spoilt: the last good one must survive the rotation."""
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise NonFiniteLossError(
+                    f"{name} is not finite after step {self.state.global_step}; no checkpoint was written and the "
+                    "earlier one is kept. Lower the learning rate or lengthen the warm-up"
+                )
+        super()._save_checkpoint(model, trial)
+
+
+class StageProgress(TrainerCallback):
+    """A progress bar on a terminal, and one readable line at each log everywhere."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.bar: tqdm | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar."""
+        if state.is_world_process_zero and sys.stderr.isatty():
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.label, leave=False)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Advance the bar."""
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Print the losses and accuracies of one log."""
+        line = progress_line(self.label, state.global_step, state.max_steps, logs or {})
+        if state.is_world_process_zero and line:
+            tqdm.write(line)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def progress_line(label: str, step: int, max_steps: int, logs: Mapping[str, float]) -> str:
+    """Write one log as one line; empty if it holds no objective's loss.
+
+    >>> progress_line("decoder", 50, 200, {"loss": 3.2, "causal_loss": 3.2, "causal_token_accuracy": 0.301})
+    'decoder 50/200 | causal 3.200 30.1%'
+    >>> progress_line("decoder", 50, 200, {"eval_causal_loss": 3.1, "eval_causal_token_accuracy": 0.3})
+    'decoder 50/200 validation | causal 3.100 30.0%'
+    """
+    prefix = "eval_" if any(key.startswith("eval_") for key in logs) else ""
+    parts = []
+    for key, value in logs.items():
+        if key.startswith(prefix) and key.endswith("_loss") and key not in ("eval_loss", "train_loss"):
+            name = key[len(prefix) : -len("_loss")]
+            accuracy = logs.get(f"{prefix}{name}_token_accuracy")
+            parts.append(f"{name} {value:.3f}" + ("" if accuracy is None else f" {accuracy:.1%}"))
+    if not parts:
+        return ""
+    return " | ".join([f"{label} {step}/{max_steps}" + (" validation" if prefix else ""), *parts])
+
+
+def training_arguments(
+    training: TrainingRecipe,
+    output_dir: Path,
+    *,
+    seed: int,
+    use_cpu: bool = False,
+    report_to: list[str] | None = None,
+) -> TrainingArguments:
+    """Translate a stage's settings into `TrainingArguments`."""
+    schedule_kwargs: dict[str, Any] = {}
+    if training.schedule == "warmup_stable_decay":
+        schedule_kwargs = {"num_decay_steps": round(training.decay * training.max_steps), "decay_type": "linear"}
+    return TrainingArguments(
+        output_dir=str(output_dir),
+        max_steps=training.max_steps,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        learning_rate=training.learning_rate,
+        max_grad_norm=training.max_grad_norm,
+        lr_scheduler_type=SCHEDULES[training.schedule],
+        lr_scheduler_kwargs=schedule_kwargs,
+        warmup_steps=round(training.warmup * training.max_steps),
+        logging_steps=training.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if training.eval_steps else "no",
+        eval_steps=training.eval_steps,
+        save_strategy="steps" if training.save_steps else "no",
+        save_steps=training.save_steps or training.max_steps,
+        save_total_limit=training.save_total_limit,
+        train_sampling_strategy="sequential",  # `TokenRows` is in training order already
+        remove_unused_columns=False,
+        dataloader_pin_memory=not use_cpu and torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        disable_tqdm=True,
+        report_to=report_to or "none",
+        use_cpu=use_cpu,
+        seed=seed,
+        data_seed=seed,
+    )
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint of a folder that was written to its end, or `None`.
+
+    The Trainer writes `trainer_state.json` last, so a run killed while saving leaves a folder without it.
+    """
+    found: list[tuple[int, Path]] = []
+    for checkpoint in folder.glob("checkpoint-*"):
+        try:
+            step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+        except (OSError, ValueError, KeyError):
+            continue
+        complete = all((checkpoint / name).is_file() for name in CHECKPOINT_FILES)
+        if complete and any(checkpoint.glob("*.safetensors")):
+            found.append((int(step), checkpoint))
+    return max(found)[1] if found else None
