@@ -1,5 +1,7 @@
 """Configuration of the memory encoder-decoder."""
 
+import copy
+
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -10,6 +12,13 @@ PROJECTOR_TYPES = ("identity", "linear", "mlp", "bottleneck")
 MEMORY_POSITIONS = ("contiguous", "fixed")
 ABSENT_MEMORIES = ("mask", "ones", "zeros")
 FORMAT_VERSION = 1
+AUTO_MAP = {
+    "AutoConfig": "configuration_memory.MemoryEncoderDecoderConfig",
+    "AutoModel": "modeling_memory.MemoryEncoderDecoderModel",
+    "AutoModelForCausalLM": "modeling_memory.MemoryEncoderDecoderForCausalLM",
+    "AutoProcessor": "processing_memory.MemoryProcessor",
+}
+"""Where the Auto classes find what a saved folder holds."""
 
 
 def build_child_config(child, default_model_type: str = "llama") -> PreTrainedConfig:
@@ -23,7 +32,7 @@ def build_child_config(child, default_model_type: str = "llama") -> PreTrainedCo
         default_model_type (`str`): Model type of a dictionary without one, and of `None`.
     """
     if isinstance(child, PreTrainedConfig):
-        return child
+        return copy.deepcopy(child)  # the composite sets fields of its children, which may belong to a live model
     fields = dict(child or {})
     model_type = fields.pop("model_type", default_model_type)
     if model_type == MaskedMixerConfig.model_type:
@@ -161,14 +170,14 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         return None if room is None else room - self.window_length
 
     @property
-    def vocab_size(self) -> int:
+    def vocab_size(self) -> int | None:
         """Rows of the decoder's token table (V)."""
-        return self.decoder.vocab_size
+        return getattr(self.decoder, "vocab_size", None)
 
     @property
-    def hidden_size(self) -> int:
+    def hidden_size(self) -> int | None:
         """Width of the decoder (D)."""
-        return self.decoder.hidden_size
+        return getattr(self.decoder, "hidden_size", None)
 
     @property
     def max_position_embeddings(self) -> int | None:
@@ -215,12 +224,12 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
                 raise ValueError(
                     f"`{name}` is {getattr(self, name)!r}; expected one of {', '.join(map(repr, known))}."
                 )
-        for name in ("encoder", "decoder"):
-            if getattr(getattr(self, name), "hidden_size", None) is None:
+        for name, field in (("encoder", "hidden_size"), ("decoder", "hidden_size"), ("decoder", "vocab_size")):
+            child = getattr(self, name)
+            if getattr(child, field, None) is None:
                 raise ValueError(
-                    f"The {name} config of type {getattr(self, name).model_type!r} has no `hidden_size`; give the "
-                    "config "
-                    "of a text model."
+                    f"The {name} config of type {child.model_type!r} has no `{field}`. Give the config of a text "
+                    "model."
                 )
         if self.projector_type == "identity" and self.encoder.hidden_size != self.decoder.hidden_size:
             raise ValueError(

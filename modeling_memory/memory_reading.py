@@ -95,10 +95,7 @@ class MemoryReadingMixin:
             return self._read_windows(text, cache, **options)
         check_clear(self.config, text, cache)
         if fixed:
-            no_memories = self.get_input_embeddings().weight.new_zeros(
-                text.batch_size, 0, self.config.decoder.hidden_size
-            )
-            return self._read_behind(text, no_memories, no_memories[..., 0].long(), cache, use_cache, **options)
+            return self._read_behind(text, *self._no_memories(text.batch_size), cache, use_cache, **options)
         reading = self._read_clear(text, cache, use_cache, **options)
         if text.input_ids is None:
             _mark_clear(reading.cache)
@@ -218,16 +215,14 @@ class MemoryReadingMixin:
         if cache is not None:
             mask = text.mask()
             packed, _ = pack_present(text.input_ids[..., None], mask)
-            no_memories = self.get_input_embeddings().weight.new_zeros(
-                text.batch_size, 0, self.config.decoder.hidden_size
-            )
+            memory_embeds, memory_mask = self._no_memories(text.batch_size)
             cache.start(
                 reading.cache,
                 column_mask=mask,
                 window_input_ids=packed[..., 0],
                 window_fill=mask.sum(1),
-                memory_embeds=no_memories,
-                memory_mask=no_memories[..., 0].long(),
+                memory_embeds=memory_embeds,
+                memory_mask=memory_mask,
             )
             cache.num_columns = text.length
         reading.cache = cache
@@ -237,12 +232,12 @@ class MemoryReadingMixin:
         """Turn all windows of each row but its last into memories `(B, M, D)` and their mask `(B, M)`."""
         batch_size, chunk_length = len(windows.counts), self.config.chunk_length
         per_window = self.config.memories_per_window
+        if windows.num_windows == 1:
+            return self._no_memories(batch_size)
         if windows.dense:
             folded = windows.input_ids.view(batch_size, windows.num_windows, -1)[:, :-1]  # (B, N-1, W)
             memory_embeds = self._encode(folded.reshape(-1, chunk_length), None)
             memory_embeds = memory_embeds.reshape(batch_size, (windows.num_windows - 1) * per_window, -1)
-            if windows.num_windows == 1:
-                memory_embeds = memory_embeds.reshape(batch_size, 0, self.config.decoder.hidden_size)
             return memory_embeds, torch.ones_like(memory_embeds[..., 0], dtype=torch.long)
         full = windows.index < windows.counts[windows.row] - 1
         memory_embeds = self._encode(windows.input_ids[full].reshape(-1, chunk_length), None)
@@ -448,6 +443,12 @@ class MemoryReadingMixin:
             reading.hidden_states = tuple(states[:, length:] for states in reading.hidden_states)
         return reading
 
+    def _no_memories(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return memories `(B, 0, D)` and their mask `(B, 0)`."""
+        weight = self.get_input_embeddings().weight
+        memory_embeds = weight.new_zeros(batch_size, 0, self.config.decoder.hidden_size)
+        return memory_embeds, torch.zeros(batch_size, 0, dtype=torch.long, device=weight.device)
+
     def _embed(self, input_ids: torch.Tensor, slots: torch.Tensor | None = None) -> torch.Tensor:
         """Embed tokens; a slot, whose id need not be in the table, gets the embedding of id 0."""
         if slots is not None:
@@ -460,7 +461,8 @@ class MemoryReadingMixin:
 
 
 def _is_checkpointing(model: PreTrainedModel) -> bool:
-    return model.training and model.is_gradient_checkpointing
+    """Whether the library switches the model's cache off to recompute activations."""
+    return model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _mark_clear(cache: Cache | None) -> None:

@@ -31,7 +31,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .configuration_memory import MemoryEncoderDecoderConfig
+from .configuration_memory import AUTO_MAP, MemoryEncoderDecoderConfig
 from .generation_memory import MemoryGenerationMixin
 from .memory_encoder import build_encoder, build_pooling, encode_chunks
 from .memory_projector import MemoryProjector
@@ -109,6 +109,14 @@ class MemoryPreTrainedModel(PreTrainedModel):
         (loaded[0] if isinstance(loaded, tuple) else loaded).apply_freezing()
         return loaded
 
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """Save as `PreTrainedModel.save_pretrained` does, with an `auto_map` that every Auto class finds."""
+        self.config.auto_map = dict(AUTO_MAP)
+        for child in (self.config.encoder, self.config.decoder):  # their code is reached through the model's own
+            vars(child).pop("auto_map", None)
+            child._name_or_path = ""
+        super().save_pretrained(*args, **kwargs)
+
 
 class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
     """A memory encoder-decoder without language modelling loss: it returns the decoder's hidden states.
@@ -134,7 +142,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
         self.projector = MemoryProjector(config)
         self.decoder = AutoModelForCausalLM.from_config(config.decoder) if decoder is None else decoder
         # One object a config: what is set on the child (attention implementation, vocabulary size) is set here too.
-        config.encoder, config.decoder = self.encoder.config, self.decoder.config
+        self.config.encoder, self.config.decoder = self.encoder.config, self.decoder.config
         arguments = inspect.signature(self.decoder.forward).parameters
         self._takes_position_ids = "position_ids" in arguments
         self._takes_logits_to_keep = "logits_to_keep" in arguments
@@ -245,11 +253,14 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
         config.setdefault("self_memory", vocabularies[0] is not None and vocabularies[0] >= vocabularies[1])
         model = cls(
             cls.config_class(encoder=encoder_config, decoder=decoder_config, **config),
-            encoder=encoder.to(decoder.dtype),
+            encoder=encoder,
             decoder=decoder,
         )
-        model.projector.to(decoder.dtype).to(decoder.device)
-        model.pooling.to(decoder.dtype).to(decoder.device)
+        for part in (model.encoder, model.pooling, model.projector):
+            for parameter in part.parameters():  # buffers, such as rotary frequencies, keep their precision
+                parameter.data = parameter.data.to(decoder.dtype)
+        model.pooling.to(decoder.device)
+        model.projector.to(decoder.device)
         with torch.no_grad():
             model.projector.initialize(decoder.get_input_embeddings().weight.float().std().item())
             if bottleneck is not None and model.config.projector_type == "bottleneck":

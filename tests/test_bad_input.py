@@ -1,0 +1,167 @@
+"""Every public entry of the memory model refuses what it cannot read, and says what was given, expected and to do."""
+
+import pytest
+import torch
+from transformers import LlamaModel, MistralConfig
+
+from modeling_memory import MemoryEncoderDecoderConfig, MemoryEncoderDecoderForCausalLM
+from tests.conftest import tiny_decoder_config, tiny_encoder_config
+from tests.memory_models import CHUNK, SLOT, WINDOW, build_model, random_ids
+
+
+def config(**fields):
+    fields = {
+        "encoder": tiny_encoder_config("llama"),
+        "decoder": tiny_decoder_config(),
+        "chunk_length": CHUNK,
+        **fields,
+    }
+    return MemoryEncoderDecoderConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"chunk_length": 0}, "`chunk_length` is 0"),
+        ({"chunk_length": 2.5}, "`chunk_length` is 2.5"),
+        ({"chunk_length": True}, "`chunk_length` is True"),
+        ({"window_length": 6}, "6 and `chunk_length` is 4.*multiple"),
+        ({"memories_per_chunk": 5}, "more than the 4 tokens"),
+        ({"pooling": "max"}, "'max'; expected one of 'last', 'mean'"),
+        ({"projector_type": "conv"}, "'conv'; expected one of 'identity'"),
+        ({"memory_positions": "random"}, "expected one of 'contiguous', 'fixed'"),
+        ({"absent_memories": "twos"}, "expected one of 'mask'"),
+        ({"absent_memories": "ones"}, "memory_positions='fixed'"),
+        ({"memory_positions": "fixed"}, "`max_memories`, which is not set"),
+        ({"max_memories": -1}, "`max_memories` is -1"),
+        ({"max_memories": 125}, "need 129 positions.*see 128"),
+        ({"chunk_length": 256, "window_length": 256}, "need 256 positions"),
+        ({"projector_noise": -0.5}, "`projector_noise` is -0.5"),
+        ({"projector_noise": 0.5}, "'linear' projector adds none"),
+        ({"encoder": tiny_encoder_config("llama", hidden_size=16), "projector_type": "identity"}, "has 16 and .* 32"),
+        (
+            {"encoder": tiny_encoder_config("llama", vocab_size=50)},
+            "knows 50 ids and the decoder 96.*self_memory=False",
+        ),
+        ({"encoder": tiny_encoder_config("llama", max_position_embeddings=3)}, "takes 3 tokens"),
+        (
+            {"encoder": {"model_type": "vit_msn", "vocab_size": 96}, "decoder": {"model_type": "encodec"}},
+            "hidden_size",
+        ),
+        ({"copy_token_id": 96}, "table has 96 rows"),
+        ({"blank_token_id": -1}, "0 or more"),
+        ({"copy_token_id": 3, "blank_token_id": 3}, "are both 3"),
+        ({"copy_token_id": 2}, "`copy_token_id` and `eos_token_id` are both 2"),
+        ({"memory_token_id": 0}, "`memory_token_id` and `pad_token_id` are both 0"),
+        (
+            {"decoder": MistralConfig(vocab_size=96, hidden_size=32, sliding_window=16), "max_memories": 13},
+            "need 17 positions.*see 16.*attention window 16",
+        ),
+    ],
+)
+def test_configs_that_do_not_fit(fields, message):
+    with pytest.raises(ValueError, match=message):
+        config(**fields)
+
+
+def test_a_sliding_window_bounds_what_a_text_may_need():
+    decoder = MistralConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=7,
+    )  # fmt: skip
+    model = MemoryEncoderDecoderForCausalLM(config(decoder=decoder)).eval()
+    assert model.config.memory_capacity == 3
+    model(random_ids(1, 16))
+    with pytest.raises(ValueError, match="needs 4 memories.*takes 3"):
+        model(random_ids(1, 17))
+
+
+CHUNKS = random_ids(2, 3, CHUNK)
+SLOTTED = torch.cat([torch.full((2, 3), SLOT), random_ids(2, 4)], 1)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "neither were given"),
+        ({"input_ids": random_ids(1, 3), "inputs_embeds": torch.zeros(1, 3, 32)}, "both were given"),
+        ({"input_ids": torch.zeros(0, 3, dtype=torch.long)}, r"shape \(0, 3\)"),
+        ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, r"shape \(2, 0\)"),
+        ({"input_ids": random_ids(5)}, r"shape \(5,\); expected 2 dimensions"),
+        ({"input_ids": torch.tensor([[5, 97]])}, "0 to 95.*holds 97"),
+        ({"input_ids": torch.tensor([[5, -1]])}, "0 to 95.*holds -1"),
+        ({"input_ids": random_ids(2, 3), "attention_mask": torch.ones(2, 4)}, r"\(2, 4\).*3 columns"),
+        (
+            {"input_ids": random_ids(2, 3), "attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])},
+            "Row 1 .*0 everywhere",
+        ),
+        ({"input_ids": random_ids(2, 3), "labels": random_ids(2, 4)}, r"`labels` has shape \(2, 4\).*\(2, 3\)"),
+        ({"input_ids": random_ids(2, 3), "shift_labels": random_ids(1, 3)}, "`shift_labels` has shape"),
+        ({"input_ids": random_ids(2, 3), "labels": random_ids(2, 3), "logits_to_keep": 1}, "logits of all columns"),
+        ({"input_ids": SLOTTED}, "Row 0 .* 3 memory slots.*but 0 memories"),
+        ({"input_ids": SLOTTED, "context_input_ids": CHUNKS[:, :2]}, "Row 0 .* 3 memory slots.*2 memories"),
+        (
+            {
+                "input_ids": SLOTTED,
+                "context_input_ids": CHUNKS,
+                "context_attention_mask": torch.tensor([[1, 1, 1], [1, 0, 1]])[..., None].expand(2, 3, CHUNK),
+            },
+            "Row 1 .* 3 memory slots.*2 memories",
+        ),
+        (
+            {"input_ids": SLOTTED, "context_input_ids": CHUNKS, "labels": SLOTTED.clamp(max=95)},
+            "is a memory slot, but its label",
+        ),
+        (
+            {"input_ids": SLOTTED, "context_input_ids": CHUNKS, "memory_embeds": torch.zeros(2, 3, 32)},
+            "Both `context_input_ids`",
+        ),
+        ({"input_ids": SLOTTED, "context_input_ids": CHUNKS[0]}, "expected .batch, chunks, chunk tokens."),
+        ({"input_ids": SLOTTED, "context_input_ids": CHUNKS + 90}, "encoder knows ids 0 to 95"),
+        (
+            {"input_ids": SLOTTED, "context_input_ids": random_ids(2, 3, 129)},
+            "has 129 tokens, but the encoder takes 128",
+        ),
+        (
+            {"input_ids": SLOTTED, "context_input_ids": CHUNKS, "context_attention_mask": torch.ones(2, 3)},
+            "`context_attention_mask` has shape",
+        ),
+        ({"input_ids": SLOTTED, "memory_embeds": torch.zeros(2, 3, 31)}, "decoder's width"),
+        ({"input_ids": SLOTTED, "memory_embeds": torch.zeros(3, 3, 32)}, "3 rows and the text 2"),
+        (
+            {"input_ids": SLOTTED, "memory_embeds": torch.zeros(2, 3, 32), "memory_mask": torch.ones(2, 2)},
+            "one mask value",
+        ),
+        ({"inputs_embeds": torch.zeros(1, WINDOW + 1, 32)}, "embeddings cannot be folded"),
+        ({"input_ids": random_ids(1, 9), "position_ids": torch.arange(9)[None]}, "`position_ids` were given"),
+        ({"input_ids": random_ids(1, 9), "output_attentions": True}, "`output_attentions` was asked"),
+    ],
+)
+def test_calls_that_do_not_fit(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        build_model("llama")(**inputs)
+
+
+def test_memories_without_a_slot_id():
+    model = build_model(memory_token_id=None)
+    with pytest.raises(ValueError, match="`config.memory_token_id` is not set"):
+        model(random_ids(1, 3), memory_embeds=torch.zeros(1, 1, 32))
+
+
+def test_more_memories_than_positions():
+    with pytest.raises(ValueError, match="needs 200 memories"):
+        build_model()(random_ids(1, 3), memory_embeds=torch.zeros(1, 200, 32))
+    with pytest.raises(ValueError, match="takes 120"):
+        build_model()(random_ids(1, 600))
+
+
+def test_fixed_positions_want_their_slots_in_front():
+    model = build_model(memory_positions="fixed", max_memories=4)
+    with pytest.raises(ValueError, match="all memories stand before the text"):
+        model(torch.tensor([[7, SLOT]]), memory_embeds=torch.zeros(1, 1, 32))
+
+
+def test_a_decoder_without_a_head_or_a_cache():
+    body = LlamaModel(tiny_decoder_config())
+    with pytest.raises(ValueError, match="without a language modelling head"):
+        MemoryEncoderDecoderForCausalLM.from_encoder_decoder_pretrained(body, body, chunk_length=4)

@@ -1,0 +1,305 @@
+"""Generation equals the plain loop: with cache and without, through roll-overs, beams, unequal rows and contexts."""
+
+import itertools
+
+import pytest
+import torch
+from transformers import StaticCache
+from transformers.cache_utils import DynamicCache
+
+from modeling_memory import MemoryCache
+from tests.memory_models import CHUNK, SLOT, WINDOW, build_model, ragged_batch, random_ids
+from tests.reference import memory_loop
+
+DECODERS = ("llama", "qwen3", "gpt_neox")
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+ATOL = 1e-5
+
+
+def left_padded(lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(lengths)
+    input_ids = random_ids(len(lengths), width)
+    mask = (torch.arange(width) >= width - torch.tensor(lengths)[:, None]).long()
+    return input_ids * mask, mask
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+class TestPlainText:
+    @pytest.mark.parametrize("use_cache", [True, False])
+    def test_greedy_equals_the_plain_loop_through_roll_overs(self, decoder, use_cache):
+        model = build_model(decoder=decoder)
+        lengths = (2, WINDOW, 13, 3 * WINDOW + 1)
+        prompt, mask = left_padded(lengths)
+        out = model.generate(prompt, attention_mask=mask, max_new_tokens=19, use_cache=use_cache, **GREEDY)
+        for row, length in enumerate(lengths):
+            expected = memory_loop.generate_greedily(model, prompt[row, -length:], 19)
+            assert torch.equal(out[row, -length - 19 :], expected)
+
+    def test_beams_with_cache_equal_beams_without(self, decoder):
+        model = build_model(decoder=decoder)
+        prompt, mask = left_padded((3, WINDOW, 14))
+        runs = [
+            model.generate(
+                prompt,
+                attention_mask=mask,
+                max_new_tokens=18,
+                num_beams=3,
+                num_return_sequences=2,
+                use_cache=use_cache,
+                output_scores=True,
+                return_dict_in_generate=True,
+                **GREEDY,
+            )
+            for use_cache in (True, False)
+        ]
+        assert torch.equal(runs[0].sequences, runs[1].sequences)
+        torch.testing.assert_close(runs[0].sequences_scores, runs[1].sequences_scores, atol=1e-4, rtol=0)
+        assert len(runs[0].sequences) == 6
+
+    def test_sampling_is_the_same_with_and_without_cache(self, decoder):
+        model = build_model(decoder=decoder)
+        prompt, mask = left_padded((3, WINDOW, 14))
+        runs = []
+        for use_cache in (True, False):
+            torch.manual_seed(7)
+            runs.append(
+                model.generate(
+                    prompt,
+                    attention_mask=mask,
+                    max_new_tokens=18,
+                    use_cache=use_cache,
+                    **{**GREEDY, "do_sample": True, "top_k": 20, "temperature": 0.8},
+                )
+            )
+        assert torch.equal(*runs)
+
+    @pytest.mark.parametrize("cut", [1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 20])
+    @pytest.mark.parametrize("step", [1, 3, WINDOW, 20])
+    def test_cached_steps_equal_the_uncached_call(self, decoder, cut, step):
+        model = build_model(decoder=decoder)
+        input_ids, mask = ragged_batch()
+        mask[:, 0] = 1  # the first call sees a token of every row
+        expected = model(input_ids, attention_mask=mask).logits
+        out = model(input_ids[:, :cut], attention_mask=mask[:, :cut], use_cache=True)
+        logits = [out.logits]
+        for start in range(cut, input_ids.shape[1], step):
+            end = min(start + step, input_ids.shape[1])
+            out = model(input_ids[:, start:end], attention_mask=mask[:, :end], past_key_values=out.past_key_values)
+            logits.append(out.logits)
+            assert out.past_key_values.get_seq_length() == end
+        got = torch.cat(logits, 1)
+        # Padding columns repeat what predicts the next token only inside one call.
+        torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=ATOL, rtol=0)
+
+
+class TestSlots:
+    @pytest.mark.parametrize(
+        ("decoder", "use_cache", "num_beams"), list(itertools.product(DECODERS, (True, False), (1, 3)))
+    )
+    def test_batches_of_unequal_contexts_and_prompts_equal_single_calls(self, decoder, use_cache, num_beams):
+        model = build_model("llama", decoder)
+        chunks, chunk_mask = random_ids(3, 4, CHUNK), torch.ones(3, 4, CHUNK, dtype=torch.long)
+        chunk_mask[0, 2:] = 0
+        chunk_mask[1, 3, 1:] = 0
+        chunk_mask[2, 1:] = 0
+        prompts = [torch.cat([torch.full((n,), SLOT), random_ids(m, seed=m)]) for n, m in ((2, 3), (4, 7), (1, 1))]
+        width = max(map(len, prompts))
+        prompt = torch.stack([torch.cat([torch.zeros(width - len(p), dtype=torch.long), p]) for p in prompts])
+        options = {"max_new_tokens": 12, "num_beams": num_beams, "use_cache": use_cache, **GREEDY}
+        mask = (prompt != 0).long()
+        out = model.generate(
+            prompt, attention_mask=mask, context_input_ids=chunks, context_attention_mask=chunk_mask, **options
+        )
+        for row, text in enumerate(prompts):
+            single = model.generate(
+                text[None],
+                context_input_ids=chunks[row : row + 1],
+                context_attention_mask=chunk_mask[row : row + 1],
+                **options,
+            )
+            assert torch.equal(out[row, -len(text) - 12 :], single[0])
+
+    def test_greedy_equals_the_argmax_loop(self):
+        model = build_model("llama")
+        chunks = random_ids(1, 3, CHUNK)
+        text = torch.tensor([7, SLOT, SLOT, 8, SLOT, 9])
+        out = model.generate(text[None], context_input_ids=chunks, max_new_tokens=14, **GREEDY)
+        for _ in range(14):
+            logits = memory_loop.read_slots(model, list(chunks[0]), text)
+            text = torch.cat([text, logits[-1:].argmax(-1)])
+        assert torch.equal(out[0], text)
+
+    def test_ready_memories_equal_the_context_and_serve_many_prompts(self):
+        model = build_model()
+        chunks = random_ids(1, 2, CHUNK)
+        prompts = torch.cat([torch.full((3, 2), SLOT), random_ids(3, 5)], 1)
+        memory_embeds, memory_mask = model.encode_memories(chunks)
+        ready = model.generate(
+            prompts, memory_embeds=memory_embeds, memory_mask=memory_mask, max_new_tokens=9, **GREEDY
+        )
+        repeated = chunks.expand(3, -1, -1)
+        assert torch.equal(ready, model.generate(prompts, context_input_ids=repeated, max_new_tokens=9, **GREEDY))
+
+    def test_static_cache_equals_dynamic(self):
+        model = build_model()
+        prompt = torch.cat([torch.full((2, 2), SLOT), random_ids(2, 5)], 1)
+        options = {"context_input_ids": random_ids(2, 2, CHUNK), "max_new_tokens": 9, **GREEDY}
+        static = model.generate(prompt, cache_implementation="static", disable_compile=True, **options)
+        assert torch.equal(static, model.generate(prompt, **options))
+
+    @pytest.mark.parametrize("slot", [SLOT, 50])
+    def test_slots_are_neither_written_nor_seen_by_processors(self, slot):
+        model = build_model(memory_token_id=slot)
+        with torch.no_grad():
+            model.get_output_embeddings().weight[min(slot, 95)] *= 40  # would win without suppression
+        prompt = torch.tensor([[slot, slot, 7, 8, 9]])
+        out = model.generate(
+            prompt,
+            context_input_ids=random_ids(1, 2, CHUNK),
+            max_new_tokens=9,
+            repetition_penalty=1.3,
+            no_repeat_ngram_size=2,
+            **GREEDY,
+        )
+        assert not (out[:, 5:] == slot).any()
+
+    def test_prompt_lookup_in_slots_equals_greedy(self):
+        model = build_model()
+        prompt = torch.tensor([[SLOT, SLOT, 7, 8, 9, 7, 8]])
+        options = {"context_input_ids": random_ids(1, 2, CHUNK), "max_new_tokens": 9, **GREEDY}
+        assert torch.equal(
+            model.generate(prompt, prompt_lookup_num_tokens=2, **options), model.generate(prompt, **options)
+        )
+
+
+@pytest.mark.parametrize("absent", ["mask", "ones", "zeros"])
+def test_fixed_positions_generate_as_the_plain_loop(absent):
+    model = build_model(memory_positions="fixed", max_memories=12, absent_memories=absent)
+    prompt = random_ids(2, 5)
+    out = model.generate(prompt, max_new_tokens=19, **GREEDY)
+    for row in range(2):
+        assert torch.equal(out[row], memory_loop.generate_greedily(model, prompt[row], 19))
+    chunks = random_ids(2, 2, CHUNK)
+    text = torch.cat([torch.full((2, 2), SLOT), prompt], 1)
+    runs = [
+        model.generate(text, context_input_ids=chunks, max_new_tokens=12, use_cache=cached, **GREEDY)
+        for cached in (True, False)
+    ]
+    assert torch.equal(*runs)
+
+
+class TestCaches:
+    def test_the_cache_of_many_windows_is_that_of_the_last(self):
+        model = build_model()
+        out = model(random_ids(2, 29), use_cache=True)
+        cache = out.past_key_values
+        assert isinstance(cache, MemoryCache)
+        memories = 29 // WINDOW * WINDOW // CHUNK
+        assert cache.memory_embeds.shape == (2, memories, 32)
+        assert cache.layers[0].keys.shape[2] == memories + WINDOW
+        assert cache.column_mask.sum(1).tolist() == [memories + 29 % WINDOW] * 2
+
+    def test_rows_that_fold_at_different_moments_keep_the_cache_small(self):
+        model = build_model()
+        prompt, mask = left_padded((1, 3, 6))
+        out = model.generate(
+            prompt, attention_mask=mask, max_new_tokens=60, return_dict_in_generate=True, **GREEDY
+        ).past_key_values
+        assert out.memory_embeds.shape[1] == (6 + 59) // WINDOW * 2
+        assert out.layers[0].keys.shape[2] <= out.memory_embeds.shape[1] + 2 * WINDOW
+
+    def test_a_full_window_is_encoded_once(self):
+        model = build_model()
+        calls = []
+        model.encoder.register_forward_hook(lambda module, args, kwargs, out: calls.append(1), with_kwargs=True)
+        model.generate(random_ids(2, 3), max_new_tokens=5 * WINDOW, **GREEDY)
+        assert len(calls) == 5
+
+    def test_conversation_goes_on_from_a_returned_cache(self):
+        model = build_model()
+        prompt = random_ids(1, 6)
+        first = model.generate(prompt, max_new_tokens=9, return_dict_in_generate=True, **GREEDY)
+        longer = torch.cat([first.sequences, random_ids(1, 7, seed=3)], 1)
+        with_cache = model.generate(longer, past_key_values=first.past_key_values, max_new_tokens=9, **GREEDY)
+        assert torch.equal(with_cache, model.generate(longer, max_new_tokens=9, **GREEDY))
+
+    def test_without_rolling_the_last_window_grows(self):
+        model = build_model()
+        prompt = random_ids(1, 2 * WINDOW + 3)
+        memory_embeds, memory_mask = model.encode_memories(prompt[:, : 2 * WINDOW].reshape(1, -1, CHUNK))
+        slots = torch.cat([torch.full((1, 4), SLOT), prompt[:, 2 * WINDOW :]], 1)
+        expected = model.generate(slots, memory_embeds=memory_embeds, max_new_tokens=20, **GREEDY)[:, -20:]
+        out = model.generate(prompt, rolling_memory=False, max_new_tokens=20, **GREEDY)
+        assert torch.equal(out[:, -20:], expected)
+
+    @pytest.mark.parametrize("make", [DynamicCache, lambda: StaticCache(build_model().config.decoder, 64)])
+    def test_a_plain_cache_for_text_that_folds_is_refused(self, make):
+        model = build_model()
+        with pytest.raises(ValueError, match="past_key_values=None"):
+            model(random_ids(1, WINDOW + 1), past_key_values=make())
+
+    def test_a_plain_cache_may_not_outgrow_its_window_unnoticed(self):
+        model = build_model()
+        cache = DynamicCache()
+        model(random_ids(1, WINDOW), past_key_values=cache)
+        with pytest.raises(ValueError, match="cannot hold what folding needs"):
+            model(random_ids(1, 1), past_key_values=cache)
+
+    def test_memory_cache_refuses_to_shrink_and_can_be_emptied(self):
+        model = build_model()
+        cache = model(random_ids(1, 20), use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="cannot be taken"):
+            cache.crop(3)
+        cache.reset()
+        again = model(random_ids(1, 20), past_key_values=cache)
+        torch.testing.assert_close(again.logits, model(random_ids(1, 20)).logits)
+
+    def test_rows_can_be_repeated_and_selected(self):
+        model = build_model()
+        input_ids = random_ids(2, 13)
+        cache = model(input_ids, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([3, 0]))
+        following = random_ids(2, 6, seed=9)
+        logits = model(following, past_key_values=cache).logits
+        expected = model(torch.cat([input_ids.flip(0), following], 1)).logits[:, 13:]
+        torch.testing.assert_close(logits, expected, atol=ATOL, rtol=0)
+
+
+class TestRefusals:
+    def test_right_padding(self):
+        model = build_model()
+        prompt = random_ids(2, 6)
+        mask = torch.ones_like(prompt)
+        mask[1, 4:] = 0
+        with pytest.raises(ValueError, match="Row 1 .*Pad on the left"):
+            model.generate(prompt, attention_mask=mask, max_new_tokens=2, **GREEDY)
+        prompt[0, -1] = model.config.pad_token_id
+        with pytest.raises(ValueError, match="Row 0 .*Pad on the left"):
+            model.generate(prompt, max_new_tokens=2, **GREEDY)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"prefill_chunk_size": 4}, "prefill_chunk_size"),
+            ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens"),
+            ({"cache_implementation": "static"}, "cache_implementation"),
+            ({"assistant_model": "itself"}, "assistant_model"),
+            ({"rolling_memory": True, "memory_embeds": torch.zeros(1, 1, 32)}, "rolling_memory"),
+        ],
+    )
+    def test_options_that_cannot_be_right(self, options, message):
+        model = build_model()
+        if "assistant_model" in options:
+            options = {"assistant_model": model}
+        with pytest.raises(ValueError, match=message):
+            model.generate(random_ids(1, 5), max_new_tokens=3, **options, **GREEDY)
+
+    def test_more_text_than_memories_allow(self):
+        model = build_model(max_memories=4)
+        with pytest.raises(ValueError, match="needs 6 memories.*takes 4"):
+            model.generate(random_ids(1, 5), max_new_tokens=30, **GREEDY)
+
+    def test_empty_prompt(self):
+        with pytest.raises(ValueError, match="at least one token"):
+            build_model().generate(torch.zeros(1, 0, dtype=torch.long))

@@ -1,0 +1,151 @@
+"""What is saved is what is loaded: bit by bit, by every Auto class, with every buffer, and no path of a machine."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
+
+from modeling_memory import (
+    MemoryEncoderDecoderConfig,
+    MemoryEncoderDecoderForCausalLM,
+    MemoryEncoderDecoderModel,
+)
+from tests.conftest import tiny_decoder_config, tiny_encoder_config
+from tests.memory_models import FAMILIES, SLOT, build_model, random_ids
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), FAMILIES)
+def test_round_trip_is_bit_identical(encoder, decoder, tmp_path):
+    model = build_model(encoder, decoder)
+    model.save_pretrained(tmp_path)
+    for auto_class, expected in (
+        (AutoModelForCausalLM, MemoryEncoderDecoderForCausalLM),
+        (AutoModel, MemoryEncoderDecoderModel),
+    ):
+        loaded, report = auto_class.from_pretrained(tmp_path, output_loading_info=True)
+        assert type(loaded) is expected
+        assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        states, buffers = model.state_dict(), dict(loaded.named_buffers())
+        assert all(torch.equal(value, states[name]) for name, value in loaded.state_dict().items())
+        for name, buffer in model.named_buffers():
+            assert torch.equal(buffers[name], buffer), name
+        assert not loaded.training
+    input_ids = random_ids(2, 29)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
+
+
+def test_config_round_trip(tmp_path):
+    model = build_model(memories_per_chunk=2, projector_type="mlp", max_memories=20)
+    model.config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is MemoryEncoderDecoderConfig
+    known = model.config.to_dict()
+    assert {**loaded.to_dict(), "_name_or_path": ""} == {**known, "_name_or_path": ""}
+    assert (loaded.encoder.model_type, loaded.decoder.model_type) == ("masked_mixer", "llama")
+    overridden = AutoConfig.from_pretrained(tmp_path, freeze_encoder=False)
+    assert overridden.freeze_encoder is False
+
+
+def test_the_saved_config_names_every_auto_class_and_no_place_of_this_machine(tmp_path):
+    parts = {}
+    for name, config in (("encoder", tiny_encoder_config("llama")), ("decoder", tiny_decoder_config())):
+        parts[name] = str(tmp_path / name)
+        LlamaForCausalLM(config).save_pretrained(parts[name])
+    model = MemoryEncoderDecoderForCausalLM.from_encoder_decoder_pretrained(
+        **parts, chunk_length=4, memory_token_id=SLOT
+    )
+    model.save_pretrained(tmp_path / "joined")
+    text = (tmp_path / "joined" / "config.json").read_text()
+    assert str(tmp_path) not in text
+    auto_map = json.loads(text)["auto_map"]
+    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoProcessor"}
+    for value in auto_map.values():
+        file = tmp_path / "joined" / (value.split(".")[0] + ".py")
+        assert file.exists() or value.startswith("processing_memory"), value
+
+
+def test_joining_keeps_the_parts(tmp_path):
+    torch.manual_seed(0)
+    encoder, decoder = LlamaForCausalLM(tiny_encoder_config("llama")), LlamaForCausalLM(tiny_decoder_config())
+    encoder.save_pretrained(tmp_path / "encoder")
+    decoder.save_pretrained(tmp_path / "decoder")
+    for parts in ((encoder, decoder), (str(tmp_path / "encoder"), str(tmp_path / "decoder"))):
+        model = MemoryEncoderDecoderForCausalLM.from_encoder_decoder_pretrained(
+            *parts, chunk_length=4, memory_token_id=SLOT
+        )
+        assert type(model.encoder).__name__ == "LlamaModel"
+        for name, value in encoder.model.state_dict().items():
+            assert torch.equal(model.encoder.state_dict()[name], value), name
+        for name, value in decoder.state_dict().items():
+            assert torch.equal(model.decoder.state_dict()[name], value), name
+        assert not any(p.requires_grad for p in model.encoder.parameters())
+        scale = model.get_input_embeddings().weight.std()
+        states = torch.randn(1000, 32)
+        assert 0.5 < model.projector(states).std() / scale < 2
+
+
+def test_joining_casts_to_one_dtype_and_loads_as_saved(tmp_path):
+    encoder = LlamaForCausalLM(tiny_encoder_config("llama"))
+    LlamaForCausalLM(tiny_decoder_config()).save_pretrained(tmp_path / "decoder")
+    decoder = AutoModelForCausalLM.from_pretrained(tmp_path / "decoder", dtype=torch.bfloat16)
+    model = MemoryEncoderDecoderForCausalLM.from_encoder_decoder_pretrained(encoder, decoder, chunk_length=4)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    model.save_pretrained(tmp_path / "joined")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "joined")
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    input_ids = random_ids(1, 9)
+    assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
+
+
+def test_a_decoder_with_another_vocabulary_turns_self_memory_off():
+    encoder = LlamaForCausalLM(tiny_encoder_config("llama", vocab_size=50))
+    decoder = LlamaForCausalLM(tiny_decoder_config())
+    model = MemoryEncoderDecoderForCausalLM.from_encoder_decoder_pretrained(encoder, decoder, chunk_length=4)
+    assert model.config.self_memory is False
+    input_ids = random_ids(1, 20)
+    assert torch.equal(model(input_ids).logits, model.decoder(input_ids).logits)
+
+
+def test_tied_tables_stay_tied(tmp_path):
+    config = MemoryEncoderDecoderConfig(
+        encoder=tiny_encoder_config("llama"), decoder=tiny_decoder_config(tie_word_embeddings=True), chunk_length=4
+    )
+    model = MemoryEncoderDecoderForCausalLM(config).eval()
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
+    input_ids = random_ids(1, 9)
+    assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
+    loaded.resize_token_embeddings(99)
+    assert loaded.get_output_embeddings().weight.shape[0] == 99
+    assert loaded.config.vocab_size == loaded.config.decoder.vocab_size == 99
+
+
+def test_parameter_names_are_pinned():
+    """A renamed parameter breaks every saved model, so it must break a test."""
+    names = {name for name, _ in build_model("llama").named_parameters()}
+    assert {
+        "encoder.embed_tokens.weight",
+        "encoder.layers.0.self_attn.q_proj.weight",
+        "projector.out.weight",
+        "projector.out.bias",
+        "decoder.model.embed_tokens.weight",
+        "decoder.model.layers.1.mlp.down_proj.weight",
+        "decoder.lm_head.weight",
+    } <= names
+    assert {name.split(".")[0] for name in names} == {"encoder", "projector", "decoder"}
+    assert {n for n, _ in build_model(projector_type="mlp").projector.named_parameters()} == {
+        "norm.weight", "hidden.0.weight", "hidden.0.bias", "out.weight", "out.bias"
+    }  # fmt: skip
+
+
+def test_a_fresh_model_has_no_meta_or_unset_tensor():
+    with torch.device("meta"):
+        config = build_model("llama").config
+        model = MemoryEncoderDecoderForCausalLM(config)
+    assert all(p.is_meta for p in model.parameters())
+    tensors = [name for module in model.modules() for name, v in vars(module).items() if isinstance(v, torch.Tensor)]
+    assert not tensors
