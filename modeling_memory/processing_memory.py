@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import AutoTokenizer
 from transformers.feature_extraction_utils import BatchFeature
@@ -61,14 +62,14 @@ class MemoryProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        tokenizer=None,
-        encoder_tokenizer=None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        encoder_tokenizer: PreTrainedTokenizerBase | None = None,
         chunk_length: int = 16,
         window_length: int | None = None,
         memories_per_chunk: int = 1,
         memory_token: str = "<memory>",
         chat_template: str | None = None,
-    ):
+    ) -> None:
         if tokenizer is None:
             raise ValueError("`tokenizer` is missing; give the decoder's tokenizer.")
         if chat_template is None:
@@ -256,7 +257,7 @@ class MemoryProcessor(ProcessorMixin):
             data = {**self._pad_rows(rows, padding, padding_side, max_length), **data}
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _as_batch(self, value, name: str, optional: bool = False) -> list | None:
+    def _as_batch(self, value: Any, name: str, optional: bool = False) -> list | None:
         """A string or a list of strings as a list; `None` stays `None`."""
         if value is None:
             return None
@@ -358,7 +359,7 @@ class MemoryProcessor(ProcessorMixin):
 
     def apply_chat_template(
         self,
-        conversation,
+        conversation: list,
         chat_template: str | None = None,
         context: str | Sequence[str | None] | None = None,
         num_memories: int | Sequence[int] | None = None,
@@ -367,8 +368,8 @@ class MemoryProcessor(ProcessorMixin):
         return_tensors: str | None = None,
         padding: bool | str = True,
         padding_side: str | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """Render a conversation; with `tokenize=True`, lay the slots of its context as a call does.
 
         The memory token may stand in one message of a conversation; it is kept by the template, and the slots
@@ -403,7 +404,7 @@ class MemoryProcessor(ProcessorMixin):
         )
         return inputs if return_dict else inputs["input_ids"]
 
-    def _without_slots(self, token_ids):
+    def _without_slots(self, token_ids: Any) -> list:
         """Nested lists of ids without slots, and without ids that are no token (-100 in labels)."""
         if hasattr(token_ids, "tolist"):
             token_ids = token_ids.tolist()
@@ -414,7 +415,7 @@ class MemoryProcessor(ProcessorMixin):
         slot = self.memory_token_id
         return [token_id for token_id in token_ids if token_id >= 0 and token_id != slot]
 
-    def decode(self, token_ids, **kwargs):
+    def decode(self, token_ids: Any, **kwargs: Any) -> str | list[str]:
         """Text of a row of ids, slots left out; of a batch, a list of texts.
 
         Args:
@@ -427,7 +428,7 @@ class MemoryProcessor(ProcessorMixin):
             return [self.tokenizer.decode(row, **kwargs) for row in kept]
         return self.tokenizer.decode(kept, **kwargs)
 
-    def batch_decode(self, sequences, **kwargs) -> list[str]:
+    def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
         """Texts of a batch of rows of ids, slots left out.
 
         Args:
@@ -445,7 +446,9 @@ class MemoryProcessor(ProcessorMixin):
             output["auto_map"] = dict(self.auto_map)
         return output
 
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
         """Save settings, tokenizer and, in a folder `encoder_tokenizer`, the encoder's if it is another one.
 
         Args:
@@ -463,7 +466,7 @@ class MemoryProcessor(ProcessorMixin):
         return list(files)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "MemoryProcessor":
         """Load a processor from a folder or the Hub.
 
         Args:

@@ -165,12 +165,13 @@ def test_round_trip_through_a_folder(one, two, shared, tmp_path):
     settings = json.loads((tmp_path / "processor_config.json").read_text())
     assert settings["chunk_length"] == 4 and str(tmp_path) not in json.dumps(settings)
     again = MemoryProcessor.from_pretrained(tmp_path)
-    assert again.to_dict() == processor.to_dict()
+    kept = {name: value for name, value in processor.to_dict().items() if name != "auto_map"}
+    assert again.to_dict() == kept
     assert (again.encoder_tokenizer is None) is shared
     given = {"text": ["ab<memory>c", "d"], "context": ["abcdefghijk", "the"], "padding_side": "left"}
     assert dict(again(**given)) == dict(processor(**given))
     again.save_pretrained(tmp_path / "second")
-    assert MemoryProcessor.from_pretrained(tmp_path / "second").to_dict() == processor.to_dict()
+    assert MemoryProcessor.from_pretrained(tmp_path / "second").to_dict() == kept
 
 
 def test_chat_template_survives_a_round_trip(tokenizer, tmp_path):
