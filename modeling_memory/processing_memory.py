@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoTokenizer
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -482,6 +483,9 @@ class MemoryProcessor(ProcessorMixin):
         encoder_tokenizer = None
         if settings.get("has_encoder_tokenizer"):
             inner = os.path.join(hub.pop("subfolder", "") or "", ENCODER_TOKENIZER_FOLDER)
-            encoder_tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder=inner, **hub)
+            # The blank config keeps the library from looking for one in that folder, which fails without network.
+            encoder_tokenizer = AutoTokenizer.from_pretrained(
+                pretrained_model_name_or_path, subfolder=inner, config=PreTrainedConfig(), **hub
+            )
         own = {name: settings[name] for name in (*SETTINGS, "chat_template") if name in settings}
         return cls(tokenizer, encoder_tokenizer, **own)

@@ -1,0 +1,392 @@
+"""Hub folders: what is in them, that nothing else is, and that a clean process gets the same bits out of them."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import LlamaForCausalLM
+from transformers.dynamic_module_utils import get_relative_imports
+
+from modeling_memory import (
+    MaskedMixerForCausalLM,
+    MemoryAutoencoder,
+    MemoryAutoencoderConfig,
+    MemoryProcessor,
+)
+from tests.conftest import (
+    build_tiny_encoder_tokenizer,
+    build_tiny_tokenizer,
+    tiny_decoder_config,
+    tiny_encoder_config,
+)
+from tests.memory_models import CHUNK, WINDOW, build_model
+from training import publish
+from training.publish import (
+    PublishError,
+    card_results,
+    check_files,
+    load_checkpoint,
+    render_card,
+    verify_hub_folder,
+    write_hub_folder,
+)
+
+PACKAGE = Path(publish.__file__).parents[1] / "modeling_memory"
+HUB_FILES = sorted(path for path in PACKAGE.glob("*.py") if path.name != "__init__.py")
+RECORD = {
+    "run": {"recipe_name": "tiny", "command": "python -m training.run tiny.yaml", "status": "success"},
+    "code": {"commit": "abc", "dirty": False, "versions": {"torch": "2"}},
+    "inputs": {"files": {"train": "training/corpora/books/train.parquet"}},
+    "metrics": {
+        "blank_copy": {
+            "memory": {"token_accuracy": 0.9512, "loss": 0.1234, "num_tokens": 100},
+            "no_memory": {"token_accuracy": 0.0312, "loss": 6.5},
+            "note": "text",
+        },
+        "speed": 3,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model()
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return MemoryProcessor(build_tiny_tokenizer(), chunk_length=CHUNK, window_length=WINDOW)
+
+
+@pytest.fixture
+def folder(model, processor, tmp_path):
+    return write_hub_folder(model, processor, tmp_path / "hub", RECORD)
+
+
+def files_of(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("path", HUB_FILES, ids=lambda path: path.stem)
+def test_hub_files_import_only_what_every_user_has(path):
+    """The library finds imports by pattern, docstrings included; flat single-dot imports are all that survive."""
+    tree = ast.parse(path.read_text("utf-8"))
+    relative = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 1 and node.module and "." not in node.module, ast.unparse(node)
+            assert (PACKAGE / f"{node.module}.py").exists()
+            relative.add(node.module)
+            continue
+        else:
+            continue
+        for name in names:
+            root = name.partition(".")[0]
+            assert root in {"torch", "transformers", "safetensors"} | sys.stdlib_module_names, name
+    assert set(get_relative_imports(path)) == relative
+
+
+@pytest.mark.parametrize("auto_map", publish.AUTO_MAPS.values(), ids=publish.AUTO_MAPS)
+def test_auto_maps_name_classes_that_exist(auto_map):
+    for entry in {**auto_map, **publish.PROCESSOR_AUTO_MAP}.values():
+        file, _, name = entry.partition(".")
+        tree = ast.parse((PACKAGE / f"{file}.py").read_text("utf-8"))
+        assert name in {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def test_the_folder_holds_all_that_loading_needs_and_nothing_else(folder):
+    files = files_of(folder)
+    assert {
+        "README.md",
+        "LICENSE",
+        "record.json",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "processor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "modeling_memory.py",
+        "configuration_memory.py",
+        "processing_memory.py",
+    } <= files
+    assert not any(name.endswith((".bin", ".pt", ".pyc")) or "training" in name for name in files)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["auto_map"] == publish.AUTO_MAPS["memory_encoder_decoder"]
+    settings = json.loads((folder / "processor_config.json").read_text())
+    assert settings["auto_map"] == {"AutoProcessor": "processing_memory.MemoryProcessor"}
+
+
+def test_no_place_of_this_machine_is_published(model, processor, tmp_path):
+    """Parts that were loaded from folders carry those folders' names in their configs."""
+    parts = tmp_path / "parts"
+    LlamaForCausalLM(tiny_decoder_config()).save_pretrained(parts / "decoder")
+    LlamaForCausalLM(tiny_decoder_config()).save_pretrained(parts / "encoder")
+    joined = type(model).from_encoder_decoder_pretrained(
+        str(parts / "encoder"), str(parts / "decoder"), chunk_length=CHUNK, window_length=WINDOW, memory_token_id=96
+    )
+    joined.config.decoder._name_or_path = str(parts / "decoder")
+    processor.save_pretrained(parts)
+    loaded = MemoryProcessor.from_pretrained(parts)
+    record = {**RECORD, "places": [f"{publish.REPOSITORY}/configuration/x.yaml", f"saved to {parts}/decoder."]}
+    record["run"] = {**RECORD["run"], "command": f"python {publish.REPOSITORY}/training/run.py"}
+    folder = write_hub_folder(joined, loaded, tmp_path / "hub", record)
+    for name in files_of(folder):
+        content = (folder / name).read_bytes()
+        for place in (tmp_path, publish.REPOSITORY):
+            assert str(place).encode() not in content, name
+    saved = json.loads((folder / "record.json").read_text())
+    assert saved["places"][0] == "configuration/x.yaml"
+    assert saved["run"]["command"] == "python training/run.py"
+
+
+def test_the_model_and_the_record_are_left_as_they_were(model, processor, tmp_path):
+    record = json.loads(json.dumps(RECORD))
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = {**model.config.to_dict(), "auto_map": None}
+    write_hub_folder(model.train(), processor, tmp_path / "hub", record)
+    assert model.training
+    model.eval()
+    assert record == RECORD
+    assert {**model.config.to_dict(), "auto_map": None} == before
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+def test_an_earlier_folder_leaves_nothing_behind(model, processor, tmp_path, monkeypatch):
+    """Written over, an old single file would win over new shards and serve old weights."""
+    target = tmp_path / "hub"
+    old = build_model()
+    with torch.no_grad():
+        for parameter in old.parameters():
+            parameter.add_(1.0)
+    write_hub_folder(old, processor, target, RECORD)
+    monkeypatch.setattr(publish, "MAX_SHARD_SIZE", "40KB")
+    write_hub_folder(model, processor, target)
+    files = files_of(target)
+    assert "model.safetensors" not in files and "model.safetensors.index.json" in files
+    assert "record.json" not in files
+    loaded, again = load_checkpoint(target)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    assert again.chunk_length == CHUNK
+    assert [path.name for path in tmp_path.iterdir()] == ["hub"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "optimizer.pt", "sub/config.json"])
+def test_a_place_that_holds_something_else_is_not_overwritten(model, processor, tmp_path, name):
+    (tmp_path / "hub" / name).parent.mkdir(parents=True)
+    (tmp_path / "hub" / name).write_text("mine")
+    with pytest.raises(ValueError, match="something else than a Hub folder"):
+        write_hub_folder(model, processor, tmp_path / "hub")
+    assert (tmp_path / "hub" / name).read_text() == "mine"
+
+
+def test_a_failed_write_leaves_the_earlier_folder(model, processor, folder, monkeypatch):
+    before = {name: (folder / name).read_bytes() for name in files_of(folder)}
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(publish, "render_card", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_hub_folder(model, processor, folder)
+    assert {name: (folder / name).read_bytes() for name in files_of(folder)} == before
+    assert [path.name for path in folder.parent.iterdir()] == ["hub"]
+
+
+def test_weights_of_two_dtypes_are_refused(processor, tmp_path):
+    mixed = build_model()
+    mixed.encoder.half()
+    with pytest.raises(ValueError, match=r"several dtypes \(float16, float32\)"):
+        write_hub_folder(mixed, processor, tmp_path / "hub")
+
+
+def test_other_models_and_missing_processors_are_refused(model, tmp_path):
+    with pytest.raises(ValueError, match="type 'llama'"):
+        write_hub_folder(LlamaForCausalLM(tiny_decoder_config()), None, tmp_path / "hub")
+    with pytest.raises(ValueError, match="expected a MemoryProcessor"):
+        write_hub_folder(model, build_tiny_tokenizer(), tmp_path / "hub")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_card_has_metadata_and_the_numbers_of_the_record(folder):
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "transformers" and card.data.license == "apache-2.0"
+    assert card.data.pipeline_tag == "text-generation" and card.data.model_name == "tiny"
+    assert [result.metric_value for result in card.data.eval_results] == [0.9512]
+    assert "| blank copy | memory | 95.12 % | - | 0.1234 | - |" in card.text
+    assert "| blank copy | no memory | 3.12 % | - | 6.5000 | - |" in card.text
+    assert "python -m training.run tiny.yaml" in card.text and "Commit `abc`" in card.text
+    for section in ("does not", "Use", "Architecture", "Training data", "Results", "Reproduce", "Limits and privacy"):
+        assert re.search(rf"^## .*{section}", card.text, re.MULTILINE), section
+    assert "More Information Needed" not in card.text and "{{" not in card.text and "\n\n\n" not in card.text
+
+
+def test_a_card_without_a_record_claims_nothing(model):
+    card = render_card(model)
+    assert "nothing is claimed" in card.text and "%" not in card.text.partition("## Results")[2]
+    assert card.data.eval_results is None
+
+
+def test_the_card_takes_what_only_its_writer_knows(model):
+    source = {"name": "books", "licence": "CC0 1.0", "source": "standardebooks.org"}
+    context = {
+        "description": "A first one.",
+        "training_data": [source],
+        "base_models": ["me/decoder"],
+        "example": "Out.",
+    }
+    card = render_card(model, RECORD, context)
+    assert "| books | CC0 1.0 | standardebooks.org |" in card.text
+    assert card.data.base_model == ["me/decoder"]
+    assert card.data.eval_results[0].dataset_name == "books, test split (blank_copy)"
+    assert "A first one." in card.text and "\nOut.\n" in card.text
+    with pytest.raises(ValueError, match="does not know colour"):
+        render_card(model, RECORD, {"colour": "blue"})
+
+
+def test_card_results_skip_what_is_no_metric():
+    rows = card_results(RECORD)
+    assert [(row["suite"], row["condition"]) for row in rows] == [
+        ("blank_copy", "memory"),
+        ("blank_copy", "no_memory"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "notes.txt").write_text("x"), "notes.txt must not be published"),
+        (lambda folder: (folder / "modeling_memory.py").unlink(), "whose file is not there"),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
+            "both model.safetensors and shards",
+        ),
+        (lambda folder: (folder / "record.json").write_text(f'"{folder.parent}/x"'), "a place on this machine"),
+    ],
+)
+def test_check_files_finds_what_must_not_be_published(folder, change, message):
+    check_files(folder)
+    change(folder)
+    with pytest.raises(PublishError, match=message):
+        check_files(folder)
+
+
+def test_a_memory_model_loads_in_a_clean_process_bit_for_bit(model, processor, folder):
+    report = verify_hub_folder(folder, model)
+    assert set(report) == {"folder", "hub"}
+    for result in report.values():
+        assert result["module"].startswith("transformers_modules.")
+        assert result["loaded"] == [
+            "AutoConfig",
+            "AutoModel",
+            "AutoModelForCausalLM",
+            "AutoProcessor",
+            "AutoTokenizer",
+        ]
+        assert result["cases"] == ["plain", "processor"]
+    assert ".me." in report["hub"]["module"]
+
+
+def test_two_tokenizers_load_in_a_clean_process(tmp_path):
+    model = build_model("bert", "gpt_neox", self_memory=False, memories_per_chunk=2)
+    processor = MemoryProcessor(
+        build_tiny_tokenizer(),
+        build_tiny_encoder_tokenizer(),
+        chunk_length=CHUNK,
+        window_length=WINDOW,
+        memories_per_chunk=2,
+    )
+    folder = write_hub_folder(model, processor, tmp_path / "hub")
+    assert "encoder_tokenizer/tokenizer.json" in files_of(folder)
+    report = verify_hub_folder(folder, model)
+    assert report["hub"]["cases"] == ["plain", "processor"]
+
+
+def test_an_autoencoder_loads_in_a_clean_process(tmp_path):
+    torch.manual_seed(0)
+    config = MemoryAutoencoderConfig(
+        encoder=tiny_encoder_config(), decoder=tiny_encoder_config(), chunk_length=CHUNK, memories_per_chunk=2
+    )
+    model = MemoryAutoencoder(config).eval()
+    folder = write_hub_folder(model, build_tiny_tokenizer(), tmp_path / "hub")
+    report = verify_hub_folder(folder, model)
+    assert report["folder"]["loaded"] == ["AutoConfig", "AutoModel"]
+    assert "`trust_remote_code=True`" in (folder / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_masked_mixer_loads_in_a_clean_process(tmp_path):
+    model = MaskedMixerForCausalLM(tiny_encoder_config()).eval()
+    folder = write_hub_folder(model, None, tmp_path / "hub")
+    assert verify_hub_folder(folder, model)["hub"]["loaded"] == ["AutoConfig", "AutoModel", "AutoModelForCausalLM"]
+
+
+def test_other_weights_than_the_writers_are_found(model, folder):
+    other = build_model()
+    with torch.no_grad():
+        other.decoder.lm_head.weight[7, 0] += 1e-3
+    with pytest.raises(PublishError, match="logits differ from those of the writer"):
+        verify_hub_folder(folder, other)
+
+
+def test_the_command_publishes_a_checkpoint(model, processor, tmp_path, capsys):
+    """Also with what a training checkpoint has beside the model, none of which is published."""
+    checkpoint = tmp_path / "checkpoint"
+    model.save_pretrained(checkpoint)
+    processor.save_pretrained(checkpoint)
+    (checkpoint / "optimizer.pt").write_bytes(b"state")
+    (checkpoint / "record.json").write_text(json.dumps(RECORD))
+    arguments = [str(checkpoint), "--to", str(tmp_path / "hub"), "--name", "me/tiny"]
+    assert publish.main(arguments) == 0
+    assert "loads bit for bit" in capsys.readouterr().out
+    assert "optimizer.pt" not in files_of(tmp_path / "hub")
+    assert ModelCard.load(tmp_path / "hub" / "README.md").data.model_name == "me/tiny"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "is no valid JSON"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "type 'llama'"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors"),
+        (lambda folder: (folder / "record.json").write_text("{"), "record.json is no valid JSON"),
+        (lambda folder: (folder / "processor_config.json").unlink(), "expected a MemoryProcessor"),
+    ],
+)
+def test_the_command_names_a_users_mistake_in_one_line(folder, tmp_path, capsys, damage, message):
+    damage(folder)
+    assert publish.main([str(folder), "--to", str(tmp_path / "other")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_command_names_missing_shards_and_folders(model, processor, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(publish, "MAX_SHARD_SIZE", "40KB")
+    folder = write_hub_folder(model, processor, tmp_path / "hub")
+    sorted(folder.glob("model-*.safetensors"))[0].unlink()
+    assert publish.main([str(folder), "--to", str(tmp_path / "other")]) == 2
+    assert "lacks model-00001-of-" in capsys.readouterr().err
+    assert publish.main([str(tmp_path / "nowhere"), "--to", str(tmp_path / "other")]) == 2
+    assert "nowhere is no folder" in capsys.readouterr().err
+    assert publish.main([str(folder), "--to", str(tmp_path / "other"), "--record", "none.json"]) == 2
+    assert "none.json is no file" in capsys.readouterr().err
+
+
+def test_help_and_missing_arguments():
+    command = [sys.executable, "-m", "training.publish"]
+    help_text = subprocess.run(
+        [*command, "--help"], capture_output=True, text=True, cwd=publish.REPOSITORY, check=True
+    )
+    assert "--to FOLDER" in help_text.stdout

@@ -1,0 +1,138 @@
+"""Load a Hub folder in a process that has nothing but transformers, and compare it with what its writer
+computed.
+
+`training.publish` runs this file by its path, isolated (`python -I`), and hands it a reference file. Only the
+standard library, torch, transformers and safetensors may be imported here.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+NEW_TOKENS = 6
+HIDDEN_PACKAGES = ("modeling_memory", "training", "tests")
+
+
+class HidingFinder(MetaPathFinder):
+    """Makes this repository's packages impossible to import, even where an editable install offers them."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Refuse the hidden top-level names; leave everything else to the other finders."""
+        if fullname.partition(".")[0] in HIDDEN_PACKAGES:
+            raise ModuleNotFoundError(f"{fullname} is hidden: the Hub folder has to load without it", name=fullname)
+        return None
+
+
+def compute(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What is compared bit for bit: logits, and what the model writes greedily or reconstructs."""
+    with torch.no_grad():
+        outputs = {"logits": model(**inputs).logits}
+        if model.config.model_type == "memory_autoencoder":
+            outputs["reconstructed"] = model.reconstruct(**inputs)
+        elif getattr(model.config, "causal", True):
+            outputs["generated"] = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    return {name: tensor.contiguous() for name, tensor in outputs.items()}
+
+
+def group(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Undo the flattening of names in the reference file.
+
+    >>> sorted(group({"inputs/plain/input_ids": torch.ones(1), "inputs/plain/attention_mask": torch.ones(1)}))
+    ['inputs/plain']
+    """
+    grouped: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        folder, _, key = name.rpartition("/")
+        grouped.setdefault(folder, {})[key] = tensor
+    return grouped
+
+
+def main(source: str, reference: Path, packages: Path) -> dict[str, Any]:
+    """Load `source` through every Auto class and compare it with the reference.
+
+    Args:
+        source (`str`): A folder, or a repository in the offline cache.
+        reference (`Path`): Tensors from the writer, with settings in the metadata.
+        packages (`Path`): The repository whose packages must stay out of reach.
+    """
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != packages.resolve()]
+    sys.meta_path.insert(0, HidingFinder())
+    import transformers
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+
+    with safe_open(reference, framework="pt") as file:
+        settings = json.loads(file.metadata()["settings"])
+        expected = group({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
+    torch.set_num_threads(settings["threads"])
+    trusted: dict[str, Any] = {"trust_remote_code": True}
+
+    config = AutoConfig.from_pretrained(source, **trusted)
+    loading = {**trusted, "attn_implementation": settings["attn_implementation"], "output_loading_info": True}
+    body, body_report = AutoModel.from_pretrained(source, **loading)
+    loaded = {"AutoConfig": config, "AutoModel": body}
+    model, report = body, body_report
+    if settings["causal_lm"]:
+        model, report = AutoModelForCausalLM.from_pretrained(source, **loading)
+        loaded["AutoModelForCausalLM"] = model
+    check(not body_report["missing_keys"], f"AutoModel misses {body_report['missing_keys']}")
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        check(not report[kind], f"{kind}: {report[kind]}")
+    check_equal_weights(body, model)
+    if settings["processor"] is not None:
+        loaded["AutoProcessor"] = processor = AutoProcessor.from_pretrained(source, **trusted)
+        batch = dict(processor(**settings["processor"], return_tensors="pt"))
+        compare("the processor's", batch, expected["inputs/processor"])
+    for name, item in loaded.items():
+        where = type(item).__module__
+        check(where.startswith("transformers_modules."), f"{name} came from {where}, not from the folder")
+    if settings["text"] is not None:
+        tokenizer = AutoTokenizer.from_pretrained(source, **trusted)
+        batch = {"input_ids": tokenizer(settings["text"], return_tensors="pt")["input_ids"]}
+        compare("the tokenizer's", batch, expected["tokenizer"])
+    cases = [folder.partition("/")[2] for folder in expected if folder.startswith("inputs/")]
+    for case in cases:
+        outputs = compute(model, expected[f"inputs/{case}"])
+        compare(f"the model's ({case})", outputs, expected[f"outputs/{case}"])
+    return {
+        "module": type(model).__module__,
+        "transformers": transformers.__version__,
+        "loaded": sorted(loaded) + ["AutoTokenizer"] * (settings["text"] is not None),
+        "cases": cases,
+    }
+
+
+def check(truth: bool, message: str) -> None:
+    """Stop with a message unless something holds."""
+    if not truth:
+        raise SystemExit(f"verification failed: {message}")
+
+
+def compare(what: str, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Stop unless two groups of tensors are equal bit for bit."""
+    check(set(found) == set(expected), f"{what} outputs are {sorted(found)}, expected {sorted(expected)}")
+    for name, tensor in expected.items():
+        same = found[name].shape == tensor.shape and found[name].dtype == tensor.dtype
+        check(same and torch.equal(found[name], tensor), f"{what} {name} differ from those of the writer")
+
+
+def check_equal_weights(body: Any, model: Any) -> None:
+    """Stop unless what both Auto classes load are the same weights, under the same names but for the prefix."""
+    weights = model.state_dict()
+    prefix = f"{model.base_model_prefix}."
+    for name, tensor in body.state_dict().items():
+        other = weights.get(name, weights.get(prefix + name))
+        check(other is not None and torch.equal(tensor, other), f"{name} differs between the Auto classes")
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))))
