@@ -214,6 +214,7 @@ def test_damaged_cache_is_made_again(
     assert (tokenise_documents(trained, TEXTS, cache_folder=tmp_path).tokens == tokens).all()
 
 
+@settings(deadline=None)
 @given(num_tokens=st.integers(1, 60), row_length=st.integers(1, 60))
 def test_rows_lose_only_the_rest_and_padded_rows_lose_nothing(num_tokens: int, row_length: int) -> None:
     split = TokenisedSplit(torch.arange(5, 5 + num_tokens), num_documents=1, num_bytes=100)
@@ -231,6 +232,7 @@ def test_rows_lose_only_the_rest_and_padded_rows_lose_nothing(num_tokens: int, r
     assert rows.data_ptr() == split.tokens.data_ptr()  # a view: rows cost no memory
 
 
+@settings(deadline=None)
 @given(available=st.integers(1, 50), wanted=st.integers(1, 60), seed=st.integers(0, 3))
 def test_sampled_rows_are_distinct_and_repeatable(available: int, wanted: int, seed: int) -> None:
     chosen = sample_rows(available, wanted, seed)

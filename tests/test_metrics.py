@@ -120,6 +120,7 @@ def test_accuracy_by_position_folds_columns_and_adds_up() -> None:
     assert (int(correct.sum()), int(total.sum())) == (counts.correct, counts.total)
 
 
+@settings(deadline=None)
 @given(total=st.integers(1, 10_000), data=st.data(), confidence=st.floats(0.5, 0.999))
 def test_wilson_interval_holds_the_accuracy_and_stays_in_range(
     total: int, data: st.DataObject, confidence: float

@@ -156,6 +156,7 @@ def test_bad_input_is_refused_with_what_was_given() -> None:
         token_byte_lengths(build_tiny_tokenizer())
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 400))
 def test_sample_of_texts_is_as_large_as_asked_and_spread(sizes: list[int], max_bytes: int) -> None:
     texts = [f"{number:02d}" + "x" * size for number, size in enumerate(sizes)]
