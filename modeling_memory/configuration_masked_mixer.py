@@ -1,5 +1,7 @@
 """Configuration of the masked mixer."""
 
+from typing import Any
+
 from transformers.configuration_utils import PreTrainedConfig
 
 
@@ -10,9 +12,10 @@ class MaskedMixerConfig(PreTrainedConfig):
         vocab_size (`int`): Rows of the token table (V).
         hidden_size (`int`): Width of a token's state.
         num_hidden_layers (`int`): Number of layers.
-        num_heads (`int`): Heads of the token mixing; each mixes its own projection of width `hidden_size / num_heads` by
-            its own weights. 0 is the flat mixer: one mixing of the whole state, without projections.
-        kernel_size (`int`): Neighbouring elements of the hidden index that a mixing weight covers. 1 mixes tokens only.
+        num_heads (`int`): Heads of the token mixing; each mixes its own projection of width `hidden_size / num_heads`
+            by its own weights. 0 is the flat mixer: one mixing of the whole state, without projections.
+        kernel_size (`int`): Neighbouring elements of the hidden index that a mixing weight covers. 1 mixes tokens
+            only.
         max_position_embeddings (`int`): Most positions; the mixing weights of a head have one row and one column for
             each. Shorter texts use their upper left corner.
         causal (`bool`): Whether a token reads itself and earlier tokens only. `False` lets it read all.
@@ -52,8 +55,8 @@ class MaskedMixerConfig(PreTrainedConfig):
         bos_token_id: int | None = None,
         eos_token_id: int | list[int] | None = None,
         tie_word_embeddings: bool = False,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -90,8 +93,8 @@ class MaskedMixerConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` is {value!r}; expected an integer of {least} or more.")
         if self.num_heads and self.hidden_size % self.num_heads:
             raise ValueError(
-                f"`hidden_size` is {self.hidden_size} and `num_heads` is {self.num_heads}; heads share the width equally. "
-                "Choose a number of heads that divides it, or 0 for the flat mixer."
+                f"`hidden_size` is {self.hidden_size} and `num_heads` is {self.num_heads}; heads share the width "
+                "equally. Choose a number of heads that divides it, or 0 for the flat mixer."
             )
         if not isinstance(self.causal, bool):
             raise ValueError(f"`causal` is {self.causal!r}; expected True or False.")

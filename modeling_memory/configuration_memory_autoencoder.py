@@ -1,24 +1,25 @@
 """Configuration of the memory autoencoder."""
 
+from typing import Any
+
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from .configuration_memory import POOLINGS, build_child_config
 
-
 EXPANSIONS = ("unroll", "repeat")
 
 
 class MemoryAutoencoderConfig(PreTrainedConfig):
-    r"""Architecture of a memory autoencoder: encoder, K vectors a chunk, expansion, decoder of the whole chunk at once.
+    r"""Architecture of a memory autoencoder: encoder, K vectors a chunk, expansion, decoder of the whole chunk.
 
     Args:
         encoder (`PreTrainedConfig` or `dict`, *optional*):
             Config of the encoder body, any model type. Defaults to a masked mixer.
         decoder (`PreTrainedConfig` or `dict`, *optional*):
             Config of the decoder body: a masked mixer (the default), or any body that reads `inputs_embeds`, such as a
-            Llama. Its token table is left out, since it reads vectors. A mixer decoder is causal as in the paper, unless
-            its own `causal` is False.
+            Llama. Its token table is left out, since it reads vectors. A mixer decoder is causal as in the paper,
+            unless its own `causal` is False.
         chunk_length (`int`): Tokens of a chunk, which is what the decoder writes in one pass (L).
         memories_per_chunk (`int`): Vectors per chunk (K); vector j is expanded over the positions i with
             floor(i * K / L) = j.
@@ -27,7 +28,8 @@ class MemoryAutoencoderConfig(PreTrainedConfig):
             to its width. `"repeat"`: it reads the vector itself everywhere.
         bottleneck_size (`int`, *optional*): Width to which the vector is narrowed and from which it is widened again.
             `None` leaves it as it is.
-        bottleneck_noise (`float`): Half-width q of the uniform noise in [-q, q] added to the narrowed vector in training.
+        bottleneck_noise (`float`): Half-width q of the uniform noise in [-q, q] added to the narrowed vector in
+            training.
         vocab_size (`int`, *optional*): Ids that the decoder writes (V). Defaults to the encoder's vocabulary.
         freeze_encoder (`bool`): Encoder in `eval()` without gradients, always: the information probe.
         initializer_range (`float`): Standard deviation of the fresh linear maps between encoder and decoder and of the
@@ -46,8 +48,8 @@ class MemoryAutoencoderConfig(PreTrainedConfig):
 
     def __init__(
         self,
-        encoder=None,
-        decoder=None,
+        encoder: PreTrainedConfig | dict[str, Any] | None = None,
+        decoder: PreTrainedConfig | dict[str, Any] | None = None,
         chunk_length: int = 16,
         memories_per_chunk: int = 1,
         pooling: str = "last",
@@ -57,8 +59,8 @@ class MemoryAutoencoderConfig(PreTrainedConfig):
         vocab_size: int | None = None,
         freeze_encoder: bool = False,
         initializer_range: float = 0.02,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         self.encoder = build_child_config(encoder, "masked_mixer")
         self.decoder = build_child_config(decoder, "masked_mixer")
         self.chunk_length = chunk_length
@@ -91,17 +93,19 @@ class MemoryAutoencoderConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` is {value!r}; expected a positive integer.")
         if self.memories_per_chunk > self.chunk_length:
             raise ValueError(
-                f"`memories_per_chunk` is {self.memories_per_chunk}, more than the {self.chunk_length} tokens of a chunk. "
-                "Lower it or lengthen the chunk."
+                f"`memories_per_chunk` is {self.memories_per_chunk}, more than the {self.chunk_length} tokens of a "
+                "chunk. Lower it or lengthen the chunk."
             )
         for name, known in (("pooling", POOLINGS), ("expansion", EXPANSIONS)):
             if getattr(self, name) not in known:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; expected one of {', '.join(map(repr, known))}.")
+                expected = ", ".join(map(repr, known))
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; expected one of {expected}.")
         for name in ("encoder", "decoder"):
             child = getattr(self, name)
             if getattr(child, "hidden_size", None) is None:
                 raise ValueError(
-                    f"The {name} config of type {child.model_type!r} has no `hidden_size`; give the config of a text model."
+                    f"The {name} config of type {child.model_type!r} has no `hidden_size`; give the config of a text "
+                    "model."
                 )
             limit = getattr(child, "max_position_embeddings", None)
             if limit is not None and self.chunk_length > limit:
@@ -110,7 +114,10 @@ class MemoryAutoencoderConfig(PreTrainedConfig):
                     "(`max_position_embeddings`). Shorten the chunk or give the body more positions."
                 )
         if self.expansion == "unroll" and self.decoder.hidden_size < 2:
-            raise ValueError("`expansion='unroll'` reads halves of the vector, so the decoder's `hidden_size` must be 2 or more.")
+            raise ValueError(
+                "`expansion='unroll'` reads halves of the vector, but the decoder's `hidden_size` is 1. Widen the "
+                "decoder or use `expansion='repeat'`."
+            )
         if self.bottleneck_noise < 0:
             raise ValueError(f"`bottleneck_noise` is {self.bottleneck_noise}; expected 0 or a positive half-width.")
         if self.bottleneck_noise and self.bottleneck_size is None:

@@ -31,8 +31,8 @@ def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     """
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
-            f"A {config.model_type!r} model has an encoder and a decoder of its own and wants inputs for both. Give the config "
-            "of a single body, such as a BERT, a Llama or a masked mixer."
+            f"A {config.model_type!r} model has an encoder and a decoder of its own and wants inputs for both. Give "
+            "the config of a single body, such as a BERT, a Llama or a masked mixer."
         )
     if config.model_type in BODIES:
         return BODIES[config.model_type]._from_config(config)
@@ -47,8 +47,8 @@ def group_bounds(num_tokens: torch.Tensor, memories_per_chunk: int) -> tuple[tor
         memories_per_chunk (`int`): Groups (K).
 
     Returns:
-        First rank of each group and the rank behind its last, both of shape `(N, K)`: group i of n tokens holds the ranks
-        floor(i * n / K) to ceil((i + 1) * n / K) - 1, so that with fewer tokens than groups none is empty.
+        First rank of each group and the rank behind its last, both of shape `(N, K)`: group i of n tokens holds the
+        ranks floor(i * n / K) to ceil((i + 1) * n / K) - 1, so that with fewer tokens than groups none is empty.
 
     Example:
     ```python
@@ -69,8 +69,8 @@ class LastPooling(nn.Module):
     Args:
         memories_per_chunk (`int`): Groups (K).
 
-    Source: Badger 2026, arXiv 2602.13466, information-retention autoencoder (last position). Here the last *real* token is
-    read, also in frozen language models, where the paper's mixer probes read the last but one.
+    Source: Badger 2026, arXiv 2602.13466, information-retention autoencoder (last position). Here the last *real*
+    token is read, also in frozen language models, where the paper's mixer probes read the last but one.
     """
 
     def __init__(self, memories_per_chunk: int):
@@ -159,8 +159,8 @@ def encode_chunks(
         encoder (`PreTrainedModel`): A body that returns `last_hidden_state`.
         pooling (`nn.Module`): From [`build_pooling`].
         input_ids (`torch.LongTensor` of shape `(N, L)`): Token ids of the chunks.
-        attention_mask (`torch.Tensor` of shape `(N, L)`, *optional*): 1 for tokens, 0 for padding, anywhere. A chunk of
-            padding only gives finite states, to be masked by the caller.
+        attention_mask (`torch.Tensor` of shape `(N, L)`, *optional*): 1 for tokens, 0 for padding, anywhere. A chunk
+            of padding only gives finite states, to be masked by the caller.
 
     Returns:
         `torch.Tensor` of shape `(N, K, E)`: the memory states.
@@ -173,8 +173,8 @@ def encode_chunks(
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and input_ids.shape[1] > limit:
         raise ValueError(
-            f"A chunk has {input_ids.shape[1]} tokens, but the encoder takes {limit} (`max_position_embeddings`). Cut the text "
-            "into shorter chunks."
+            f"A chunk has {input_ids.shape[1]} tokens, but the encoder takes {limit} (`max_position_embeddings`). Cut "
+            "the text into shorter chunks."
         )
     check_attention_mask("attention_mask", attention_mask, *input_ids.shape)
     if attention_mask is None:

@@ -1,8 +1,8 @@
-"""The masked mixer: a transformer whose attention is a learned, masked matrix over token positions.
+r"""The masked mixer: a transformer whose attention is a learned, masked matrix over token positions.
 
 ```
- x (B, T, D) --- norm --- project to heads --- mix positions --- project back --- + --- norm --- up, GELU, down --- + ---
-        \________________________________________________________________________/ \_______________________________/
+ x (B, T, D) -+- norm - project to heads - mix positions - project back -+-+- norm - up, GELU, down -+- (B, T, D)
+              |__________________________________________________________| |_________________________|
 ```
 
 Letters: B batch, T columns of this call (S with the cached ones), D width, H heads, Q width of a head, K kernel taps,
@@ -11,7 +11,7 @@ P positions in use, V vocabulary.
 Source: Badger 2026, arXiv 2602.13466, masked mixer.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -41,11 +41,13 @@ def check_token_ids(name: str, token_ids: torch.Tensor, vocab_size: int | None, 
     """
     if token_ids.dim() != 2 or 0 in token_ids.shape:
         raise ValueError(
-            f"`{name}` has shape {tuple(token_ids.shape)}; expected (batch, tokens), neither of them 0. Give at least one text "
-            "of at least one token."
+            f"`{name}` has shape {tuple(token_ids.shape)}; expected (batch, tokens), neither of them 0. Give at least "
+            "one text of at least one token."
         )
     if token_ids.is_floating_point() or token_ids.dtype == torch.bool:
-        raise ValueError(f"`{name}` holds {token_ids.dtype}; expected integer token ids. Vectors go into `inputs_embeds`.")
+        raise ValueError(
+            f"`{name}` holds {token_ids.dtype}; expected integer token ids. Vectors go into `inputs_embeds`."
+        )
     if vocab_size is None or token_ids.is_meta or torch.compiler.is_compiling():
         return
     low, high = (int(bound) for bound in torch.aminmax(token_ids))
@@ -70,8 +72,8 @@ def check_attention_mask(name: str, attention_mask: torch.Tensor | None, batch_s
     """
     if attention_mask is not None and attention_mask.shape != (batch_size, length):
         raise ValueError(
-            f"`{name}` has shape {tuple(attention_mask.shape)}; expected {(batch_size, length)}: one row a text, and one column "
-            "a token, cached tokens included (1 = token, 0 = padding)."
+            f"`{name}` has shape {tuple(attention_mask.shape)}; expected {(batch_size, length)}: one row a text, and "
+            "one column a token, cached tokens included (1 = token, 0 = padding)."
         )
 
 
@@ -86,9 +88,10 @@ class Positions(NamedTuple):
 class MaskedTokenMixing(nn.Module):
     """Mix the states of different positions by learned weights.
 
-    `mixed[t, j] = bias[t] + sum over t' <= t and taps p of weight[p, t, t'] * states[t', j + p - (kernel_size - 1) // 2]`,
-    zero outside the width. Heads mix their own projections of the states and are projected back together. The mask acts in
-    `forward`: weights of the future are stored, never read and never written.
+    `mixed[t, j] = bias[t] + sum over t' <= t and taps p of weight[p, t, t'] * states[t', j + p - offset]`, where
+    `offset = (kernel_size - 1) // 2` and states outside the width are zero. Heads mix their own projections of the
+    states and are projected back together. The mask acts in `forward`: weights of the future are stored, never read
+    and never written.
 
     Args:
         config ([`MaskedMixerConfig`]): The architecture.
@@ -174,13 +177,14 @@ class MaskedTokenMixing(nn.Module):
             weight = weight.tril()
         # One matrix product a head, all rows and elements side by side: on CPUs faster than a small product a row.
         weight = weight.transpose(1, 2).reshape(self.num_heads, length, -1)  # (H, P, K*P)
-        taps = self._taps(states).permute(2, 3, 1, 0, 4).reshape(self.num_heads, -1, batch_size * width)  # (H, K*P, B*Q)
+        taps = self._taps(states).permute(2, 3, 1, 0, 4)  # (H, K, P, B, Q)
+        taps = taps.reshape(self.num_heads, -1, batch_size * width)
         mixed = torch.bmm(weight, taps)
         mixed = mixed + self.bias[:, :length, None].to(mixed.dtype)
         return mixed.view(self.num_heads, length, batch_size, width).permute(2, 1, 0, 3)  # (B, P, H, Q)
 
     def _mix_at(self, states: torch.Tensor, positions: Positions) -> torch.Tensor:
-        """Lay states `(B, S, H, Q)` at their positions, mix them there, and take what the queries want, `(B, T, H, Q)`."""
+        """Lay states `(B, S, H, Q)` at their positions, mix them, and take what the queries want, `(B, T, H, Q)`."""
         limit = positions.num_positions
         flat = states.flatten(2)
         places = positions.key.masked_fill(positions.key < 0, limit)[:, :, None].expand_as(flat)
@@ -268,8 +272,8 @@ class MaskedMixerPreTrainedModel(PreTrainedModel):
 class MaskedMixerModel(MaskedMixerPreTrainedModel):
     """A masked mixer without language modelling head.
 
-    Any length up to `max_position_embeddings`, padding anywhere: a token's position is the number of tokens before it, and
-    nothing depends on padding. There is no final norm.
+    Any length up to `max_position_embeddings`, padding anywhere: a token's position is the number of tokens before it,
+    and nothing depends on padding. There is no final norm.
 
     Args:
         config ([`MaskedMixerConfig`]): The architecture.
@@ -300,23 +304,25 @@ class MaskedMixerModel(MaskedMixerPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Compute the states of a text.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Token ids.
-            attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 1 for tokens, 0 for padding, on either side or
-                between; S counts cached columns too. A row of padding only gives finite states.
-            position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Positions of the tokens, increasing along a
-                row. Default: the tokens before each.
+            attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 1 for tokens, 0 for padding, on either side
+                or between; S counts cached columns too. A row of padding only gives finite states.
+            position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Positions of the tokens, increasing along
+                a row. Default: the number of tokens before each.
             past_key_values (`Cache`, *optional*): What an earlier call returned, or an empty `DynamicCache`.
             inputs_embeds (`torch.FloatTensor` of shape `(B, T, D)`, *optional*): Vectors instead of `input_ids`.
             use_cache (`bool`, *optional*): Whether to return a cache. Default: `config.use_cache` outside training.
             output_hidden_states (`bool`, *optional*): Whether to return the states before and behind every layer.
+            kwargs: Arguments that other bodies know; there is no use for them here.
 
         Returns:
-            `BaseModelOutputWithPast`: `last_hidden_state` of shape `(B, T, D)`; states of padding are arbitrary but finite.
+            `BaseModelOutputWithPast`: `last_hidden_state` of shape `(B, T, D)`; states of padding are arbitrary but
+            finite.
 
         Raises:
             ValueError: If the text is longer than `max_position_embeddings`, an id is outside the vocabulary, shapes
@@ -329,8 +335,8 @@ class MaskedMixerModel(MaskedMixerPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         elif inputs_embeds.dim() != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[2] != self.config.hidden_size:
             raise ValueError(
-                f"`inputs_embeds` has shape {tuple(inputs_embeds.shape)}; expected (batch, tokens, {self.config.hidden_size}), "
-                "none of them 0."
+                f"`inputs_embeds` has shape {tuple(inputs_embeds.shape)}; expected (batch, tokens, "
+                f"{self.config.hidden_size}), none of them 0."
             )
         past_key_values = self._prepare_cache(past_key_values, use_cache)
         present, positions = self._place(inputs_embeds, attention_mask, position_ids, past_key_values)
@@ -340,9 +346,7 @@ class MaskedMixerModel(MaskedMixerPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         all_hidden_states = [hidden_states]
         for layer in self.layers:
-            hidden_states = layer(
-                hidden_states, present=present, positions=positions, past_key_values=past_key_values
-            )
+            hidden_states = layer(hidden_states, present=present, positions=positions, past_key_values=past_key_values)
             all_hidden_states.append(hidden_states)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
@@ -355,12 +359,14 @@ class MaskedMixerModel(MaskedMixerPreTrainedModel):
             use_cache = cache is not None or (self.config.use_cache and self.config.causal and not self.training)
         if not use_cache:
             if cache is not None and cache.get_seq_length() > 0:
-                raise ValueError("`past_key_values` holds earlier tokens, but `use_cache` is False. Leave one of them out.")
+                raise ValueError(
+                    "`past_key_values` holds earlier tokens, but `use_cache` is False. Leave one of them out."
+                )
             return None
         if not self.config.causal:
             raise ValueError(
-                "A mixer with `causal=False` cannot keep a cache: every later token changes the earlier states. Leave out "
-                "`use_cache` and `past_key_values`."
+                "A mixer with `causal=False` cannot keep a cache: every later token changes the earlier states. Leave "
+                "out `use_cache` and `past_key_values`."
             )
         if self.gradient_checkpointing and self.training:
             return None  # the layers drop it
@@ -368,7 +374,8 @@ class MaskedMixerModel(MaskedMixerPreTrainedModel):
             return DynamicCache()
         if not isinstance(cache, Cache) or getattr(cache, "is_compileable", False):
             raise ValueError(
-                f"`past_key_values` is a {type(cache).__name__}; a masked mixer keeps a cache that grows. Give a `DynamicCache`."
+                f"`past_key_values` is a {type(cache).__name__}; a masked mixer keeps a cache that grows. Give a "
+                "`DynamicCache`."
             )
         return cache
 
@@ -382,9 +389,9 @@ class MaskedMixerModel(MaskedMixerPreTrainedModel):
         """Find where the tokens stand.
 
         Returns:
-            `(None, None)` if every column is a token at that position; `(present, None)` if some are padding and the tokens
-            still stand at their positions; `(None, positions)` otherwise. While compiling, where values cannot be looked at,
-            the last whenever a mask, positions or cached tokens are given.
+            `(None, None)` if every column is a token at that position; `(present, None)` if some are padding and the
+            tokens still stand at their positions; `(None, positions)` otherwise. While compiling, where values cannot
+            be looked at, the last whenever a mask, positions or cached tokens are given.
         """
         (batch_size, num_columns), device = inputs_embeds.shape[:2], inputs_embeds.device
         limit = self.config.max_position_embeddings
@@ -395,7 +402,7 @@ class MaskedMixerModel(MaskedMixerPreTrainedModel):
             return None, None
 
         past = None
-        if past_length:
+        if cache is not None and past_length:
             past = cache.layers[0].values[:, 0, :, 0].long()  # (B, S - T)
         query = self._query_positions(attention_mask, position_ids, past, batch_size, num_columns, device)
         key = query if past is None else torch.cat([past, query], 1)
@@ -427,10 +434,10 @@ class MaskedMixerModel(MaskedMixerPreTrainedModel):
     ) -> torch.Tensor:
         """Return the positions `(B, T)` of the columns of this call, -1 for padding."""
         if position_ids is not None:
-            if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch_size) or position_ids.shape[1] != num_columns:
+            if tuple(position_ids.shape) not in ((batch_size, num_columns), (1, num_columns)):
                 raise ValueError(
-                    f"`position_ids` has shape {tuple(position_ids.shape)}; expected {(batch_size, num_columns)}, one position "
-                    "a token of this call."
+                    f"`position_ids` has shape {tuple(position_ids.shape)}; expected {(batch_size, num_columns)}, one "
+                    "position a token of this call."
                 )
             if not torch.compiler.is_compiling() and bool((position_ids < 0).any()):
                 raise ValueError("`position_ids` holds a negative position. Mark padding in `attention_mask` instead.")
@@ -460,8 +467,9 @@ class MaskedMixerModel(MaskedMixerPreTrainedModel):
         if bool(wrong.any()):
             row, column = (int(place) for place in wrong.nonzero()[0])
             raise ValueError(
-                f"The position {int(key[:, -num_columns:][row, column])} of token {column} in row {row} does not follow the "
-                "positions before it. Positions must increase along a row; give packed texts as rows of their own."
+                f"The position {int(key[:, -num_columns:][row, column])} of token {column} in row {row} does not "
+                "follow the positions before it. Positions must increase along a row; give packed texts as rows of "
+                "their own."
             )
 
 
@@ -481,14 +489,20 @@ class MaskedMixerForCausalLM(MaskedMixerPreTrainedModel, GenerationMixin):
         super().__init__(config)
         if not config.causal:
             raise ValueError(
-                "A causal language model needs a config with `causal=True`; a mixer that sees the next token need not predict "
-                "it. Use `MaskedMixerModel` for the non-causal one."
+                "A causal language model needs a config with `causal=True`; a mixer that sees the next token need not "
+                "predict it. Use `MaskedMixerModel` for the non-causal one."
             )
         self.model = MaskedMixerModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, is_first_iteration=False, **kwargs):
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """Refuse prompts padded on the right, then do what the library does."""
         if is_first_iteration and attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):
             row = int((attention_mask[:, -1] == 0).nonzero()[0])
@@ -512,21 +526,30 @@ class MaskedMixerForCausalLM(MaskedMixerPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Predict the token that follows each column; arguments as in [`MaskedMixerModel`], and:
+        """Predict the token that follows each column.
 
         Args:
-            labels (`torch.LongTensor` of shape `(B, T)`, *optional*): Targets, usually `input_ids`; the shift is done here.
-                -100 has no loss.
-            logits_to_keep (`int` or `torch.Tensor`): Compute logits of so many last columns (0: all), or of these columns.
+            input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Token ids.
+            attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 1 for tokens, 0 for padding.
+            position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Positions of the tokens.
+            past_key_values (`Cache`, *optional*): What an earlier call returned.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, T, D)`, *optional*): Vectors instead of `input_ids`.
+            use_cache (`bool`, *optional*): Whether to return a cache.
+            output_hidden_states (`bool`, *optional*): Whether to return the states before and behind every layer.
+            labels (`torch.LongTensor` of shape `(B, T)`, *optional*): Targets, usually `input_ids`; the shift is done
+                here. -100 has no loss.
+            logits_to_keep (`int` or `torch.Tensor`): Compute logits of so many last columns (0: all), or of these
+                columns.
             kwargs: `num_items_in_batch` and `shift_labels` reach the loss.
 
         Returns:
             `CausalLMOutputWithPast`: `loss` in nats per target and `logits` of shape `(B, T, V)`.
 
         Raises:
-            ValueError: As [`MaskedMixerModel`], and if `labels` have another shape than the text or logits are left out.
+            ValueError: As [`MaskedMixerModel`], and if `labels` have another shape than the text or logits are left
+                out.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -547,8 +570,8 @@ class MaskedMixerForCausalLM(MaskedMixerPreTrainedModel, GenerationMixin):
         if targets is not None:
             if targets.shape != logits.shape[:2]:
                 raise ValueError(
-                    f"The labels have shape {tuple(targets.shape)}, but the logits are of {tuple(logits.shape[:2])} tokens. Give "
-                    "one label a token (-100 for none), and no `logits_to_keep` beside them."
+                    f"The labels have shape {tuple(targets.shape)}, but the logits are of {tuple(logits.shape[:2])} "
+                    "tokens. Give one label a token (-100 for none), and no `logits_to_keep` beside them."
                 )
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(

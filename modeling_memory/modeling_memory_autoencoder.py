@@ -16,13 +16,15 @@
      decoder, head      logits (B, L, V): position i writes token i
 ```
 
-Letters: B batch, L chunk length, T columns given, K memories per chunk, E encoder width, D decoder width, V vocabulary.
+Letters: B batch, L chunk length, T columns given, K memories per chunk, E encoder width, D decoder width,
+V vocabulary.
 
 Source: Badger 2026, arXiv 2602.13466, information-retention autoencoder.
 """
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -105,8 +107,8 @@ class RepeatExpansion(nn.Module):
 class UnrollExpansion(RepeatExpansion):
     """Give the decoder at each position another window of the vector.
 
-    Position i of a vector's stretch reads the D // 2 elements (i, i + 1, ...) mod D, mapped to width D by one shared affine
-    map. Stretches longer than D repeat: positions i and i + D read the same.
+    Position i of a vector's stretch reads the D // 2 elements (i, i + 1, ...) mod D, mapped to width D by one shared
+    affine map. Stretches longer than D repeat: positions i and i + D read the same.
 
     Args:
         num_memories (`int`): Vectors (K); vector j stands at the positions i with floor(i * K / L) = j.
@@ -124,7 +126,7 @@ class UnrollExpansion(RepeatExpansion):
     def forward(self, memories: torch.Tensor) -> torch.Tensor:
         """Expand `(B, K, D)` to `(B, L, D)`."""
         each = -(-self.length // self.num_memories)
-        # With the vector laid end to end behind itself, the windows that wrap are plain ones: one strided view, one copy.
+        # With the vector laid end to end behind itself, windows that wrap are plain ones: one strided view, one copy.
         needed = each + self.window - 1
         laid = memories.repeat(1, 1, -(-needed // memories.shape[2]))[:, :, :needed]
         return self.projection(self._cut(laid.unfold(2, self.window, 1)))  # (B, K, L / K, D // 2) before the cut
@@ -140,7 +142,6 @@ class MemoryAutoencoder(PreTrainedModel):
         encoder (`PreTrainedModel`, *optional*): A ready encoder body to use instead of a fresh one.
 
     Example:
-
     ```python
     >>> mixer = {"model_type": "masked_mixer", "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1}
     >>> model = MemoryAutoencoder(MemoryAutoencoderConfig(encoder=mixer, decoder=mixer, chunk_length=8))
@@ -204,7 +205,7 @@ class MemoryAutoencoder(PreTrainedModel):
             self.encoder.requires_grad_(False)
         self.train(self.training)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "MemoryAutoencoder":
         """Set training mode, except in a frozen encoder."""
         super().train(mode)
         if self.config.freeze_encoder:
@@ -212,15 +213,13 @@ class MemoryAutoencoder(PreTrainedModel):
         return self
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load a model as `PreTrainedModel.from_pretrained` does, and freeze what its config says is frozen."""
         loaded = super().from_pretrained(*args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).apply_freezing()
         return loaded
 
-    def encode(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None
-    ) -> torch.FloatTensor:
+    def encode(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None) -> torch.FloatTensor:
         """Turn each chunk into its memory.
 
         Args:
@@ -228,11 +227,12 @@ class MemoryAutoencoder(PreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 for tokens, 0 for padding, anywhere.
 
         Returns:
-            `torch.FloatTensor` of shape `(B, K, E)`: K vectors a chunk, in encoder width, behind the bottleneck if there
-            is one.
+            `torch.FloatTensor` of shape `(B, K, E)`: K vectors a chunk, in encoder width, behind the bottleneck if
+            there is one.
 
         Raises:
-            ValueError: If a row has no token, an id is outside the vocabulary, or a chunk is longer than the encoder takes.
+            ValueError: If a row has no token, an id is outside the vocabulary, or a chunk is longer than the encoder
+                takes.
         """
         check_attention_mask("attention_mask", attention_mask, *input_ids.shape)
         if attention_mask is not None and not torch.compiler.is_compiling():
@@ -259,8 +259,8 @@ class MemoryAutoencoder(PreTrainedModel):
         expected = self.config.memories_per_chunk, self.config.encoder.hidden_size
         if memories.dim() != 3 or memories.shape[0] == 0 or memories.shape[1:] != expected:
             raise ValueError(
-                f"`memories` has shape {tuple(memories.shape)}; expected (batch, {expected[0]}, {expected[1]}): memories per "
-                "chunk, encoder width. `encode` gives them."
+                f"`memories` has shape {tuple(memories.shape)}; expected (batch, {expected[0]}, {expected[1]}): "
+                "memories per chunk, encoder width. `encode` gives them."
             )
         inputs_embeds = self.expansion(self.bridge(memories.to(self.lm_head.weight.dtype)))  # (B, L, D)
         states = self.decoder(inputs_embeds=inputs_embeds, use_cache=False, return_dict=True).last_hidden_state
@@ -281,8 +281,8 @@ class MemoryAutoencoder(PreTrainedModel):
             memories (`torch.FloatTensor` of shape `(B, K, E)`, *optional*): Memories instead of `input_ids`.
 
         Returns:
-            `torch.LongTensor` of shape `(B, L)`: the likeliest token at each rank of the chunk. How many of them are text,
-            the memory does not say.
+            `torch.LongTensor` of shape `(B, L)`: the likeliest token at each rank of the chunk. How many of them are
+            text, the memory does not say.
 
         Raises:
             ValueError: If both or neither of tokens and memories are given, or they are wrong.
@@ -296,7 +296,7 @@ class MemoryAutoencoder(PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         memories: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> MemoryAutoencoderOutput:
         """Encode chunks and write them back.
 
@@ -309,12 +309,12 @@ class MemoryAutoencoder(PreTrainedModel):
             kwargs: `num_items_in_batch` reaches the loss.
 
         Returns:
-            [`MemoryAutoencoderOutput`]: Logits in the columns of `input_ids`, of `labels` if only memories are given, or of
-            the whole chunk.
+            [`MemoryAutoencoderOutput`]: Logits in the columns of `input_ids`, of `labels` if only memories are given,
+            or of the whole chunk.
 
         Raises:
-            ValueError: If both or neither of tokens and memories are given, a row is longer than `chunk_length`, or labels
-                have another shape.
+            ValueError: If both or neither of tokens and memories are given, a row is longer than `chunk_length`, or
+                labels have another shape.
         """
         given = input_ids if input_ids is not None else labels
         memories_given = memories is not None
@@ -334,7 +334,8 @@ class MemoryAutoencoder(PreTrainedModel):
         if labels is not None:
             if labels.shape != logits.shape[:2]:
                 raise ValueError(
-                    f"`labels` has shape {tuple(labels.shape)}; expected {tuple(logits.shape[:2])}, one a token, unshifted."
+                    f"`labels` has shape {tuple(labels.shape)}; expected {tuple(logits.shape[:2])}, one a token, "
+                    "unshifted."
                 )
             if attention_mask is not None:
                 labels = labels.masked_fill(attention_mask == 0, -100)
@@ -363,7 +364,7 @@ class MemoryAutoencoder(PreTrainedModel):
                 return logits[:, :num_columns].contiguous()  # no padding in front: nothing to move
         return logits.gather(1, ranks[:, :, None].expand(-1, -1, logits.shape[2]))
 
-    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize the encoder's token table and the head, as `PreTrainedModel.resize_token_embeddings` does."""
         table = super().resize_token_embeddings(*args, **kwargs)
         self.config.vocab_size = self.lm_head.weight.shape[0]

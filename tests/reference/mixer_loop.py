@@ -1,6 +1,7 @@
-"""The masked mixer as plain loops over rows, heads, positions, kernel taps and hidden elements: slow, and obviously right.
+"""The masked mixer as plain loops over rows, heads, positions, kernel taps and hidden elements: slow, obviously right.
 
-Reads the parameters of a `MaskedMixerModel` and nothing else of it. Source: Badger 2026, arXiv 2602.13466, masked mixer.
+Reads the parameters of a `MaskedMixerModel` and nothing else of it.
+Source: Badger 2026, arXiv 2602.13466, masked mixer.
 """
 
 import math
