@@ -67,7 +67,7 @@ def build_stage_model(
     return model
 
 
-def autoencoder_config(fields: dict[str, Any], tokens: dict[str, int], path: str) -> MemoryAutoencoderConfig:
+def autoencoder_config(fields: dict[str, Any], tokens: dict[str, Any], path: str) -> MemoryAutoencoderConfig:
     """Build the configuration of an autoencoder; encoder and decoder get the run's token ids and length."""
     check_fields(MemoryAutoencoderConfig, fields, path)
     chunk_length = fields.get(

@@ -32,6 +32,8 @@ class MuonAdamW(torch.optim.Optimizer):
         ValueError: If a group names no known algorithm, or a Muon group holds a parameter that is no matrix.
     """
 
+    param_groups: list[dict[str, Any]]
+
     def __init__(self, params: Iterable[dict[str, Any]], lr: float = 1e-3, weight_decay: float = 0.0) -> None:
         groups = [dict(group) for group in params]
         for group in groups:
@@ -153,7 +155,5 @@ def hidden_matrix_names(model: nn.Module) -> set[str]:
         if head is not None:
             tables.add(id(head.weight))
     return {
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 2 and id(parameter) not in tables
+        name for name, parameter in model.named_parameters() if parameter.ndim == 2 and id(parameter) not in tables
     }

@@ -198,9 +198,7 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     file = find_recipe(path)
     mapping = parse_yaml(file.read_text(encoding="utf-8"), str(path))
     if not isinstance(mapping, dict):
-        raise ValueError(
-            f"{path} holds {type(mapping).__name__}, expected a mapping with name, data and stages"
-        )
+        raise ValueError(f"{path} holds {type(mapping).__name__}, expected a mapping with name, data and stages")
     for override in overrides:
         mapping = apply_override(mapping, override)
     recipe = from_mapping(Recipe, mapping)
@@ -215,9 +213,7 @@ def find_recipe(path: str | Path) -> Path:
         if candidate.is_file():
             return candidate
     names = sorted(file.stem for file in shipped.glob("*.yaml"))
-    raise ValueError(
-        f"recipe {path} was not found; give a YAML file or one of the shipped: {', '.join(names)}"
-    )
+    raise ValueError(f"recipe {path} was not found; give a YAML file or one of the shipped: {', '.join(names)}")
 
 
 def resolve_files(patterns: list[str], path: str = "files") -> list[Path]:
@@ -249,9 +245,7 @@ def check_recipe(recipe: Recipe) -> None:
         ValueError: Naming the dotted path, what was given and what was expected.
     """
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", recipe.name):
-        raise ValueError(
-            f"name is {recipe.name!r}; it becomes a folder: use letters, digits, '-', '_' and '.'"
-        )
+        raise ValueError(f"name is {recipe.name!r}; it becomes a folder: use letters, digits, '-', '_' and '.'")
     if not recipe.stages:
         raise ValueError("stages is empty; a recipe needs at least one stage")
     earlier: dict[str, StageRecipe] = {}
@@ -284,9 +278,7 @@ def _check_reference(
             f"{', '.join(earlier) or 'there is none'}"
         )
     if earlier[name].kind not in kinds:
-        raise ValueError(
-            f"{path} is {name!r}, a stage of kind {earlier[name].kind}; expected {' or '.join(kinds)}"
-        )
+        raise ValueError(f"{path} is {name!r}, a stage of kind {earlier[name].kind}; expected {' or '.join(kinds)}")
     return earlier[name]
 
 
@@ -304,9 +296,7 @@ def _check_references(stage: StageRecipe, earlier: dict[str, StageRecipe], path:
         stage.warm_start.tables_from, ("autoencoder", "causal_lm"), earlier, f"{path}.warm_start.tables_from"
     )
     if not stage.from_ and not stage.model:
-        raise ValueError(
-            f"{path} has neither model nor from: describe a new model or name the stage it continues"
-        )
+        raise ValueError(f"{path} has neither model nor from: describe a new model or name the stage it continues")
     if "model" in stage.from_ and set(stage.model) - {"freeze_encoder", "freeze_decoder"}:
         raise ValueError(
             f"{path}.model is {json.dumps(stage.model)}, but a continued stage keeps its model: only "
@@ -317,9 +307,7 @@ def _check_references(stage: StageRecipe, earlier: dict[str, StageRecipe], path:
 def _check_objectives(stage: StageRecipe, path: str) -> None:
     known = OBJECTIVES[stage.kind]
     if stage.kind == "memory" and not stage.objectives:
-        raise ValueError(
-            f"{path}.objectives is empty; name objectives and weights, e.g. {{causal: 1.0, copy: 0.5}}"
-        )
+        raise ValueError(f"{path}.objectives is empty; name objectives and weights, e.g. {{causal: 1.0, copy: 0.5}}")
     for name, weight in stage.objectives.items():
         if name not in known:
             close = nearest(name, list(known))
@@ -363,13 +351,9 @@ def _check_training(stage: StageRecipe, path: str) -> None:
                 f"{path}.training.lr_multipliers: {pattern!r} is no regular expression: {error}"
             ) from error
     if rows.source_length is not None and rows.source_length > rows.row_length:
-        raise ValueError(
-            f"{path}.data.source_length {rows.source_length} exceeds row_length {rows.row_length}"
-        )
+        raise ValueError(f"{path}.data.source_length {rows.source_length} exceeds row_length {rows.row_length}")
     if rows.window_length is not None and stage.kind != "causal_lm":
-        raise ValueError(
-            f"{path}.data.window_length is for causal_lm stages; a memory model has model.window_length"
-        )
+        raise ValueError(f"{path}.data.window_length is for causal_lm stages; a memory model has model.window_length")
     if rows.window_length is not None and rows.row_length % rows.window_length:
         raise ValueError(
             f"{path}.data.row_length {rows.row_length} is no multiple of window_length {rows.window_length}"

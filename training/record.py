@@ -142,15 +142,6 @@ def peak_memory_bytes() -> dict[str, int]:
     return peak
 
 
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def fingerprint(data: Any) -> str:
     """Return a short digest of plain data, equal whenever the data are.
 

@@ -36,9 +36,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
         for key in keys:
             if keys.count(key) > 1:
-                raise ValueError(
-                    f"key {key!r} is given twice (line {node.start_mark.line + 1} and below); keep one"
-                )
+                raise ValueError(f"key {key!r} is given twice (line {node.start_mark.line + 1} and below); keep one")
         return super().construct_mapping(node, deep=deep)
 
 
@@ -68,9 +66,7 @@ def _set(node: Any, keys: list[str], value: Any, path: str) -> Any:
         if len(names) < len(node):
             raise ValueError(f"override {path}: a list cannot be entered at {head!r}; give it whole, as [a, b]")
         if head not in names:
-            raise ValueError(
-                f"override {path}: no stage {head!r}{nearest(head, names)}; stages: {', '.join(names)}"
-            )
+            raise ValueError(f"override {path}: no stage {head!r}{nearest(head, names)}; stages: {', '.join(names)}")
         index = names.index(head)
         return [*node[:index], _set(node[index], rest, value, path), *node[index + 1 :]]
     if node is not None and not isinstance(node, dict):
@@ -99,9 +95,7 @@ def from_mapping(cls: type, mapping: Any, path: str = "") -> Any:
     for key in mapping:
         if key not in known:
             full = _join(path, str(key))
-            raise ValueError(
-                f"unknown key {full}{nearest(str(key), list(known))}; known here: {', '.join(known)}"
-            )
+            raise ValueError(f"unknown key {full}{nearest(str(key), list(known))}; known here: {', '.join(known)}")
     values: dict[str, Any] = {}
     for key, item in known.items():
         if key in mapping:
@@ -126,10 +120,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin is list:
         if not isinstance(value, list):
             raise ValueError(f"{path} is {value!r}, expected a list: write [{value}]")
-        return [
-            _convert(arguments[0], element, _join(path, _label(i, element)))
-            for i, element in enumerate(value)
-        ]
+        return [_convert(arguments[0], element, _join(path, _label(i, element))) for i, element in enumerate(value)]
     if origin is dict:
         if not isinstance(value, dict):
             raise ValueError(f"{path} is {value!r}, expected a mapping")

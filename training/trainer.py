@@ -93,6 +93,8 @@ class MemoryTrainer(Trainer):
             checkpoint with a non-finite weight is written.
     """
 
+    optimizer: torch.optim.Optimizer | None
+
     def __init__(
         self,
         model: PreTrainedModel,

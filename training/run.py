@@ -1,0 +1,302 @@
+"""Run a recipe: tokenizer, stages, evaluation with controls, Hub folder, record. Killed anywhere, it resumes.
+
+```bash
+python -m training.run debug_cpu
+python -m training.run configuration/recipes/quickstart.yaml seed=1 stages.decoder.training.max_steps=100
+accelerate launch -m training.run configuration/recipes/quickstart.yaml
+```
+"""
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+
+from training.figures import write_figures
+from training.inputs import Inputs, prepare_inputs
+from training.publish import PublishError, verify_hub_folder, write_hub_folder
+from training.recipe import Recipe, load_recipe
+from training.record import (
+    describe_code,
+    describe_hardware,
+    fingerprint,
+    peak_memory_bytes,
+    read_json,
+    write_json,
+    write_record,
+)
+from training.sample import regenerate, sample_lines
+from training.stages import StageRunner, processor_for
+from training.strict_yaml import portable_path
+from training.suites import Evaluation, evaluate_suite, results_table, spread_rows
+from training.trainer import NonFiniteLossError
+
+
+class Run:
+    """One recipe and the folder it is run in.
+
+    Args:
+        recipe (`Recipe`): What to do.
+        command (`str`): The command line, for the record.
+    """
+
+    def __init__(self, recipe: Recipe, command: str) -> None:
+        self.recipe = recipe
+        self.command = command
+        self.folder = Path(recipe.output_dir or f"runs/{recipe.name}")
+        if recipe.threads is not None:
+            torch.set_num_threads(recipe.threads)
+        self.state = PartialState(cpu=recipe.use_cpu)
+        self.is_main = self.state.is_main_process
+        self.device = self.state.device
+        self.started_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+    def run(self) -> dict[str, Any]:
+        """Do what is not done yet; return the record."""
+        identity = {"recipe": self.recipe.to_mapping(), "processes": self.state.num_processes}
+        finished = read_json(self.folder / "record.json")
+        if finished is not None and finished.get("identity") == fingerprint(identity):
+            self.say(f"all done: {self.folder / 'record.json'} (delete {self.folder} to run again)")
+            self.report(finished)
+            return finished
+        with self.phase("tokenizer and text"):
+            inputs = prepare_inputs(self.recipe, self.folder / "inputs", self.state)
+        runner = StageRunner(
+            self.recipe,
+            self.folder / "stages",
+            tokenizer=inputs.tokenizer,
+            special_tokens=inputs.special_tokens,
+            train_tokens=inputs.tokens["train"],
+            validation_tokens=inputs.tokens["validation"],
+            inputs=inputs.fingerprint,
+        )
+        stages: dict[str, Any] = {}
+        for stage in self.recipe.stages:
+            done = runner.finished(stage)
+            if done is None:
+                with self.phase(f"stage {stage.name}"):
+                    done = runner.run(stage)
+            stages[stage.name] = done
+        record: dict[str, Any] = {}
+        if self.is_main:
+            record = self.finish(runner, inputs, stages, fingerprint(identity))
+        self.state.wait_for_everyone()
+        return record
+
+    def finish(self, runner: StageRunner, inputs: Inputs, stages: dict[str, Any], identity: str) -> dict[str, Any]:
+        """Evaluate, record, draw and publish what the stages trained; on one process."""
+        with self.phase("evaluation"):
+            metrics = self.evaluate(runner, inputs, stages)
+        published = self.recipe.published_stage
+        sample = None
+        if self.recipe.stage(published).kind == "memory":
+            sample = regenerate(runner.load(published), inputs.tokenizer, inputs.tokens["test"], inputs.special_tokens)
+        record = self.describe(inputs, stages, metrics, sample)
+        with self.phase("figures"):
+            record["figures"] = write_figures(record, self.folder / "figures")
+        if self.recipe.stage(published).kind in ("memory", "autoencoder"):
+            record["hub"] = self.publish(runner, inputs, published, record)
+        record["identity"] = identity
+        record["times"] = self.times()
+        record["peak_memory_bytes"] = peak_memory_bytes()
+        record["run"].update(status="success", finished_at=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+        write_record(self.folder / "record.json", record)
+        self.report(record)
+        return record
+
+    def evaluate(self, runner: StageRunner, inputs: Inputs, stages: dict[str, Any]) -> dict[str, Any]:
+        """Run the recipe's suites on the test split; kept in a file of their own, so that a resumed run has them."""
+        settings, path = self.recipe.evaluation, self.folder / "evaluation.json"
+        asked = {
+            "evaluation": self.recipe.to_mapping()["evaluation"],
+            "stages": {name: fingerprint(runner.describe(self.recipe.stage(name))) for name in stages},
+        }
+        before = read_json(path)
+        if before is not None and before["asked"] == asked:
+            return before["metrics"]
+        metrics: dict[str, Any] = {}
+        published = self.recipe.stage(self.recipe.published_stage)
+        model = runner.load(published.name).to(self.device)
+        autoencoder = settings.autoencoder or (published.name if published.kind == "autoencoder" else None)
+        if "retention" in settings.suites and autoencoder is not None:
+            reader = model if autoencoder == published.name else runner.load(autoencoder).to(self.device)
+            length = reader.config.chunk_length
+            rows = spread_rows(inputs.tokens["test"], row_length=length, limit=settings.num_rows * 4)
+            evaluation = self.evaluation(reader, inputs)
+            metrics["autoencoder"] = evaluate_suite(evaluation, "retention", rows)
+        if published.kind == "memory":
+            evaluation = self.evaluation(model, inputs)
+            window = model.config.window_length
+            baselines = {
+                name: runner.load(stage).to(self.device)
+                for name, stage in (("no_memory", settings.no_memory), ("full_context", settings.full_context))
+                if stage is not None
+            }
+            for suite in settings.suites:
+                length = settings.row_length if suite == "clm" else settings.source_length
+                length = length or (4 if suite == "clm" else 2) * window
+                rows = spread_rows(inputs.tokens["test"], row_length=length, limit=settings.num_rows)
+                metrics[suite] = evaluate_suite(evaluation, suite, rows, baselines if suite == "clm" else None)
+        write_json(path, {"asked": asked, "metrics": metrics})
+        return metrics
+
+    def evaluation(self, model: Any, inputs: Inputs) -> Evaluation:
+        """Describe how a model of this run is fed."""
+        config, settings = model.config, self.recipe.evaluation
+        return Evaluation(
+            model,
+            inputs.special_tokens,
+            chunk_length=config.chunk_length,
+            window_length=getattr(config, "window_length", config.chunk_length),
+            byte_lengths=inputs.byte_lengths,
+            batch_size=settings.batch_size,
+            num_generated_rows=settings.num_generated_rows,
+        )
+
+    def publish(self, runner: StageRunner, inputs: Inputs, stage: str, record: dict[str, Any]) -> dict[str, Any]:
+        """Write the Hub folder and load it back in a clean process."""
+        model, folder = runner.load(stage), self.folder / "hub"
+        is_memory = self.recipe.stage(stage).kind == "memory"
+        with self.phase("hub folder"):
+            processor = processor_for(model, inputs.tokenizer) if is_memory else inputs.tokenizer
+            slim = {**record, "times": self.times(), "stages": _without_series(record["stages"])}
+            write_hub_folder(model, processor, folder, slim, {"description": self.recipe.description})
+        if not self.recipe.publish.verify:
+            return {"verified": False}
+        with self.phase("verification"):
+            return {"verified": True, **verify_hub_folder(folder, model)}
+
+    def describe(self, inputs: Inputs, stages: dict[str, Any], metrics: dict[str, Any], sample: Any) -> dict[str, Any]:
+        """Assemble the record, all but what the last steps add."""
+        return {
+            "run": {
+                "recipe_name": self.recipe.name,
+                "description": self.recipe.description,
+                "command": self.command,
+                "created_at": self.started_at,
+                "status": "running",
+            },
+            "code": describe_code(),
+            "hardware": describe_hardware(self.device, self.state.num_processes),
+            "inputs": inputs.description,
+            "recipe": self.recipe.to_mapping(),
+            "seeds": {"run": self.recipe.seed, **{name: stage["seed"] for name, stage in stages.items()}},
+            "published_stage": self.recipe.published_stage,
+            "parameters": stages[self.recipe.published_stage]["parameters"],
+            "stages": stages,
+            "metrics": metrics,
+            "sample": sample,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a part of the run and say what it is; times add up over resumed calls, failed ones included."""
+        self.say(f"== {name}")
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.is_main:
+                times = self.times()
+                times[name] = round(times.get(name, 0.0) + time.perf_counter() - started, 2)
+                write_json(self.folder / "times.json", times)
+
+    def times(self) -> dict[str, float]:
+        """Seconds by part, so far."""
+        return dict(read_json(self.folder / "times.json") or {})
+
+    def say(self, text: str) -> None:
+        """Print a line, once."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def report(self, record: dict[str, Any]) -> None:
+        """Print the tables and the sample of a finished run."""
+        if not self.is_main:
+            return
+        times = record["times"]
+        print("\nseconds by part")
+        for name, seconds in times.items():
+            print(f"  {name:<28}{seconds:>10.1f}")
+        print(f"  {'all':<28}{sum(times.values()):>10.1f}")
+        peak = record["peak_memory_bytes"]
+        print(f"  peak memory of the process {peak['process'] / 2**30:.2f} GiB, of its largest child "
+              f"{peak['largest_child'] / 2**30:.2f} GiB\n")  # fmt: skip
+        print(results_table(record["metrics"]))
+        if record["sample"] is not None:
+            print("\n" + "\n".join(sample_lines(record["sample"], colour=sys.stdout.isatty())))
+        print(f"\nrecord: {self.folder / 'record.json'}\nfigures: {self.folder / 'figures'}")
+        if (self.folder / "hub").is_dir():
+            verified = record.get("hub", {}).get("verified")
+            print(f"Hub folder: {self.folder / 'hub'}" + (" (loads in a clean process)" if verified else ""))
+
+
+def _without_series(stages: dict[str, Any]) -> dict[str, Any]:
+    return {name: {key: value for key, value in stage.items() if key != "series"} for name, stage in stages.items()}
+
+
+def _portable_override(override: str) -> str:
+    """Write an override without an absolute path, for the record.
+
+    >>> _portable_override("output_dir=/somewhere/else/mine")
+    'output_dir=mine'
+    """
+    key, equals, value = override.partition("=")
+    return f"{key}{equals}{portable_path(value)}" if value else override
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.run",
+        description="Run a recipe from text to a verified Hub folder. A second call resumes or says that all is done.",
+        epilog="example: python -m training.run quickstart seed=1 stages.autoencoder.training.max_steps=200",
+    )
+    parser.add_argument("recipe", help="YAML file, or the name of one in configuration/recipes")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="replace a value of the recipe: dotted key, stages by name, value as YAML; e.g. output_dir=runs/mine",
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 2 for a user's mistake, 1 for a run that failed."""
+    options = build_parser().parse_args(arguments)
+    words = [
+        "python",
+        "-m",
+        "training.run",
+        portable_path(options.recipe),
+        *map(_portable_override, options.overrides),
+    ]
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        recipe = load_recipe(options.recipe, options.overrides)
+        Run(recipe, shlex.join(words)).run()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (NonFiniteLossError, PublishError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,258 @@
+"""One stage of a recipe, from its model to its folder; killed anywhere, it goes on from its last checkpoint.
+
+A stage's folder holds `started.json` (what it is training), `checkpoints/`, and once it is done `model/` and
+`stage.json`. Each is written beside its place and renamed, so that what is there is whole.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from modeling_memory import MemoryAutoencoder, MemoryEncoderDecoderForCausalLM, MemoryProcessor
+from training.build import build_stage_model, count_parameters
+from training.objectives import SpecialTokens, targets_of
+from training.recipe import OBJECTIVES, Recipe, StageRecipe
+from training.record import fingerprint, peak_memory_bytes, read_json, write_json
+from training.rows import ObjectiveCollator, TokenRows
+from training.trainer import MemoryTrainer, last_complete_checkpoint, training_arguments
+
+MODEL_CLASSES = {
+    "autoencoder": MemoryAutoencoder,
+    "causal_lm": AutoModelForCausalLM,
+    "memory": MemoryEncoderDecoderForCausalLM,
+}
+
+
+class StageRunner:
+    """Trains the stages of a recipe into `folder`.
+
+    Args:
+        recipe (`Recipe`): The recipe.
+        folder (`Path`): Where each stage gets a folder of its name.
+        tokenizer (`PreTrainedTokenizerBase`): The run's tokenizer, with one entry more than the tables have rows.
+        special_tokens (`SpecialTokens`): Ids of its special tokens.
+        train_tokens (`torch.Tensor` of shape `(num_tokens,)`): Train split.
+        validation_tokens (`torch.Tensor` of shape `(num_tokens,)`): Validation split.
+        inputs (`str`): Fingerprint of tokenizer and text; a stage trained on others is not continued.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        special_tokens: SpecialTokens,
+        train_tokens: torch.Tensor,
+        validation_tokens: torch.Tensor,
+        inputs: str,
+    ) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.tokenizer = tokenizer
+        self.special_tokens = special_tokens
+        self.train_tokens = train_tokens
+        self.validation_tokens = validation_tokens
+        self.inputs = inputs
+        self.state = PartialState(cpu=recipe.use_cpu)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the models' token tables: the slot's id lies just behind them."""
+        memory = self.special_tokens.memory
+        return len(self.tokenizer) if memory is None else min(memory, len(self.tokenizer))
+
+    def load(self, name: str) -> PreTrainedModel:
+        """Load the model of a finished stage."""
+        kind = self.recipe.stage(name).kind
+        return MODEL_CLASSES[kind].from_pretrained(self.folder / name / "model")
+
+    def finished(self, stage: StageRecipe) -> dict[str, Any] | None:
+        """Return the record entry of a stage that is done, else `None`.
+
+        Raises:
+            ValueError: If the stage's folder was begun with other settings, text or sources.
+        """
+        folder = self.folder / stage.name
+        check_same(read_json(folder / "started.json"), self.describe(stage), folder)
+        return read_json(folder / "stage.json")
+
+    def run(self, stage: StageRecipe) -> dict[str, Any]:
+        """Train a stage, from its last checkpoint if there is one; return its entry for the record."""
+        folder = self.folder / stage.name
+        if self.state.is_main_process:
+            write_json(folder / "started.json", self.describe(stage))
+        self.state.wait_for_everyone()
+        result = self._train(stage, folder)
+        if self.state.is_main_process:
+            write_json(folder / "stage.json", result)
+        self.state.wait_for_everyone()
+        return result
+
+    def describe(self, stage: StageRecipe) -> dict[str, Any]:
+        """Everything that decides what a stage's weights become."""
+        mapping = self.recipe.to_mapping()
+        index = [other.name for other in self.recipe.stages].index(stage.name)
+        sources = {*stage.from_.values(), *filter(None, [stage.warm_start.tables_from])}
+        return {
+            "stage": mapping["stages"][index],
+            "seed": self.recipe.seed + index,
+            "inputs": self.inputs,
+            "processes": self.state.num_processes,
+            "after": {name: fingerprint(self.describe(self.recipe.stage(name))) for name in sorted(sources)},
+        }
+
+    def _train(self, stage: StageRecipe, folder: Path) -> dict[str, Any]:
+        training, rows = stage.training, stage.data
+        objectives = dict(stage.objectives) or {OBJECTIVES[stage.kind][0]: 1.0}
+        index = [other.name for other in self.recipe.stages].index(stage.name)
+        seed = self.recipe.seed + index
+        set_seed(seed)
+        model = build_stage_model(
+            stage, special_tokens=self.special_tokens, vocab_size=self.vocab_size, load=self.load
+        )
+        collator = self._collator(stage, model, list(objectives))
+        batch_rows = training.batch_size * training.gradient_accumulation_steps * self.state.num_processes
+        train_rows = TokenRows(
+            self.train_tokens,
+            row_length=rows.row_length,
+            num_items=training.max_steps * batch_rows,
+            seed=seed if rows.seed is None else rows.seed,
+        )
+        collate_check = collator([train_rows[0]])  # before the first step: a layout that does not fit says so here
+        trainer = MemoryTrainer(
+            model,
+            training_arguments(
+                training,
+                folder / "checkpoints",
+                seed=seed,
+                use_cpu=self.recipe.use_cpu,
+                report_to=self.recipe.report_to,
+            ),
+            objectives=objectives,
+            training=training,
+            train_dataset=train_rows,
+            eval_dataset=self._validation_rows(stage) if training.eval_steps else None,
+            data_collator=collator,
+            label=stage.name,
+        )
+        checkpoint = last_complete_checkpoint(folder / "checkpoints")
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        seconds = time.perf_counter() - started
+        resumed_at = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+        if self.state.is_main_process:
+            self._save(trainer.accelerator.unwrap_model(trainer.model), stage, folder / "model")
+        targets = {name: int((targets_of(collate_check[name]) != -100).sum()) for name in objectives}
+        num_rows = training.max_steps * batch_rows
+        session_tokens = (training.max_steps - resumed_at) * batch_rows * rows.row_length
+        return {
+            "kind": stage.kind,
+            "objectives": objectives,
+            "seed": seed,
+            "parameters": count_parameters(model),
+            "steps": training.max_steps,
+            "rows": num_rows,
+            "text_tokens": num_rows * rows.row_length,
+            "targets": {name: count * num_rows for name, count in targets.items()},
+            "seconds": round(seconds, 2),
+            "resumed_at_step": resumed_at,
+            "text_tokens_per_second": round(session_tokens / max(seconds, 1e-9), 1),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "series": [
+                {key: value for key, value in log.items() if isinstance(value, int | float)}
+                for log in trainer.state.log_history
+            ],
+        }
+
+    def _collator(self, stage: StageRecipe, model: PreTrainedModel, objectives: list[str]) -> ObjectiveCollator:
+        rows, config = stage.data, model.config
+        window_length = getattr(config, "window_length", None) or rows.window_length or rows.row_length
+        chunk_length = getattr(config, "chunk_length", window_length)
+        return ObjectiveCollator(
+            objectives,
+            self.special_tokens,
+            chunk_length=chunk_length,
+            window_length=chunk_length if stage.kind == "autoencoder" else window_length,
+            source_length=rows.source_length,
+            split_windows=rows.window_length is not None,
+            memories_per_chunk=getattr(config, "memories_per_chunk", 1),
+            layout=rows.layout,
+            marker=rows.marker,
+        )
+
+    def _validation_rows(self, stage: StageRecipe) -> TokenRows:
+        training, length = stage.training, stage.data.row_length
+        tokens = self.validation_tokens[: training.eval_rows * length]
+        together = training.batch_size * self.state.num_processes
+        num_rows = tokens.numel() // length
+        return TokenRows(tokens, row_length=length, num_items=-(-num_rows // together) * together)
+
+    def _save(self, model: PreTrainedModel, stage: StageRecipe, folder: Path) -> None:
+        """Write the finished model with its tokenizer or processor, empty folder first."""
+        replace_folder(folder, lambda part: self._write(model, stage, part))
+
+    def _write(self, model: PreTrainedModel, stage: StageRecipe, folder: Path) -> None:
+        model.save_pretrained(folder)
+        if stage.kind == "memory":
+            processor_for(model, self.tokenizer).save_pretrained(folder)
+        else:
+            self.tokenizer.save_pretrained(folder)
+
+
+def processor_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> MemoryProcessor:
+    """Build the processor of a memory model whose encoder and decoder share a tokenizer."""
+    config = model.config
+    return MemoryProcessor(
+        tokenizer,
+        chunk_length=config.chunk_length,
+        window_length=config.window_length,
+        memories_per_chunk=config.memories_per_chunk,
+        memory_token=tokenizer.convert_ids_to_tokens(config.memory_token_id),
+    )
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a fresh folder, then put it in the place of `folder`."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    write(part)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+
+
+def check_same(before: Any, now: dict[str, Any], folder: Path) -> None:
+    """Refuse to go on in a folder that something else was trained in.
+
+    Raises:
+        ValueError: Naming the first difference and the remedy.
+    """
+    if before is None or before == now:
+        return
+    path, old, new = next(differences(before, now))
+    raise ValueError(
+        f"{folder.name} was begun with {path} = {old!r}, and now it is {new!r}; delete the folder {folder} to train "
+        "it again, or give the run another output_dir"
+    )
+
+
+def differences(before: Any, now: Any, path: str = "") -> Any:
+    """Yield dotted path, old and new value of everything that differs.
+
+    >>> list(differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2}))
+    [('a.b', 1, 3)]
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted({*before, *now}):
+            inner = f"{path}.{key}" if path else str(key)
+            yield from differences(before.get(key), now.get(key), inner)
+    elif before != now:
+        yield path, before, now
