@@ -234,13 +234,12 @@ class MemoryAutoencoder(PreTrainedModel):
             ValueError: If a row has no token, an id is outside the vocabulary, or a chunk is longer than the encoder
                 takes.
         """
-        check_attention_mask("attention_mask", attention_mask, *input_ids.shape)
-        if attention_mask is not None and not torch.compiler.is_compiling():
-            empty = ~(attention_mask != 0).any(1)
-            if bool(empty.any()):
-                raise ValueError(f"Row {int(empty.nonzero()[0])} has padding only; leave out chunks without tokens.")
         with torch.no_grad() if self.config.freeze_encoder else nullcontext():
             memories = encode_chunks(self.encoder, self.pooling, input_ids, attention_mask)
+        if attention_mask is not None and not torch.compiler.is_compiling():
+            empty = (attention_mask == 0).all(1)
+            if bool(empty.any()):
+                raise ValueError(f"Row {int(empty.nonzero()[0])} has padding only; leave out chunks without tokens.")
         memories = memories.to(self.lm_head.weight.dtype)
         return memories if self.bottleneck is None else self.bottleneck(memories)
 
