@@ -69,11 +69,22 @@ def prepare_inputs(recipe: Recipe, folder: Path, state: PartialState) -> Inputs:
         "bytes": {split: stream.num_bytes for split, stream in streams.items()},
         "tokenizer": {"entries": len(tokenizer), "checksum": tokenizer_checksum(tokenizer)},
     }
+    return Inputs(
+        tokenizer,
+        special_tokens_of(tokenizer),
+        tokens,
+        byte_lengths_of(tokenizer),
+        description,
+        fingerprint(description),
+    )
+
+
+def byte_lengths_of(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor | None:
+    """Return the bytes of each token, or `None` for a tokenizer whose tokens do not stand for fixed bytes."""
     try:
-        byte_lengths = token_byte_lengths(tokenizer)
-    except ValueError:  # not byte-level: bits per byte are then left out
-        byte_lengths = None
-    return Inputs(tokenizer, special_tokens_of(tokenizer), tokens, byte_lengths, description, fingerprint(description))
+        return token_byte_lengths(tokenizer)
+    except ValueError:
+        return None
 
 
 def _tokenizer(

@@ -37,7 +37,7 @@ from training.record import (
 from training.sample import regenerate, sample_lines
 from training.stages import StageRunner, processor_for
 from training.strict_yaml import portable_path
-from training.suites import Evaluation, evaluate_suite, results_table, spread_rows
+from training.suites import Evaluation, default_length, evaluate_suite, results_table, spread_rows
 from training.trainer import NonFiniteLossError
 
 
@@ -135,7 +135,6 @@ class Run:
             metrics["autoencoder"] = evaluate_suite(evaluation, "retention", rows)
         if published.kind == "memory":
             evaluation = self.evaluation(model, inputs)
-            window = model.config.window_length
             baselines = {
                 name: runner.load(stage).to(self.device)
                 for name, stage in (("no_memory", settings.no_memory), ("full_context", settings.full_context))
@@ -143,7 +142,7 @@ class Run:
             }
             for suite in settings.suites:
                 length = settings.row_length if suite == "clm" else settings.source_length
-                length = length or (4 if suite == "clm" else 2) * window
+                length = length or default_length(evaluation, suite)
                 rows = spread_rows(inputs.tokens["test"], row_length=length, limit=settings.num_rows)
                 metrics[suite] = evaluate_suite(evaluation, suite, rows, baselines if suite == "clm" else None)
         write_json(path, {"asked": asked, "metrics": metrics})

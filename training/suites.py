@@ -363,6 +363,12 @@ def free_running_copy(evaluation: Evaluation, rows: torch.Tensor) -> dict[str, A
     }
 
 
+def default_length(evaluation: Evaluation, suite: str) -> int:
+    """Tokens of a row where nothing is said: a chunk or window for retention, two windows to copy, four for clm."""
+    windows = {"retention": 1, "blank_copy": 2, "copy": 2, "clm": 4}
+    return windows.get(suite, 1) * evaluation.window_length
+
+
 def spread_rows(tokens: torch.Tensor, *, row_length: int, limit: int) -> torch.Tensor:
     """Cut a token stream into rows and take at most `limit` of them, evenly spread over the text.
 

@@ -1,0 +1,218 @@
+"""Measure a trained model on held-out text, with controls; prints a table and writes a record.
+
+```bash
+python -m training.evaluate runs/quickstart/hub --suite blank_copy --suite copy --limit 64
+python -m training.evaluate runs/quickstart/stages/autoencoder/model --suite retention --text notes.txt
+```
+
+What each suite asks is described in `training/suites.py`.
+"""
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from training.build import count_parameters
+from training.data import file_checksums, load_texts, tokenise_documents
+from training.inputs import byte_lengths_of
+from training.publish import load_checkpoint
+from training.recipe import resolve_files
+from training.record import describe_code, describe_hardware, peak_memory_bytes, read_json, write_record
+from training.strict_yaml import portable_path
+from training.suites import SUITES, Evaluation, default_length, evaluate_suite, results_table, spread_rows
+from training.tokenizer import special_tokens_of, tokenizer_checksum
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    suites: Sequence[str],
+    *,
+    limit: int = 256,
+    length: int | None = None,
+    batch_size: int = 32,
+    baselines: dict[str, PreTrainedModel] | None = None,
+) -> dict[str, Any]:
+    """Run suites on texts.
+
+    Args:
+        model (`PreTrainedModel`): A memory autoencoder or a memory encoder-decoder.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        texts (`Sequence[str]`): Documents.
+        suites (`Sequence[str]`): Names of suites.
+        limit (`int`): Most rows of a suite, spread evenly over the text.
+        length (`int`, *optional*): Tokens of a row; default: a chunk, two windows for copies, four for clm.
+        batch_size (`int`): Rows per forward call.
+        baselines (`dict[str, PreTrainedModel]`, *optional*): `no_memory` and `full_context` decoders, for clm.
+
+    Returns:
+        `dict`: Suite -> condition -> metrics.
+
+    Raises:
+        ValueError: If a suite is unknown or does not fit the model, or the text is too short.
+    """
+    config = model.config
+    evaluation = Evaluation(
+        model,
+        special_tokens_of(tokenizer),
+        chunk_length=config.chunk_length,
+        window_length=getattr(config, "window_length", config.chunk_length),
+        byte_lengths=byte_lengths_of(tokenizer),
+        batch_size=batch_size,
+        num_generated_rows=min(limit, 32),
+    )
+    tokens = tokenise_documents(tokenizer, texts).tokens
+    metrics = {}
+    for suite in suites:
+        rows = spread_rows(tokens, row_length=length or default_length(evaluation, suite), limit=limit)
+        metrics[suite] = evaluate_suite(evaluation, suite, rows, baselines)
+    return metrics
+
+
+def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
+    """Load a model and its tokenizer from a folder or the Hub; also return the folder.
+
+    Raises:
+        ValueError: If there is neither, the folder is incomplete, or encoder and decoder have a tokenizer each.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(name))
+        except Exception as error:  # the client raises a dozen unrelated classes here
+            raise ValueError(f"{name} is no folder and no Hub repository that can be read ({error})") from error
+    model, processor = load_checkpoint(folder)
+    if processor is None:
+        return model, AutoTokenizer.from_pretrained(folder), folder
+    if processor.encoder_tokenizer is not None:
+        raise ValueError(
+            f"the encoder of {name} has a tokenizer of its own; these suites read text that both parts share, so "
+            "evaluate a model with one tokenizer"
+        )
+    return model, processor.tokenizer, folder
+
+
+def find_texts(folder: Path, given: Sequence[str]) -> list[Path]:
+    """Return the text files to evaluate on: those given, else the test split in the model's record.
+
+    Raises:
+        ValueError: If there is nothing to read.
+    """
+    if given:
+        return resolve_files(list(given), "--text")
+    # Beside a Hub folder's weights, or above a stage's model in the folder of its run.
+    for place in (folder, *folder.resolve().parents[:3]):
+        record = read_json(place / "record.json")
+        if record is not None:
+            return resolve_files(record["recipe"]["data"]["test"], "data.test of the model's record")
+    raise ValueError(f"{folder} has no record that names a test split; give the text with --text FILE")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.evaluate",
+        description="Measure a trained model with controls: other texts' memories, no memory.",
+    )
+    parser.add_argument("model", help="folder of a model (runs/<name>/hub), or a Hub repository")
+    parser.add_argument(
+        "--suite", action="append", required=True, choices=SUITES, help="what to measure; may be given several times"
+    )
+    parser.add_argument("--limit", type=int, default=256, metavar="N", help="most rows of a suite (default 256)")
+    parser.add_argument(
+        "--text",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="text to read (default: the model's own test split)",
+    )
+    parser.add_argument("--length", type=int, metavar="N", help="tokens of a row (default: by suite)")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows at a time (default 32)")
+    parser.add_argument("--no-memory", metavar="MODEL", help="clm: decoder trained without memory, as baseline")
+    parser.add_argument("--full-context", metavar="MODEL", help="clm: decoder trained with full context, as baseline")
+    parser.add_argument(
+        "--record", metavar="FILE", help="where the record goes (default: results/scratch/evaluation-<time>.json)"
+    )
+    return parser
+
+
+def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
+    """Evaluate as the command line says; return the record."""
+    for name in ("limit", "length", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected 1 or more")
+    started = time.perf_counter()
+    created_at = datetime.now(timezone.utc)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer, folder = load_model(options.model)
+    files = find_texts(folder, options.text)
+    given = {"no_memory": options.no_memory, "full_context": options.full_context}
+    baselines = {
+        name: AutoModelForCausalLM.from_pretrained(place).to(device)
+        for name, place in given.items()
+        if place is not None
+    }
+    metrics = evaluate(
+        model.to(device),
+        tokenizer,
+        load_texts(files),
+        options.suite,
+        limit=options.limit,
+        length=options.length,
+        batch_size=options.batch_size,
+        baselines=baselines,
+    )
+    record = {
+        "run": {
+            "recipe_name": None,
+            "command": command,
+            "created_at": created_at.isoformat(timespec="seconds"),
+            "status": "success",
+        },
+        "code": describe_code(),
+        "hardware": describe_hardware(device),
+        "inputs": {
+            "model": portable_path(options.model),
+            "files": file_checksums(files),
+            "tokenizer": tokenizer_checksum(tokenizer),
+        },
+        "recipe": {"limit": options.limit, "length": options.length, "batch_size": options.batch_size},
+        "parameters": count_parameters(model),
+        "metrics": metrics,
+        "seconds": round(time.perf_counter() - started, 2),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    path = Path(options.record or f"results/scratch/evaluation-{created_at:%Y%m%d-%H%M%S}.json")
+    write_record(path, record)
+    print(results_table(metrics))
+    print(f"record: {path}")
+    return record
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = build_parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        run(options, shlex.join(["python", "-m", "training.evaluate", *map(portable_path, words)]))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
