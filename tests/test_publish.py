@@ -42,7 +42,16 @@ HUB_FILES = sorted(path for path in PACKAGE.glob("*.py") if path.name != "__init
 RECORD = {
     "run": {"recipe_name": "tiny", "command": "python -m training.run tiny.yaml", "status": "success"},
     "code": {"commit": "abc", "dirty": False, "versions": {"torch": "2"}},
-    "inputs": {"files": {"train": "training/corpora/books/train.parquet"}},
+    "inputs": {"files": {"train": {"training/corpora/books/train.parquet": "3d0c"}}},
+    "sample": {
+        "text": "the cat",
+        "num_tokens": 2,
+        "num_memories": 1,
+        "memory_width": 8,
+        "num_right": 1,
+        "memories": [{"norm": 1.5, "first": [0.1]}],
+        "tokens": [["the", True], [" dog", False]],
+    },
     "metrics": {
         "blank_copy": {
             "memory": {"token_accuracy": 0.9512, "loss": 0.1234, "num_tokens": 100},
@@ -226,6 +235,8 @@ def test_the_card_has_metadata_and_the_numbers_of_the_record(folder):
     assert "| blank copy | memory | 95.12 % | - | 0.1234 | - |" in card.text
     assert "| blank copy | no memory | 3.12 % | - | 6.5000 | - |" in card.text
     assert "python -m training.run tiny.yaml" in card.text and "Commit `abc`" in card.text
+    assert "| books, editions of Standard Ebooks | public domain, CC0 1.0 |" in card.text
+    assert "1 of 2 tokens right" in card.text and "the[ dog]" in card.text
     for section in ("does not", "Use", "Architecture", "Training data", "Results", "Reproduce", "Limits and privacy"):
         assert re.search(rf"^## .*{section}", card.text, re.MULTILINE), section
     assert "More Information Needed" not in card.text and "{{" not in card.text and "\n\n\n" not in card.text
@@ -247,11 +258,19 @@ def test_the_card_takes_what_only_its_writer_knows(model):
     }
     card = render_card(model, RECORD, context)
     assert "| books | CC0 1.0 | standardebooks.org |" in card.text
+    assert "Standard Ebooks" not in card.text and "the[ dog]" not in card.text
     assert card.data.base_model == ["me/decoder"]
     assert card.data.eval_results[0].dataset_name == "books, test split (blank_copy)"
     assert "A first one." in card.text and "\nOut.\n" in card.text
     with pytest.raises(ValueError, match="does not know colour"):
         render_card(model, RECORD, {"colour": "blue"})
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (publish.REPOSITORY / "training" / "corpora").iterdir()))
+def test_the_card_knows_all_text_that_ships(name):
+    readme = (publish.REPOSITORY / "training" / "corpora" / name / "README.md").read_text("utf-8")
+    source = publish.SHIPPED_TEXT[name]
+    assert source["source"] in readme and source["licence"].split()[0] in readme.replace("Creative Commons", "CC")
 
 
 def test_card_results_skip_what_is_no_metric():

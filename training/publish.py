@@ -27,6 +27,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 import modeling_memory
 from modeling_memory.processing_memory import MemoryProcessor
 from training import clean_process
+from training.sample import sample_lines
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TEMPLATE = REPOSITORY / "model_cards" / "template.md"
@@ -47,6 +48,18 @@ AUTO_MAPS = {
         "AutoConfig": "configuration_masked_mixer.MaskedMixerConfig",
         "AutoModel": "modeling_masked_mixer.MaskedMixerModel",
         "AutoModelForCausalLM": "modeling_masked_mixer.MaskedMixerForCausalLM",
+    },
+}
+SHIPPED_TEXT = {
+    "books": {
+        "name": "books, editions of Standard Ebooks",
+        "licence": "public domain, CC0 1.0",
+        "source": "https://github.com/standardebooks",
+    },
+    "wikinews": {
+        "name": "English Wikinews, by the Wikinews contributors",
+        "licence": "CC BY 2.5",
+        "source": "https://en.wikinews.org",
     },
 }
 PROCESSOR_AUTO_MAP = {"AutoProcessor": "processing_memory.MemoryProcessor"}
@@ -182,10 +195,10 @@ def render_card(
         "model_name": (record or {}).get("run", {}).get("recipe_name") or model.config.model_type.replace("_", "-"),
         "description": "",
         "language": "en",
-        "training_data": [],
+        "training_data": training_sources(record or {}),
         "base_models": [],
         "reproduce": (record or {}).get("run", {}).get("command", ""),
-        "example": "",
+        "example": _example(record or {}),
     }
     unknown = sorted(set(context or {}) - set(known))
     if unknown:
@@ -216,6 +229,29 @@ def render_card(
         record=record or {},
     )
     return ModelCard(re.sub(r"\n{3,}", "\n\n", content))
+
+
+def training_sources(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Name, licence and source of the text that ships with the project, as far as a run trained on it.
+
+    >>> files = {"train": {"training/corpora/wikinews/train.parquet": "6014..."}}
+    >>> [source["licence"] for source in training_sources({"inputs": {"files": files}})]
+    ['CC BY 2.5']
+    """
+    files = record.get("inputs", {}).get("files", {}).get("train", [])
+    return [
+        source
+        for folder, source in SHIPPED_TEXT.items()
+        if any(str(file).startswith(f"training/corpora/{folder}/") for file in files)
+    ]
+
+
+def _example(record: Mapping[str, Any]) -> str:
+    """The sample of a run: a text, its memories, and what was regenerated from them."""
+    if not record.get("sample"):
+        return ""
+    lines = "\n".join(sample_lines(record["sample"]))
+    return f"From the run that made this model, on its test split:\n\n~~~~text\n{lines}\n~~~~"
 
 
 def card_results(record: Mapping[str, Any]) -> list[dict[str, Any]]:
