@@ -14,7 +14,6 @@ memories before it, one without memory its window only, one with full context th
 R rows of text, n tokens of a row, S targets of a row, H tokens of a source.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -405,11 +404,11 @@ def results_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
             if not isinstance(values, Mapping):
                 continue
             low, high = values["token_accuracy_interval"]
-            exact = values.get("exact_match", math.nan)
+            bits, exact = values.get("bits_per_byte"), values.get("exact_match")
             lines.append(
                 f"{suite:<12}{condition:<20}{values['token_accuracy']:>10.2%}{f'{low:.2%} - {high:.2%}':>18}"
-                f"{values['loss']:>9.4f}{values.get('bits_per_byte', math.nan):>11.4f}"
-                + (f"{exact:>8.1%}" if not math.isnan(exact) else "")
+                f"{values['loss']:>9.4f}{'' if bits is None else f'{bits:.4f}':>11}"
+                f"{'' if exact is None else f'{exact:.1%}':>8}".rstrip()
             )
         share = conditions.get("share_of_gap_recovered")
         if share is not None:
