@@ -1,6 +1,7 @@
 """Configuration of the memory encoder-decoder."""
 
 import copy
+from typing import Any
 
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
@@ -21,7 +22,7 @@ AUTO_MAP = {
 """Where the Auto classes find what a saved folder holds."""
 
 
-def build_child_config(child, default_model_type: str = "llama") -> PreTrainedConfig:
+def build_child_config(child: Any, default_model_type: str = "llama") -> PreTrainedConfig:
     """Turn a sub-config given as a config, a dictionary or `None` into a config object.
 
     The package's own model types are looked up by name, not through the Auto registry: in a folder loaded with
@@ -104,8 +105,8 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
 
     def __init__(
         self,
-        encoder=None,
-        decoder=None,
+        encoder: Any = None,
+        decoder: Any = None,
         chunk_length: int = 16,
         window_length: int | None = None,
         memories_per_chunk: int = 1,
@@ -125,7 +126,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         freeze_decoder: bool = False,
         initializer_range: float = 0.02,
         format_version: int = FORMAT_VERSION,
-        **kwargs,
+        **kwargs: Any,
     ):
         self.encoder = build_child_config(encoder)
         self.decoder = build_child_config(decoder)

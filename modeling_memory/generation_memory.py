@@ -1,7 +1,10 @@
 """Generation with memories: context read once, full windows folded while the text grows."""
 
+from typing import Any
+
 import torch
-from transformers.generation import GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.generation.logits_process import LogitsProcessorList
 
 from .memory_cache import MemoryCache
@@ -14,13 +17,13 @@ class MemoryGenerationMixin(GenerationMixin):
     def generate(
         self,
         inputs: torch.Tensor | None = None,
-        generation_config=None,
-        *args,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
         context_input_ids: torch.LongTensor | None = None,
         context_attention_mask: torch.LongTensor | None = None,
         rolling_memory: bool | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """Generate as the library does, from plain text of any length or from a prompt with memories in its slots.
 
         Args:
@@ -65,8 +68,10 @@ class MemoryGenerationMixin(GenerationMixin):
                 kwargs["memory_mask"] = kwargs["memory_mask"].expand(len(input_ids), -1)
         return super().generate(inputs, generation_config, *args, rolling_memory=rolling, **kwargs)
 
-    def _check_generation_options(self, generation_config, kwargs: dict, rolling: bool) -> None:
-        def option(name: str):
+    def _check_generation_options(
+        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any], rolling: bool
+    ) -> None:
+        def option(name: str) -> Any:
             given = kwargs.get(name)
             if given is None:
                 given = getattr(generation_config or self.generation_config, name, None)
@@ -121,17 +126,17 @@ class MemoryGenerationMixin(GenerationMixin):
 
     def prepare_inputs_for_generation(
         self,
-        input_ids,
-        past_key_values=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        memory_embeds=None,
-        memory_mask=None,
-        rolling_memory=None,
-        is_first_iteration=False,
-        use_cache=True,
-        **kwargs,
-    ):
+        input_ids: torch.LongTensor,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        memory_embeds: torch.Tensor | None = None,
+        memory_mask: torch.Tensor | None = None,
+        rolling_memory: bool | None = None,
+        is_first_iteration: bool = False,
+        use_cache: bool = True,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """Lay out one step: memories enter with the prompt, later steps find them in the cache."""
         model_inputs = GenerationMixin.prepare_inputs_for_generation(
             self,
@@ -150,7 +155,9 @@ class MemoryGenerationMixin(GenerationMixin):
             model_inputs.pop("position_ids", None)
         return model_inputs
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """Give plain text the cache that can fold it; leave the rest to the library."""
         plain = model_kwargs.get("memory_embeds") is None and model_kwargs.get("inputs_embeds") is None
         own_cache = (self.config.self_memory and plain) or self.config.memory_positions == "fixed"
@@ -163,7 +170,7 @@ class MemoryGenerationMixin(GenerationMixin):
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
-    def _get_logits_processor(self, *args, **kwargs):
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         processors = super()._get_logits_processor(*args, **kwargs)
         if self.config.memory_token_id is None:
             return processors
@@ -182,7 +189,7 @@ class SlotlessLogitsProcessors(LogitsProcessorList):
         super().__init__(processors)
         self.memory_token_id = memory_token_id
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.FloatTensor:
         """Process scores `(B, V)` of the texts `input_ids` `(B, T)`; a slot counts as the row's first token."""
         slots = input_ids == self.memory_token_id
         first = input_ids.gather(1, (~slots).long().argmax(1, keepdim=True))

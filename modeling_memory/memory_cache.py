@@ -3,6 +3,9 @@
 B rows, M memories, S columns of the decoder's cache, H heads, W window length, D decoder width.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from transformers.cache_utils import DynamicCache
 
@@ -33,11 +36,11 @@ class MemoryCache(DynamicCache):
         super().__init__()
         self.rolling = rolling
         self.num_columns = 0
-        self.column_mask = None
-        self.window_input_ids = None
-        self.window_fill = None
-        self.memory_embeds = None
-        self.memory_mask = None
+        self.column_mask: Any = None
+        self.window_input_ids: Any = None
+        self.window_fill: Any = None
+        self.memory_embeds: Any = None
+        self.memory_mask: Any = None
 
     _row_state = ("column_mask", "window_input_ids", "window_fill", "memory_embeds", "memory_mask")
 
@@ -51,7 +54,7 @@ class MemoryCache(DynamicCache):
         cache.layers = self.layers
         return cache
 
-    def start(self, cache: DynamicCache, **state) -> None:
+    def start(self, cache: DynamicCache, **state: torch.Tensor) -> None:
         """Take over the keys and values of `cache` and the row state that belongs to them.
 
         Args:
@@ -122,7 +125,7 @@ class MemoryCache(DynamicCache):
             )
         self.column_mask = _widen(self.column_mask.gather(1, order), num_columns)
 
-    def _apply_to_rows(self, function) -> None:
+    def _apply_to_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for name in self._row_state:
             if getattr(self, name) is not None:
                 setattr(self, name, function(getattr(self, name)))
@@ -156,7 +159,8 @@ class MemoryCache(DynamicCache):
 
     def reset(self) -> None:
         """Empty the cache."""
-        self.__init__(rolling=self.rolling)
+        for name, value in vars(MemoryCache(rolling=self.rolling)).items():
+            setattr(self, name, value)
 
 
 def _widen(tensor: torch.Tensor, width: int, dim: int = 1) -> torch.Tensor:

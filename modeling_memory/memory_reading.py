@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from .memory_cache import MemoryCache
 from .memory_text import (
@@ -40,8 +42,8 @@ class Reading:
     """
 
     features: torch.Tensor
-    cache: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
+    cache: Any = None
+    hidden_states: Any = None
     attentions: tuple[torch.Tensor, ...] | None = None
     memory_embeds: torch.Tensor | None = None
     memory_mask: torch.Tensor | None = None
@@ -60,6 +62,18 @@ class MemoryReadingMixin:
     training: bool
     _takes_position_ids: bool
 
+    def _decode(self, *, columns: torch.Tensor | None = None, **inputs: Any) -> tuple[torch.Tensor, ModelOutput]:
+        """Run the decoder; returns features `(rows, columns, X)` and the decoder's output."""
+        raise NotImplementedError
+
+    def _encode(self, chunk_ids: torch.Tensor, chunk_mask: torch.Tensor | None) -> torch.Tensor:
+        """Turn chunks `(n, L)` into memories `(n, K, D)`."""
+        raise NotImplementedError
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the decoder's token table."""
+        raise NotImplementedError
+
     def _read(
         self,
         text: Text,
@@ -67,7 +81,7 @@ class MemoryReadingMixin:
         memory_mask: torch.Tensor | None,
         cache: Cache | None,
         use_cache: bool | None,
-        **options,
+        **options: Any,
     ) -> Reading:
         """Put memories and text before the decoder: in slots, by windows, continuing a cache, or in clear."""
         check_text(self.config, text, cache)
@@ -101,7 +115,9 @@ class MemoryReadingMixin:
             _mark_clear(reading.cache)
         return reading
 
-    def _read_clear(self, text: Text, cache: Cache | None, use_cache: bool, columns=None, **options) -> Reading:
+    def _read_clear(
+        self, text: Text, cache: Cache | None, use_cache: bool, columns: torch.Tensor | None = None, **options: Any
+    ) -> Reading:
         """Read a text as the plain decoder does."""
         mask = text.attention_mask
         holes = not is_compiling() and text.has_own_mask and has_inner_padding(mask)
@@ -122,7 +138,13 @@ class MemoryReadingMixin:
         return Reading(features, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
 
     def _read_slots(
-        self, text: Text, memory_embeds, memory_mask, cache: Cache | None, use_cache: bool, **options
+        self,
+        text: Text,
+        memory_embeds: torch.Tensor,
+        memory_mask: torch.Tensor,
+        cache: Cache | None,
+        use_cache: bool,
+        **options: Any,
     ) -> Reading:
         """Read a text in which memories stand in the slots."""
         slots = text.input_ids == self.config.memory_token_id  # (B, T)
@@ -136,7 +158,14 @@ class MemoryReadingMixin:
         _mark_clear(reading.cache)
         return reading
 
-    def _read_windows(self, text: Text, cache: MemoryCache | None, prior=None, columns=None, **options) -> Reading:
+    def _read_windows(
+        self,
+        text: Text,
+        cache: MemoryCache | None,
+        prior: tuple[torch.Tensor, torch.Tensor] | None = None,
+        columns: torch.Tensor | None = None,
+        **options: Any,
+    ) -> Reading:
         """Read a text by windows: each in clear, behind the memories of all windows before it.
 
         Args:
@@ -146,13 +175,12 @@ class MemoryReadingMixin:
             columns (`torch.LongTensor`, *optional*): Text columns whose features are wanted.
             options: Passed to the decoder.
         """
-        one_window = text.length <= self.config.window_length and prior is None
-        windows = None if one_window else split_windows(text.input_ids, text.attention_mask, self.config.window_length)
-        one_window = one_window or (windows.num_windows == 1 and prior is None)
-        if one_window and self.config.memory_positions == "contiguous":
+        contiguous = self.config.memory_positions == "contiguous"
+        if text.length <= self.config.window_length and prior is None and contiguous:
             return self._read_one_window(text, cache, columns=columns, **options)
-        if windows is None:
-            windows = split_windows(text.input_ids, text.attention_mask, self.config.window_length)
+        windows = split_windows(text.input_ids, text.attention_mask, self.config.window_length)
+        if windows.num_windows == 1 and prior is None and contiguous:
+            return self._read_one_window(text, cache, columns=columns, **options)
         if text.position_ids is not None:
             raise ValueError(
                 f"`position_ids` were given for a text of {windows.num_windows} windows, but a window's positions "
@@ -207,7 +235,7 @@ class MemoryReadingMixin:
             memory_mask=memory_mask,
         )
 
-    def _read_one_window(self, text: Text, cache: MemoryCache | None, **options) -> Reading:
+    def _read_one_window(self, text: Text, cache: MemoryCache | None, **options: Any) -> Reading:
         """Read a text of one window: the plain decoder, exactly."""
         reading = self._read_clear(
             text, None if cache is None else cache.decoder_cache(), cache is not None, **options
@@ -248,7 +276,9 @@ class MemoryReadingMixin:
             per_window, dim=1
         )
 
-    def _decode_windows(self, windows: Windows, memory_embeds, visible, **options):
+    def _decode_windows(
+        self, windows: Windows, memory_embeds: torch.Tensor, visible: torch.Tensor, **options: Any
+    ) -> tuple[torch.Tensor, ModelOutput, torch.Tensor]:
         """Decode windows `(P, W)`, each behind the memories of its row that are visible to it.
 
         The memories of a row do not depend on the window behind them, so they run through the decoder once and their
@@ -293,12 +323,12 @@ class MemoryReadingMixin:
     def _read_behind(
         self,
         text: Text,
-        memory_embeds,
-        memory_mask,
+        memory_embeds: torch.Tensor,
+        memory_mask: torch.Tensor,
         cache: Cache | None,
         use_cache: bool,
-        columns=None,
-        **options,
+        columns: torch.Tensor | None = None,
+        **options: Any,
     ) -> Reading:
         """Read a text behind memories in columns of their own: for embeddings without slots, and fixed positions."""
         if cache is not None and cache.get_seq_length() > 0:
@@ -351,7 +381,9 @@ class MemoryReadingMixin:
             hidden_states = tuple(states[row, column] for states in hidden_states)
         return Reading(features, filled, hidden_states)
 
-    def _memory_block(self, memory_embeds: torch.Tensor, visible: torch.Tensor):
+    def _memory_block(
+        self, memory_embeds: torch.Tensor, visible: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Lay memories `(P, M, D)` out in columns before a text; absent ones are masked or constant fillers.
 
         Returns:
@@ -368,7 +400,15 @@ class MemoryReadingMixin:
         positions = torch.arange(room, device=visible.device).expand(rows, room)
         return block, torch.ones_like(positions), positions
 
-    def _decode_behind(self, block, embeds, mask, positions, cache, **options):
+    def _decode_behind(
+        self,
+        block: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        embeds: torch.Tensor,
+        mask: torch.Tensor,
+        positions: torch.Tensor,
+        cache: Cache | None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, ModelOutput, torch.Tensor]:
         """Decode `[block | text]`; returns features of all columns, the decoder's output and the column mask."""
         block_embeds, block_mask, block_positions = block
         column_mask = torch.cat([block_mask.to(mask), mask], 1)
@@ -381,7 +421,7 @@ class MemoryReadingMixin:
         )
         return features, outputs, column_mask
 
-    def _read_on(self, text: Text, cache: MemoryCache, columns=None, **options) -> Reading:
+    def _read_on(self, text: Text, cache: MemoryCache, columns: torch.Tensor | None = None, **options: Any) -> Reading:
         """Read the next tokens of texts that a memory cache began; full windows fold, each row's at its moment."""
         if text.input_ids is None:
             raise ValueError(
@@ -409,7 +449,9 @@ class MemoryReadingMixin:
         reading.memory_embeds, reading.memory_mask = cache.memory_embeds, cache.memory_mask
         return reading
 
-    def _extend(self, text: Text, mask, cache: MemoryCache, columns, **options) -> Reading:
+    def _extend(
+        self, text: Text, mask: torch.Tensor, cache: MemoryCache, columns: torch.Tensor | None, **options: Any
+    ) -> Reading:
         """Read tokens behind those of the open windows."""
         fixed = self.config.memory_positions == "fixed"
         start = torch.full_like(cache.window_fill, self.config.max_memories) if fixed else cache.memory_mask.sum(1)
@@ -426,7 +468,15 @@ class MemoryReadingMixin:
         cache.append(text.input_ids, mask)
         return Reading(features, cache, outputs.hidden_states, outputs.attentions)
 
-    def _reopen(self, rows, text: Text, mask, cache: MemoryCache, columns, **options) -> Reading:
+    def _reopen(
+        self,
+        rows: torch.Tensor,
+        text: Text,
+        mask: torch.Tensor,
+        cache: MemoryCache,
+        columns: torch.Tensor | None,
+        **options: Any,
+    ) -> Reading:
         """Read the open windows of some rows again together with their next tokens, folding what is full."""
         length = cache.window_input_ids.shape[1]
         offsets = torch.arange(length, device=rows.device)
@@ -445,7 +495,7 @@ class MemoryReadingMixin:
 
     def _no_memories(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return memories `(B, 0, D)` and their mask `(B, 0)`."""
-        weight = self.get_input_embeddings().weight
+        weight: Any = self.get_input_embeddings().weight
         memory_embeds = weight.new_zeros(batch_size, 0, self.config.decoder.hidden_size)
         return memory_embeds, torch.zeros(batch_size, 0, dtype=torch.long, device=weight.device)
 

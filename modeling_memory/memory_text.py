@@ -4,6 +4,7 @@ B rows, T columns, M memories, D decoder width.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
@@ -22,13 +23,13 @@ class Text:
         position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Positions, if not those of the mask.
     """
 
-    input_ids: torch.Tensor | None
-    attention_mask: torch.Tensor | None = None
-    inputs_embeds: torch.Tensor | None = None
+    input_ids: Any
+    attention_mask: Any = None
+    inputs_embeds: Any = None
     position_ids: torch.Tensor | None = None
 
     @property
-    def tokens(self) -> torch.Tensor:
+    def tokens(self) -> Any:
         """Token ids or embeddings."""
         return self.inputs_embeds if self.input_ids is None else self.input_ids
 
@@ -72,9 +73,8 @@ def check_text(config: PreTrainedConfig, text: Text, cache: Cache | None) -> Non
     if (text.input_ids is None) == (text.inputs_embeds is None):
         given = "neither" if text.input_ids is None else "both"
         raise ValueError(f"Expected `input_ids` or `inputs_embeds`, but {given} were given. Pass exactly one of them.")
-    name, tensor, rank = (
-        ("inputs_embeds", text.inputs_embeds, 3) if text.input_ids is None else ("input_ids", text.input_ids, 2)
-    )
+    name, tensor = ("inputs_embeds" if text.input_ids is None else "input_ids"), text.tokens
+    rank = 3 if text.input_ids is None else 2
     if tensor.dim() != rank or 0 in tensor.shape:
         raise ValueError(
             f"`{name}` has shape {tuple(tensor.shape)}; expected {rank} dimensions (batch, "

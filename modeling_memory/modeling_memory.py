@@ -22,6 +22,7 @@ import copy
 import inspect
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -103,13 +104,13 @@ class MemoryPreTrainedModel(PreTrainedModel):
             module.initialize(self.config.initializer_range)
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load a model as `PreTrainedModel.from_pretrained` does, and freeze what its config says is frozen."""
         loaded = super().from_pretrained(*args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).apply_freezing()
         return loaded
 
-    def save_pretrained(self, *args, **kwargs) -> None:
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save as `PreTrainedModel.save_pretrained` does, with an `auto_map` that every Auto class finds."""
         self.config.auto_map = dict(AUTO_MAP)
         for child in (self.config.encoder, self.config.decoder):  # their code is reached through the model's own
@@ -184,7 +185,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
                 part.requires_grad_(False)
         self.train(self.training)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "MemoryEncoderDecoderModel":
         """Set training mode, except in frozen parts."""
         super().train(mode)
         if self.config.freeze_encoder:
@@ -200,8 +201,8 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
         decoder: str | PreTrainedModel,
         encoder_kwargs: dict | None = None,
         decoder_kwargs: dict | None = None,
-        **config,
-    ):
+        **config: Any,
+    ) -> Any:
         """Join a pretrained encoder and a pretrained decoder by a fresh projector.
 
         The projector starts at the scale of the decoder's token embeddings. Of a causal LM or a memory autoencoder
@@ -342,7 +343,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
         return_dict: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> MemoryModelOutput | tuple:
         """Read a text; arguments and modes are those of [`MemoryEncoderDecoderForCausalLM.forward`].
 
@@ -375,7 +376,12 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
     def _returns_dict(self, return_dict: bool | None) -> bool:
         return getattr(self.config, "return_dict", True) if return_dict is None else return_dict
 
-    def _context_memories(self, context_input_ids, context_attention_mask, memory_embeds):
+    def _context_memories(
+        self,
+        context_input_ids: torch.Tensor,
+        context_attention_mask: torch.Tensor | None,
+        memory_embeds: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode a context, unless its memories were given as well."""
         if memory_embeds is not None:
             raise ValueError(
@@ -385,7 +391,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
             )
         return self.encode_memories(context_input_ids, context_attention_mask)
 
-    def _decode(self, *, columns: torch.Tensor | None = None, **inputs) -> tuple[torch.Tensor, ModelOutput]:
+    def _decode(self, *, columns: torch.Tensor | None = None, **inputs: Any) -> tuple[torch.Tensor, ModelOutput]:
         """Run the decoder. Returns features `(rows, columns, X)` and the decoder's output."""
         if not self._takes_position_ids:
             inputs.pop("position_ids", None)
@@ -431,7 +437,7 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
         return_dict: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> MemoryCausalLMOutputWithPast | tuple:
         """Predict the next token of every column of a text.
 
@@ -513,7 +519,7 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
         )
         return output if self._returns_dict(return_dict) else output.to_tuple()
 
-    def _decode(self, *, columns: torch.Tensor | None = None, **inputs) -> tuple[torch.Tensor, ModelOutput]:
+    def _decode(self, *, columns: torch.Tensor | None = None, **inputs: Any) -> tuple[torch.Tensor, ModelOutput]:
         """Run the whole causal LM, its head and scalings included; returns logits `(rows, columns, V)` and output."""
         if not self._takes_position_ids:
             inputs.pop("position_ids", None)
@@ -523,7 +529,13 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
         outputs = self.decoder(**inputs)
         return outputs.logits if columns is None else outputs.logits[:, columns], outputs
 
-    def _shift_labels(self, labels, shift_labels, text: Text, logits_to_keep) -> torch.Tensor | None:
+    def _shift_labels(
+        self,
+        labels: torch.Tensor | None,
+        shift_labels: torch.Tensor | None,
+        text: Text,
+        logits_to_keep: int | torch.Tensor,
+    ) -> torch.Tensor | None:
         """Turn the token in each column into the target of the column before it; check both kinds of labels."""
         for name, given in (("labels", labels), ("shift_labels", shift_labels)):
             if given is not None and given.shape != text.tokens.shape[:2]:

@@ -46,7 +46,7 @@ def config(**fields):
         ({"encoder": tiny_encoder_config("llama", max_position_embeddings=3)}, "takes 3 tokens"),
         (
             {"encoder": {"model_type": "vit_msn", "vocab_size": 96}, "decoder": {"model_type": "encodec"}},
-            "hidden_size",
+            "vocab_size",
         ),
         ({"copy_token_id": 96}, "table has 96 rows"),
         ({"blank_token_id": -1}, "0 or more"),
