@@ -24,7 +24,7 @@ def test_the_install_command_takes_the_tested_versions():
 
 
 def test_the_main_job_runs_a_recipe_that_ships():
-    words = [word for line in block_after("ci:test") for word in shlex.split(line, comments=True)]
+    words = [word for line in block_after("ci:main") for word in shlex.split(line, comments=True)]
     assert words[:3] == ["python", "-m", "training.run"]
     recipe = next(word for word in words if word.endswith(".yaml"))
     assert (ROOT / recipe).is_file()
@@ -33,8 +33,11 @@ def test_the_main_job_runs_a_recipe_that_ships():
 
 def test_ci_takes_its_commands_from_the_readme():
     script = (ROOT / ".ci" / "run").read_text("utf-8")
-    assert "readme_block ci:setup" in script and "readme_block ci:test" in script
-    assert script.rstrip().endswith("python -m pytest")
+    assert all(f"readme_block {marker}" in script for marker in ("ci:setup", "ci:main", "ci:test"))
+
+
+def test_the_test_command_ends_with_the_summary_of_pytest():
+    assert block_after("ci:test")[-1].startswith("python -m pytest")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
