@@ -31,10 +31,10 @@ REQUIRED = {
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON beside its place and rename it there, so that a reader never sees half a file."""
+    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as part:
-        json.dump(data, part, indent=1, ensure_ascii=False, allow_nan=False)
-        part.write("\n")
+        part.write(text)
     os.chmod(part.name, 0o644)
     os.replace(part.name, path)
 
