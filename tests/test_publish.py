@@ -358,8 +358,15 @@ def test_other_weights_than_the_writers_are_found(model, folder):
         verify_hub_folder(folder, other)
 
 
-def test_the_command_publishes_a_checkpoint(model, processor, tmp_path, capsys):
+def test_the_command_publishes_and_verifies_a_checkpoint(model, processor, tmp_path, capsys, monkeypatch):
     """Also with what a training checkpoint has beside the model, none of which is published."""
+    verified = []
+
+    def verify(folder: Path, model: object) -> dict:  # the real one runs in the tests above
+        verified.append((folder, type(model).__name__))
+        return {"hub": {"loaded": ["AutoModel"]}}
+
+    monkeypatch.setattr(publish, "verify_hub_folder", verify)
     checkpoint = tmp_path / "checkpoint"
     model.save_pretrained(checkpoint)
     processor.save_pretrained(checkpoint)
@@ -367,6 +374,7 @@ def test_the_command_publishes_a_checkpoint(model, processor, tmp_path, capsys):
     (checkpoint / "record.json").write_text(json.dumps(RECORD))
     arguments = [str(checkpoint), "--to", str(tmp_path / "hub"), "--name", "me/tiny"]
     assert publish.main(arguments) == 0
+    assert verified == [(tmp_path / "hub", "MemoryEncoderDecoderForCausalLM")]
     assert "loads bit for bit" in capsys.readouterr().out
     assert "optimizer.pt" not in files_of(tmp_path / "hub")
     assert ModelCard.load(tmp_path / "hub" / "README.md").data.model_name == "me/tiny"
