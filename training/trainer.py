@@ -342,7 +342,6 @@ def training_arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=not use_cpu and torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
         disable_tqdm=True,
         report_to=report_to or "none",
         use_cpu=use_cpu,
