@@ -123,9 +123,7 @@ def test_resumed_training_is_bit_equal(tmp_path):
     first = build(twin)
     first_schedule = schedule(first)
     train(twin, first, first_schedule, range(3))
-    torch.save(
-        {"m": twin.state_dict(), "o": first.state_dict(), "s": first_schedule.state_dict()}, tmp_path / "c"
-    )
+    torch.save({"m": twin.state_dict(), "o": first.state_dict(), "s": first_schedule.state_dict()}, tmp_path / "c")
     saved = torch.load(tmp_path / "c", weights_only=True)
     resumed_model = TinyModel()
     resumed_model.load_state_dict(saved["m"])

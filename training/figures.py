@@ -13,6 +13,8 @@ from matplotlib.ticker import PercentFormatter  # noqa: E402
 # Okabe and Ito's colours: told apart by colour-blind readers and in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
+PANELS_PER_ROW = 4
+
 
 def write_figures(record: dict[str, Any], folder: Path) -> list[str]:
     """Draw the figures of a record as PNG files.
@@ -67,22 +69,32 @@ def position_curves(metrics: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def _draw_series(stages: dict[str, list[dict[str, Any]]], suffix: str, label: str, path: Path) -> str:
-    """One panel a stage, side by side, with a common vertical axis."""
-    width = max(3.2 * len(stages), 5)
-    figure, panels = plt.subplots(1, len(stages), figsize=(width, 3.4), sharey=True, squeeze=False)
-    for panel, (stage, series) in zip(panels[0], stages.items(), strict=True):
-        for colour, (name, (steps, values)) in zip(COLOURS, series_curves(series, suffix).items(), strict=False):
-            dashed = name.endswith("validation")
-            panel.plot(steps, values, "o--" if dashed else "-", color=colour, label=name, markersize=3, linewidth=1.4)
+    """One panel a stage, four in a row, on a common vertical axis; validation dashed in its objective's colour."""
+    width = min(len(stages), PANELS_PER_ROW)
+    height = -(-len(stages) // width)
+    figure, grid = plt.subplots(
+        height, width, figsize=(max(3.2 * width, 5), 2.8 * height), sharey=True, squeeze=False, layout="constrained"
+    )
+    panels = grid.flatten().tolist()
+    for panel, (stage, series) in zip(panels, stages.items(), strict=False):
+        curves = series_curves(series, suffix)
+        names = sorted({name.removesuffix(", validation") for name in curves})
+        for name, (steps, values) in curves.items():
+            colour = COLOURS[names.index(name.removesuffix(", validation")) % len(COLOURS)]
+            style = "o--" if name.endswith("validation") else "-"
+            panel.plot(steps, values, style, color=colour, label=name, markersize=3, linewidth=1.4)
         panel.set_title(stage.replace("_", " "), fontsize=10)
         panel.set_xlabel("step")
         _tidy(panel, suffix)
-    panels[0][0].set_ylabel(label)
+    for panel in panels[len(stages) :]:
+        panel.set_visible(False)
+    for row in grid:
+        row[0].set_ylabel(label)
     return _save(figure, path)
 
 
 def _draw_positions(curves: dict[str, list[float]], path: Path) -> str:
-    figure, panel = plt.subplots(figsize=(6, 3.6))
+    figure, panel = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for colour, (name, values) in zip(COLOURS, curves.items(), strict=False):
         panel.plot(range(len(values)), values, "o-", color=colour, label=name, markersize=3, linewidth=1.4)
     panel.set_xlabel("position in the chunk")
@@ -96,7 +108,7 @@ def _tidy(panel: Axes, suffix: str) -> None:
         panel.set_ylim(0, 1.02)
         panel.yaxis.set_major_formatter(PercentFormatter(1.0))
     else:
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(bottom=0, auto=True)  # the other panels of the row may still raise the top
     panel.grid(alpha=0.3, linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)
     if panel.get_legend_handles_labels()[0]:
@@ -104,7 +116,6 @@ def _tidy(panel: Axes, suffix: str) -> None:
 
 
 def _save(figure: Any, path: Path) -> str:
-    figure.tight_layout()
     figure.savefig(path, dpi=150, metadata={"Software": None})
     plt.close(figure)
     return path.name

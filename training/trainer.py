@@ -319,7 +319,7 @@ def training_arguments(
     schedule_kwargs: dict[str, Any] = {}
     if training.schedule == "warmup_stable_decay":
         schedule_kwargs = {"num_decay_steps": round(training.decay * training.max_steps), "decay_type": "linear"}
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(output_dir),
         max_steps=training.max_steps,
         per_device_train_batch_size=training.batch_size,
@@ -348,6 +348,10 @@ def training_arguments(
         seed=seed,
         data_seed=seed,
     )
+    # One process uses one GPU; for several, `accelerate launch`. DataParallel would cut a nested batch by its first
+    # dimension, chunks and windows alike.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
