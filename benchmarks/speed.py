@@ -1,0 +1,325 @@
+"""How much faster the batched model is than the plain loop, and how its cost grows with the text.
+
+```bash
+python -m benchmarks.speed                 # quickstart sizes, minutes
+python -m benchmarks.speed --quick         # toy sizes, seconds: does it run?
+```
+
+Everything is float32 on the CPU, in one process. The two paths share their weights, must give equal results before
+anything is timed, and are timed in turn (A B A B ...). A ratio is plain over fast of one round; its median and spread
+over the rounds are reported. What is not counted: building the model, tokenising, the optimizer's step.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+from benchmarks.measure import (
+    UnequalPathsError,
+    compare,
+    describe_run,
+    fit_exponent,
+    interleave,
+    save_record,
+    spread,
+)
+from modeling_memory import MaskedMixerConfig, MemoryEncoderDecoderConfig, MemoryEncoderDecoderForCausalLM
+from tests.reference import memory_loop
+from training.record import peak_memory_bytes
+from training.strict_yaml import portable_path
+
+# float32 sums in another order: 2e-6 of the largest value measured, gradients included.
+TOLERANCE = 1e-4
+TARGET_EXPONENT = 1.1
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is built and how much it is given. Lengths in tokens."""
+
+    hidden_size: int = 256
+    intermediate_size: int = 768
+    encoder_layers: int = 3
+    decoder_layers: int = 4
+    num_heads: int = 4
+    vocab_size: int = 2048
+    chunk_length: int = 32
+    window_length: int = 64
+    memories_per_chunk: int = 1
+    max_position_embeddings: int = 1024
+    encode_batch: int = 64
+    encode_chunks: int = 8
+    train_batch: int = 16
+    train_windows: int = 4
+    prompt_length: int = 96
+    new_tokens: int = 96
+    scaling_windows: tuple[int, ...] = (2, 4, 8, 16, 32)
+    scaling_window_length: int = 256
+    scaling_short_chunk: int = 16
+
+
+QUICK = Sizes(
+    hidden_size=16,
+    intermediate_size=32,
+    encoder_layers=1,
+    decoder_layers=1,
+    num_heads=2,
+    vocab_size=64,
+    chunk_length=4,
+    window_length=8,
+    max_position_embeddings=64,
+    encode_batch=2,
+    encode_chunks=2,
+    train_batch=2,
+    train_windows=3,
+    prompt_length=12,
+    new_tokens=10,
+    scaling_windows=(2, 3, 4),
+    scaling_window_length=8,
+    scaling_short_chunk=4,
+)
+
+
+def build_model(sizes: Sizes, seed: int) -> MemoryEncoderDecoderForCausalLM:
+    """Build a memory model with random weights: a mixer encoder, frozen, and a Llama decoder."""
+    torch.manual_seed(seed)
+    tokens: dict[str, Any] = {
+        "vocab_size": sizes.vocab_size,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    encoder = MaskedMixerConfig(
+        hidden_size=sizes.hidden_size,
+        num_hidden_layers=sizes.encoder_layers,
+        num_heads=sizes.num_heads,
+        max_position_embeddings=sizes.chunk_length,
+        **tokens,
+    )
+    decoder = LlamaConfig(
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
+        num_hidden_layers=sizes.decoder_layers,
+        num_attention_heads=sizes.num_heads,
+        num_key_value_heads=sizes.num_heads,
+        max_position_embeddings=sizes.max_position_embeddings,
+        initializer_range=0.1,  # wide enough that the likeliest token is no tie
+        **tokens,
+    )
+    config = MemoryEncoderDecoderConfig(
+        encoder=encoder,
+        decoder=decoder,
+        chunk_length=sizes.chunk_length,
+        window_length=sizes.window_length,
+        memories_per_chunk=sizes.memories_per_chunk,
+        memory_token_id=sizes.vocab_size,
+        initializer_range=0.1,
+    )
+    return MemoryEncoderDecoderForCausalLM(config).eval()
+
+
+def random_tokens(sizes: Sizes, *shape: int, seed: int) -> torch.Tensor:
+    """Draw token ids, none of them padding."""
+    return torch.randint(5, sizes.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def train_step(model: MemoryEncoderDecoderForCausalLM, loss: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Run forward and backward; return the loss and all gradients."""
+    model.zero_grad(set_to_none=True)
+    value = loss()
+    value.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": value.detach(), **gradients}
+
+
+def measure_encode(model: MemoryEncoderDecoderForCausalLM, sizes: Sizes, **timing: Any) -> dict[str, Any]:
+    """Contexts to memories: one batched call against one call a chunk."""
+    shape = (sizes.encode_batch, sizes.encode_chunks, sizes.chunk_length)
+    context = random_tokens(sizes, *shape, seed=1)
+
+    @torch.no_grad()
+    def fast() -> dict[str, torch.Tensor]:
+        return {"memory_embeds": model.encode_memories(context)[0]}
+
+    @torch.no_grad()
+    def plain() -> dict[str, torch.Tensor]:
+        rows = [torch.stack(memory_loop.encode_context(model, list(chunks))) for chunks in context]
+        return {"memory_embeds": torch.stack(rows)}
+
+    result = compare(fast, plain, tolerance=TOLERANCE, **timing)
+    return {"given": {"contexts": shape[0], "chunks": shape[1], "chunk_length": shape[2]}, **result}
+
+
+def measure_train_step(model: MemoryEncoderDecoderForCausalLM, sizes: Sizes, **timing: Any) -> dict[str, Any]:
+    """Forward and backward of the causal loss on texts of several windows."""
+    shape = (sizes.train_batch, sizes.train_windows * sizes.window_length)
+    texts = random_tokens(sizes, *shape, seed=2)
+    result = compare(
+        lambda: train_step(model, lambda: model(texts, labels=texts, use_cache=False).loss),
+        lambda: train_step(model, lambda: memory_loop.causal_loss(model, texts)),
+        tolerance=TOLERANCE,
+        **timing,
+    )
+    model.zero_grad(set_to_none=True)
+    return {"given": {"texts": shape[0], "tokens": shape[1], "windows": sizes.train_windows}, **result}
+
+
+def measure_generate(model: MemoryEncoderDecoderForCausalLM, sizes: Sizes, **timing: Any) -> dict[str, Any]:
+    """Greedy generation that folds windows while it writes: with the cache, against reading all for every token."""
+    prompt = random_tokens(sizes, 1, sizes.prompt_length, seed=3)
+    count = sizes.new_tokens
+
+    def fast() -> dict[str, torch.Tensor]:
+        return {"tokens": model.generate(prompt, max_new_tokens=count, do_sample=False)[0]}
+
+    def plain() -> dict[str, torch.Tensor]:
+        return {"tokens": memory_loop.generate_greedily(model, prompt[0], count)}
+
+    rolls = (sizes.prompt_length + count - 1) // sizes.window_length - (sizes.prompt_length - 1) // sizes.window_length
+    result = compare(fast, plain, tolerance=0.0, **timing)
+    given = {"texts": 1, "prompt_tokens": sizes.prompt_length, "new_tokens": count, "roll_overs": rolls}
+    return {"given": given, **result}
+
+
+def measure_scaling(sizes: Sizes, chunk_length: int, *, repetitions: int, seed: int) -> dict[str, Any]:
+    """Cost of a training step and of reading, one text at a time, as the number of windows grows.
+
+    The lengths are timed in turn. Reading gives the logits of every token, without gradients.
+    """
+    window_length = sizes.scaling_window_length
+    num_memories = max(sizes.scaling_windows) * (window_length // chunk_length) * sizes.memories_per_chunk
+    sizes = replace(
+        sizes,
+        chunk_length=chunk_length,
+        window_length=window_length,
+        max_position_embeddings=window_length + num_memories,
+    )
+    model = build_model(sizes, seed)
+    texts = {n: random_tokens(sizes, 1, n * window_length, seed=4) for n in sizes.scaling_windows}
+
+    def step(text: torch.Tensor) -> Callable[[], Any]:
+        return lambda: train_step(model, lambda: model(text, labels=text, use_cache=False).loss)
+
+    def read(text: torch.Tensor) -> Callable[[], Any]:
+        def run() -> None:
+            with torch.no_grad():
+                model(text, use_cache=False)
+
+        return run
+
+    result: dict[str, Any] = {
+        "given": {
+            "texts": 1,
+            "chunk_length": chunk_length,
+            "window_length": window_length,
+            "memories_per_chunk": sizes.memories_per_chunk,
+            "windows": list(texts),
+        }
+    }
+    for name, build in (("train_step", step), ("read", read)):
+        seconds = interleave({str(n): build(text) for n, text in texts.items()}, repetitions=repetitions, warmup=2)
+        spreads = {n: spread(values) for n, values in seconds.items()}
+        fit = fit_exponent(list(texts), [spreads[str(n)]["median"] for n in texts])
+        result[name] = {"seconds": seconds, "spread": spreads, "fit": fit}
+    return result
+
+
+def measure(sizes: Sizes, *, repetitions: int, seed: int) -> dict[str, Any]:
+    """Run all measurements; returns the measured part of the record."""
+    model = build_model(sizes, seed)
+    timing = {"repetitions": repetitions}
+    metrics: dict[str, Any] = {}
+    comparisons = {"encode": measure_encode, "train_step": measure_train_step, "generate": measure_generate}
+    for name, function in comparisons.items():
+        metrics[name] = function(model, sizes, **timing)
+        print(comparison_line(name, metrics[name]), flush=True)
+    chunks = {"scaling": sizes.scaling_window_length, "scaling_short_chunks": sizes.scaling_short_chunk}
+    for name, chunk_length in chunks.items():
+        metrics[name] = measure_scaling(sizes, chunk_length, seed=seed, **timing)
+        for line in scaling_lines(metrics[name]):
+            print(line, flush=True)
+    metrics["scaling"]["target_exponent"] = TARGET_EXPONENT
+    return metrics
+
+
+def comparison_line(name: str, result: dict[str, Any]) -> str:
+    """Say one comparison in a line."""
+    fast, plain, ratio = result["spread"]["fast"], result["spread"]["plain"], result["ratio"]
+    return (
+        f"{name:<12} plain {plain['median']:.4f} s, fast {fast['median']:.4f} s, ratio {ratio['median']:.2f} "
+        f"(quartiles {ratio['first_quartile']:.2f} to {ratio['third_quartile']:.2f}, "
+        f"extremes {ratio['min']:.2f} to {ratio['max']:.2f})"
+    )
+
+
+def scaling_lines(result: dict[str, Any]) -> list[str]:
+    """Say how two costs grow, a line each."""
+    given = result["given"]
+    lines = []
+    for name in ("train_step", "read"):
+        fit, spreads = result[name]["fit"], result[name]["spread"]
+        times = ", ".join(f"{n}: {values['median']:.4f} s" for n, values in spreads.items())
+        lines.append(
+            f"{name:<12} chunks of {given['chunk_length']}, windows of {given['window_length']}: windows ** "
+            f"{fit['exponent']:.3f} (R² {fit['r_squared']:.4f}); {times}"
+        )
+    return lines
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed",
+        description="Time the batched memory model against the plain loop, and its cost against the length of a text.",
+    )
+    parser.add_argument("--quick", action="store_true", help="toy sizes: checks that everything runs, says nothing")
+    parser.add_argument("--out", help="where the record goes (default: benchmarks/results/speed.json)")
+    parser.add_argument("--repetitions", type=int, default=7, help="timed rounds (default: 7)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: 0)")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns 2 for a user's mistake and 1 if the two paths disagree."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = build_parser().parse_args(arguments)
+    for name in ("repetitions", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            print(f"error: --{name} is {value}, expected 1 or more", file=sys.stderr)
+            return 2
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    sizes = QUICK if options.quick else Sizes()
+    words = [portable_path(word) for word in arguments]
+    record = describe_run("speed", shlex.join(["python", "-m", "benchmarks.speed", *words]), {"weights": options.seed})
+    load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    try:
+        metrics = measure(sizes, repetitions=options.repetitions, seed=options.seed)
+    except UnequalPathsError as error:
+        print(f"error: {error}; nothing is reported", file=sys.stderr)
+        return 1
+    record["hardware"]["load_before"] = load_before
+    record.update(
+        quick=options.quick,
+        dtype="float32",
+        repetitions=options.repetitions,
+        sizes=asdict(sizes),
+        metrics=metrics,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+    print(f"peak memory of the process {record['peak_memory_bytes']['process'] / 2**30:.2f} GiB")
+    print(f"record: {portable_path(save_record(record, 'speed', options.out, publish=not options.quick))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
