@@ -141,7 +141,7 @@ def speed_table(record: Record, link: str) -> list[str]:
     what = {
         "encode": "encode {contexts} contexts of {chunks} chunks of {chunk_length} tokens".format(**encode["given"]),
         "train_step": "training step, {texts} texts of {tokens} tokens in {windows} windows".format(**train["given"]),
-        "generate": ("write {new_tokens} tokens behind {prompt_tokens}, windows folded {roll_overs} times").format(
+        "generate": ("write {new_tokens} tokens behind {prompt_tokens}; roll-overs on the way: {roll_overs}").format(
             **generate["given"]
         ),
     }
@@ -166,7 +166,7 @@ def speed_table(record: Record, link: str) -> list[str]:
             result = pick(metrics, f"{key}.{name}")
             tokens = metrics[key]["given"]["chunk_length"] // metrics[key]["given"]["memories_per_chunk"]
             times = [duration(result["spread"][str(n)]["median"]) for n in windows]
-            exponent = f"[{result['fit']['exponent']:.2f}]({link})"
+            exponent = f"[{result['fit']['exponent']:.3f}]({link})"
             if key == "scaling":
                 exponent += f" (at most {goal}{'' if result['fit']['exponent'] <= goal else ': missed'})"
             lines.append(
@@ -387,6 +387,7 @@ def draw_time_to_accuracy(record: Record, folder: Path) -> list[str]:
     panel.set_ylim(0, 1.02)
     panel.yaxis.set_major_formatter(PercentFormatter(1.0))
     tidy(panel)
+    panel.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # above the dashed line
     return save(figure, folder / "curves.png")
 
 

@@ -196,7 +196,7 @@ def test_pages_and_figures_are_made_from_the_records_and_checked(root: Path, cap
         "| encode 64 contexts of 8 chunks of 32 tokens | 400 ms | 100 ms | "
         "[4.0](benchmarks/results/speed.json) (3.5 to 4.5) |",
         "| training step, 256 tokens per memory | 1.00 s | 2.00 s | 4.00 s | "
-        "[1.00](benchmarks/results/speed.json) (at most 1.1) | 1.000 |",
+        "[1.000](benchmarks/results/speed.json) (at most 1.1) | 1.000 |",
         "| float32, AdamW at 0.0005, plain loop | 1,000 | 1051 | 1.05 s | 61.0% |",
         "| recipe quickstart as shipped | 400 | 100 | 250 ms | 90.3% |",
         "[Record](benchmarks/results/speed.json): commit 0123456, 2 threads on Some CPU, 2026-01-02.",
