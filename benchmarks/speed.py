@@ -35,7 +35,7 @@ from tests.reference import memory_loop
 from training.record import peak_memory_bytes
 from training.strict_yaml import portable_path
 
-# float32 sums in another order: 2e-6 of the largest value measured, gradients included.
+# float32 sums in another order: 4e-6 of the largest value measured, gradients included.
 TOLERANCE = 1e-4
 TARGET_EXPONENT = 1.1
 
