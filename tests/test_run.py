@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from modeling_memory import MemoryEncoderDecoderForCausalLM
 from training import recipe as recipe_module
 from training import run as run_module
-from training.build import build_stage_model
+from training.build import build_stage_model, child_config
 from training.figures import write_figures
 from training.objectives import SpecialTokens
 from training.recipe import REPOSITORY, load_recipe
@@ -249,6 +249,14 @@ def test_shipped_recipe_builds_every_model(path: Path):
             stage, special_tokens=special, vocab_size=vocab_size, load=models.__getitem__
         )
         assert any(parameter.requires_grad for parameter in models[stage.name].parameters())
+
+
+def test_a_configuration_may_use_the_common_names_and_nothing_unknown():
+    fields = {"model_type": "gpt2", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = child_config(fields, {"vocab_size": 30, "pad_token_id": 0}, "model")
+    assert (config.n_embd, config.n_layer, config.vocab_size) == (8, 1, 30)
+    with pytest.raises(ValueError, match=r"model\.hidden_sise \(did you mean hidden_size\?\); GPT2Config has no such"):
+        child_config({**fields, "hidden_sise": 8}, {}, "model")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -108,7 +108,7 @@ def check_fields(config_class: type[PreTrainedConfig], fields: dict[str, Any], p
         for name, parameter in inspect.signature(config_class).parameters.items()
         if parameter.kind is not parameter.VAR_KEYWORD
     }
-    known |= COMMON_FIELDS
+    known |= COMMON_FIELDS | set(config_class.attribute_map)  # a GPT-2 may say hidden_size for n_embd
     for name in fields:
         if name not in known:
             raise ValueError(
