@@ -81,6 +81,9 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
             tables.
         copy_token_id (`int`, *optional*): Id of the marker that asks for a copy; a real row of both token tables.
         blank_token_id (`int`, *optional*): Id of the blank of the blank-copy objective; a real row likewise.
+        window_positions (`bool`): Whether a token behind memories is told its place in its window, by a learned vector
+            added to its embedding. With rotary positions alone a decoder takes several times longer to learn which
+            part of a memory to write where. A text without memories is the plain decoder all the same.
         memory_positions (`str`): `"contiguous"`: text follows its memories directly. `"fixed"`: text starts after
             room for `max_memories`, the paper's layout.
         absent_memories (`str`): `"mask"`, or with fixed positions `"ones"` or `"zeros"`, the paper's constant fillers.
@@ -118,6 +121,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         memory_token_id: int | None = None,
         copy_token_id: int | None = None,
         blank_token_id: int | None = None,
+        window_positions: bool = False,
         memory_positions: str = "contiguous",
         absent_memories: str = "mask",
         max_memories: int | None = None,
@@ -141,6 +145,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         self.memory_token_id = memory_token_id
         self.copy_token_id = copy_token_id
         self.blank_token_id = blank_token_id
+        self.window_positions = window_positions
         self.memory_positions = memory_positions
         self.absent_memories = absent_memories
         self.max_memories = max_memories

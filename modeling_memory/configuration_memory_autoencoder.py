@@ -5,6 +5,8 @@ from typing import Any
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
+# Unused names: transformers before 5.8 copies from a local folder only the files that this one imports itself.
+from .configuration_masked_mixer import MaskedMixerConfig  # noqa: F401
 from .configuration_memory import POOLINGS, build_child_config
 
 EXPANSIONS = ("unroll", "repeat")

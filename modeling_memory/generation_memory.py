@@ -89,7 +89,7 @@ class MemoryGenerationMixin(GenerationMixin):
                 "its slots "
                 "and windows. Leave it out: the windows are short already."
             )
-        if not rolling:
+        if not (rolling or self.config.window_positions):
             return
         if option("prompt_lookup_num_tokens") is not None:
             raise ValueError(
@@ -161,6 +161,7 @@ class MemoryGenerationMixin(GenerationMixin):
         """Give plain text the cache that can fold it; leave the rest to the library."""
         plain = model_kwargs.get("memory_embeds") is None and model_kwargs.get("inputs_embeds") is None
         own_cache = (self.config.self_memory and plain) or self.config.memory_positions == "fixed"
+        own_cache = own_cache or self.config.window_positions
         dynamic = generation_config.use_cache is not False and generation_config.cache_implementation in (
             None,
             "dynamic",

@@ -60,6 +60,7 @@ class MemoryReadingMixin:
     config: Any
     decoder: PreTrainedModel
     training: bool
+    window_positions: nn.Embedding | None
     _takes_position_ids: bool
 
     def _decode(self, *, columns: torch.Tensor | None = None, **inputs: Any) -> tuple[torch.Tensor, ModelOutput]:
@@ -148,15 +149,41 @@ class MemoryReadingMixin:
     ) -> Reading:
         """Read a text in which memories stand in the slots."""
         slots = text.input_ids == self.config.memory_token_id  # (B, T)
-        inputs_embeds = self._embed(text.input_ids, slots)
-        inputs_embeds = inputs_embeds.masked_scatter(
-            slots[..., None], memory_embeds[memory_mask.bool()].to(inputs_embeds)
-        )
+        mask = text.mask()
+        embeds = self._embed(text.input_ids, self._places((mask * ~slots).cumsum(1) - 1, memory_mask), slots)
+        embeds = embeds.masked_scatter(slots[..., None], memory_embeds[memory_mask.bool()].to(embeds))
+        own_cache = self._slot_cache(cache, use_cache)
+        decoder_cache = cache if own_cache is None else own_cache.decoder_cache()
         reading = self._read_clear(
-            Text(None, text.attention_mask, inputs_embeds, text.position_ids), cache, use_cache, **options
+            Text(None, text.attention_mask, embeds, text.position_ids), decoder_cache, use_cache, **options
         )
         _mark_clear(reading.cache)
+        if own_cache is not None:
+            own_cache.start(
+                reading.cache,
+                column_mask=mask,
+                window_input_ids=mask.new_zeros(text.batch_size, 0),
+                window_fill=(mask * ~slots).sum(1),
+                memory_embeds=memory_embeds,
+                memory_mask=memory_mask,
+            )
+            own_cache.num_columns = text.length
+            reading.cache = own_cache
         return reading
+
+    def _slot_cache(self, cache: Cache | None, use_cache: bool) -> MemoryCache | None:
+        """Give a cache that knows which columns are memories, where later tokens must be told their places."""
+        if self.window_positions is None or not use_cache:
+            return None
+        if cache is None or (isinstance(cache, MemoryCache) and cache.get_seq_length() == 0):
+            own_cache = MemoryCache() if cache is None else cache
+            own_cache.rolling = False
+            return own_cache
+        raise ValueError(
+            f"A {type(cache).__name__} of {cache.get_seq_length()} columns was given with memories, but with "
+            "`window_positions` the cache must know which columns are memories. Pass `past_key_values=None`, or an "
+            "empty `MemoryCache`."
+        )
 
     def _read_windows(
         self,
@@ -307,7 +334,7 @@ class MemoryReadingMixin:
                 shared = self.decoder.base_model(**prefix, past_key_values=shared, use_cache=True).past_key_values
                 shared.batch_select_indices(windows.row)
             features, outputs = self._decode(
-                input_ids=windows.input_ids,
+                **self._token_inputs(windows.input_ids, self._places(offsets, visible)),
                 attention_mask=column_mask,
                 position_ids=positions,
                 past_key_values=shared,
@@ -316,7 +343,12 @@ class MemoryReadingMixin:
             return features, outputs, column_mask
         block = self._memory_block(memory_embeds[windows.row], visible)
         features, outputs, column_mask = self._decode_behind(
-            block, self._embed(windows.input_ids), windows.attention_mask, positions, None, **options
+            block,
+            self._embed(windows.input_ids, self._places(offsets, visible)),
+            windows.attention_mask,
+            positions,
+            None,
+            **options,
         )
         return features[:, -window_length:], outputs, column_mask
 
@@ -341,14 +373,16 @@ class MemoryReadingMixin:
         slots = torch.zeros_like(mask, dtype=torch.bool)
         if text.input_ids is not None:
             slots = text.input_ids == self.config.memory_token_id if self._has_slots else slots
-            embeds = self._embed(text.input_ids, slots)
             mask = mask * ~slots
+            embeds = self._embed(text.input_ids, self._places(mask.cumsum(1) - 1, memory_mask), slots)
             if (slots & (mask.cumsum(1) > 0)).any():
                 raise ValueError(
                     "With `memory_positions='fixed'` all memories stand before the text, but a slot stands behind a "
                     "token. Put "
                     "the slots in front or use `memory_positions='contiguous'`."
                 )
+        else:
+            embeds = self._tell_places(embeds, self._places(mask.cumsum(1) - 1, memory_mask))
         block = self._memory_block(memory_embeds, memory_mask)
         fixed = self.config.memory_positions == "fixed"
         start = torch.full_like(mask[:, 0], self.config.max_memories) if fixed else memory_mask.sum(1)
@@ -455,10 +489,11 @@ class MemoryReadingMixin:
         """Read tokens behind those of the open windows."""
         fixed = self.config.memory_positions == "fixed"
         start = torch.full_like(cache.window_fill, self.config.max_memories) if fixed else cache.memory_mask.sum(1)
-        positions = (start + cache.window_fill)[:, None] + mask.cumsum(1) - 1
+        offsets = cache.window_fill[:, None] + mask.cumsum(1) - 1  # (B, Q)
+        positions = start[:, None] + offsets
         features, outputs = self._decode(
             columns=columns,
-            input_ids=text.input_ids,
+            **self._token_inputs(text.input_ids, self._places(offsets, cache.memory_mask)),
             attention_mask=torch.cat([cache.column_mask, mask.to(cache.column_mask)], 1),
             position_ids=positions.clamp(min=0),
             past_key_values=cache.decoder_cache(),
@@ -499,11 +534,31 @@ class MemoryReadingMixin:
         memory_embeds = weight.new_zeros(batch_size, 0, self.config.decoder.hidden_size)
         return memory_embeds, torch.zeros(batch_size, 0, dtype=torch.long, device=weight.device)
 
-    def _embed(self, input_ids: torch.Tensor, slots: torch.Tensor | None = None) -> torch.Tensor:
-        """Embed tokens; a slot, whose id need not be in the table, gets the embedding of id 0."""
+    def _places(self, rank: torch.Tensor, visible: torch.Tensor) -> torch.Tensor | None:
+        """Return places in the window `(B, T)` from ranks; -1 in rows that see none of the memories `(B, M)`."""
+        if self.window_positions is None:
+            return None
+        behind = visible.bool().any(1, keepdim=True)
+        return torch.where(behind, rank.clamp(min=0) % self.config.window_length, -1)
+
+    def _tell_places(self, embeds: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
+        """Add to embeddings `(B, T, D)` what tells a token behind memories its place in the window."""
+        if self.window_positions is None or places is None:
+            return embeds
+        told = self.window_positions(places.clamp(min=0)) * (places >= 0)[..., None]
+        return embeds + told.to(embeds)
+
+    def _token_inputs(self, input_ids: torch.Tensor, places: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Give the decoder tokens as they are, or embedded where they are told their places."""
+        return {"input_ids": input_ids} if places is None else {"inputs_embeds": self._embed(input_ids, places)}
+
+    def _embed(
+        self, input_ids: torch.Tensor, places: torch.Tensor | None, slots: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Embed tokens and tell them their places; a slot, whose id need not be in the table, is embedded as id 0."""
         if slots is not None:
             input_ids = input_ids.masked_fill(slots, 0)
-        return self.get_input_embeddings()(input_ids)
+        return self._tell_places(self.get_input_embeddings()(input_ids), places)
 
     @property
     def _has_slots(self) -> bool:

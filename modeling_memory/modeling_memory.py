@@ -27,17 +27,23 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
+# Unused names: transformers before 5.8 copies from a local folder only the files that this one imports itself.
+from .configuration_masked_mixer import MaskedMixerConfig  # noqa: F401
 from .configuration_memory import AUTO_MAP, MemoryEncoderDecoderConfig
 from .generation_memory import MemoryGenerationMixin
+from .memory_cache import MemoryCache  # noqa: F401
 from .memory_encoder import build_encoder, build_pooling, encode_chunks
 from .memory_projector import MemoryProjector
 from .memory_reading import MemoryReadingMixin, scatter_present
 from .memory_text import Text, check_ids, check_same_shape, is_compiling
+from .memory_windows import Windows  # noqa: F401
+from .modeling_masked_mixer import MaskedMixerModel  # noqa: F401
 
 
 @dataclass
@@ -102,6 +108,8 @@ class MemoryPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, MemoryProjector):
             module.initialize(self.config.initializer_range)
+        elif isinstance(module, nn.Embedding):  # places in the window; the token tables belong to encoder and decoder
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -142,6 +150,9 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
         self.pooling = build_pooling(config.pooling, config.memories_per_chunk)
         self.projector = MemoryProjector(config)
         self.decoder = AutoModelForCausalLM.from_config(config.decoder) if decoder is None else decoder
+        self.window_positions = None
+        if config.window_positions:
+            self.window_positions = nn.Embedding(config.window_length, config.decoder.hidden_size)
         # One object a config: what is set on the child (attention implementation, vocabulary size) is set here too.
         self.config.encoder, self.config.decoder = self.encoder.config, self.decoder.config
         arguments = inspect.signature(self.decoder.forward).parameters
@@ -257,13 +268,18 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
             encoder=encoder,
             decoder=decoder,
         )
-        for part in (model.encoder, model.pooling, model.projector):
-            for parameter in part.parameters():  # buffers, such as rotary frequencies, keep their precision
+        for part in (model.encoder, model.pooling, model.projector, model.window_positions):
+            for parameter in (
+                part.parameters() if part is not None else ()
+            ):  # buffers, such as rotary frequencies, keep their precision
                 parameter.data = parameter.data.to(decoder.dtype)
         model.pooling.to(decoder.device)
         model.projector.to(decoder.device)
         with torch.no_grad():
-            model.projector.initialize(decoder.get_input_embeddings().weight.float().std().item())
+            scale = decoder.get_input_embeddings().weight.float().std().item()
+            model.projector.initialize(scale)
+            if model.window_positions is not None:
+                model.window_positions.to(decoder.device).weight.normal_(std=scale)
             if bottleneck is not None and model.config.projector_type == "bottleneck":
                 model.projector.down.load_state_dict(bottleneck.down.state_dict())
                 model.projector.up.load_state_dict(bottleneck.up.state_dict())

@@ -31,6 +31,9 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
+# Unused names: transformers before 5.8 copies from a local folder only the files that this one imports itself.
+from .configuration_masked_mixer import MaskedMixerConfig  # noqa: F401
+from .configuration_memory import POOLINGS  # noqa: F401
 from .configuration_memory_autoencoder import MemoryAutoencoderConfig
 from .memory_encoder import build_encoder, build_pooling, encode_chunks
 from .modeling_masked_mixer import check_attention_mask

@@ -188,6 +188,57 @@ def test_fixed_positions_generate_as_the_plain_loop(absent):
     assert torch.equal(*runs)
 
 
+class TestWindowPositions:
+    def test_plain_text_equals_the_plain_loop_through_roll_overs(self):
+        model = build_model(window_positions=True)
+        lengths = (2, WINDOW, 13)
+        prompt, mask = left_padded(lengths)
+        for options in ({}, {"use_cache": False}):
+            out = model.generate(prompt, attention_mask=mask, max_new_tokens=19, **options, **GREEDY)
+            for row, length in enumerate(lengths):
+                expected = memory_loop.generate_greedily(model, prompt[row, -length:], 19)
+                assert torch.equal(out[row, -length - 19 :], expected)
+
+    @pytest.mark.parametrize("num_beams", [1, 3])
+    def test_slots_with_cache_equal_slots_without(self, num_beams):
+        model = build_model("llama", window_positions=True)
+        prompt = torch.tensor([[0, 0, 7, SLOT, 8, SLOT, 9], [SLOT, SLOT, SLOT, 10, 11, 12, 13]])
+        chunks, chunk_mask = random_ids(2, 3, CHUNK), torch.ones(2, 3, CHUNK, dtype=torch.long)
+        chunk_mask[0, 2] = 0
+        runs = [
+            model.generate(
+                prompt,
+                attention_mask=(prompt != 0).long(),
+                context_input_ids=chunks,
+                context_attention_mask=chunk_mask,
+                max_new_tokens=14,
+                num_beams=num_beams,
+                use_cache=cached,
+                **GREEDY,
+            )
+            for cached in (True, False)
+        ]
+        assert torch.equal(*runs)
+        if num_beams == 1:
+            text = prompt[1]
+            for _ in range(14):
+                text = torch.cat([text, memory_loop.read_slots(model, list(chunks[1]), text)[-1:].argmax(-1)])
+            assert torch.equal(runs[0][1], text)
+
+    def test_text_without_memories_is_the_plain_decoder(self):
+        model = build_model(window_positions=True)
+        input_ids = random_ids(2, WINDOW)
+        assert torch.equal(model(input_ids).logits, model.decoder(input_ids).logits)
+
+    def test_a_cache_that_cannot_know_the_places_is_refused(self):
+        model = build_model(window_positions=True)
+        prompt = torch.tensor([[SLOT, 7]])
+        with pytest.raises(ValueError, match="must know which columns are memories"):
+            model(prompt, memory_embeds=torch.zeros(1, 1, 32), past_key_values=DynamicCache())
+        with pytest.raises(ValueError, match="cache_implementation"):
+            model.generate(prompt, memory_embeds=torch.zeros(1, 1, 32), cache_implementation="static", **GREEDY)
+
+
 class TestCaches:
     def test_the_cache_of_many_windows_is_that_of_the_last(self):
         model = build_model()

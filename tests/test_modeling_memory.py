@@ -25,6 +25,8 @@ LAYOUTS = {
     "mlp": {"projector_type": "mlp"},
     "bottleneck": {"projector_type": "bottleneck", "projector_norm": True},
     "identity": {"projector_type": "identity"},
+    "window positions": {"window_positions": True},
+    "fixed, window positions": {**FIXED, "window_positions": True},
 }
 
 

@@ -32,6 +32,8 @@ def decode_behind(model, memories: list[torch.Tensor], token_ids: torch.Tensor) 
     """Logits `(n, V)` of one window of tokens `(n,)` behind its memories."""
     config = model.config
     embeds = model.get_input_embeddings()(token_ids)  # (n, D)
+    if config.window_positions and memories:
+        embeds = torch.stack([embed + model.window_positions.weight[place] for place, embed in enumerate(embeds)])
     front = list(memories)
     start = len(front)
     if config.memory_positions == "fixed":
@@ -93,11 +95,15 @@ def generate_greedily(model, token_ids: torch.Tensor, num_new_tokens: int) -> to
 def read_slots(model, chunks: list[torch.Tensor], token_ids: torch.Tensor) -> torch.Tensor:
     """Logits `(n, V)` of one prompt in which the memories of some chunks stand in the slots."""
     memories = encode_context(model, chunks)
-    sequence = []
+    sequence, rank = [], 0
     for token in token_ids:
         if token == model.config.memory_token_id:
             sequence.append(memories.pop(0))
         else:
-            sequence.append(model.get_input_embeddings()(token))
+            embed = model.get_input_embeddings()(token)
+            if model.config.window_positions:
+                embed = embed + model.window_positions.weight[rank % model.config.window_length]
+            sequence.append(embed)
+            rank += 1
     assert not memories
     return model.decoder(inputs_embeds=torch.stack(sequence)[None], use_cache=False).logits[0]
