@@ -8,6 +8,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.optimization import get_wsd_schedule
 
+from modeling_memory import MaskedMixerModel
+from tests.conftest import tiny_encoder_config
 from training.optimizer import MuonAdamW, build_optimizer, hidden_matrix_names
 
 
@@ -74,6 +76,11 @@ def test_llama_tables_and_head_are_no_hidden_matrices(tied: bool):
     )  # fmt: skip
     names = hidden_matrix_names(LlamaForCausalLM(config))
     assert len(names) == 7 and all("proj" in name for name in names)
+
+
+def test_a_mixers_stacked_weights_and_biases_are_no_hidden_matrices():
+    names = hidden_matrix_names(MaskedMixerModel(tiny_encoder_config("masked_mixer")))
+    assert names and all(name.endswith("proj.weight") for name in names)
 
 
 def test_steps_equal_torch_muon_and_adamw_side_by_side():

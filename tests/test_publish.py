@@ -11,7 +11,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from transformers import LlamaForCausalLM
-from transformers.dynamic_module_utils import get_relative_imports
+from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 from modeling_memory import (
     MaskedMixerForCausalLM,
@@ -103,6 +103,15 @@ def test_hub_files_import_only_what_every_user_has(path):
             root = name.partition(".")[0]
             assert root in {"torch", "transformers", "safetensors"} | sys.stdlib_module_names, name
     assert set(get_relative_imports(path)) == relative
+
+
+@pytest.mark.parametrize("auto_map", publish.AUTO_MAPS.values(), ids=publish.AUTO_MAPS)
+def test_entry_files_name_all_files_that_they_need(auto_map):
+    """Before 5.8 the library copies from a local folder what the entry's own file imports, and nothing behind it."""
+    for entry in {**auto_map, **publish.PROCESSOR_AUTO_MAP}.values():
+        path = PACKAGE / f"{entry.partition('.')[0]}.py"
+        needed = {Path(file).stem for file in get_relative_import_files(path)}
+        assert needed <= set(get_relative_imports(path)), path.name
 
 
 @pytest.mark.parametrize("auto_map", publish.AUTO_MAPS.values(), ids=publish.AUTO_MAPS)

@@ -143,7 +143,7 @@ def build_optimizer(
 
 
 def hidden_matrix_names(model: nn.Module) -> set[str]:
-    """Names of the matrices between token table and head: 2-D, no embedding table, no output head.
+    """Names of the matrices between token table and head: 2-D, no embedding table, no output head, no stacked biases.
 
     A weight that is tied to a table counts as the table. Weights with three dimensions (the mixer's
     per-head token mixing, convolution kernels) are not matrices.
@@ -155,5 +155,7 @@ def hidden_matrix_names(model: nn.Module) -> set[str]:
         if head is not None:
             tables.add(id(head.weight))
     return {
-        name for name, parameter in model.named_parameters() if parameter.ndim == 2 and id(parameter) not in tables
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 2 and not name.endswith("bias") and id(parameter) not in tables
     }
