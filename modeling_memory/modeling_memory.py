@@ -228,7 +228,8 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
             decoder (`str` or `PreTrainedModel`): Hub id, folder or causal LM.
             encoder_kwargs (`dict`, *optional*): Passed to the encoder's `from_pretrained`.
             decoder_kwargs (`dict`, *optional*): Passed to the decoder's `from_pretrained`.
-            config: Fields of [`MemoryEncoderDecoderConfig`].
+            config: Fields of [`MemoryEncoderDecoderConfig`]. `memory_token_id` is by default the id just behind the
+                decoder's table, and `self_memory` holds if the encoder knows as many ids as the decoder.
 
         Returns:
             The model, in `eval()` mode.
@@ -262,6 +263,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
         # The places the parts came from are of no use to whoever loads the joined model.
         encoder_config._name_or_path = decoder_config._name_or_path = ""
         vocabularies = getattr(encoder_config, "vocab_size", None), decoder_config.vocab_size
+        config.setdefault("memory_token_id", decoder_config.vocab_size)  # just behind the table: no text uses it
         config.setdefault("self_memory", vocabularies[0] is not None and vocabularies[0] >= vocabularies[1])
         model = cls(
             cls.config_class(encoder=encoder_config, decoder=decoder_config, **config),

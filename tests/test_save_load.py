@@ -99,6 +99,14 @@ def test_joining_casts_to_one_dtype_and_loads_as_saved(tmp_path):
     assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
 
 
+def test_slots_work_without_naming_an_id():
+    encoder, decoder = LlamaForCausalLM(tiny_encoder_config("llama")), LlamaForCausalLM(tiny_decoder_config())
+    model = MemoryEncoderDecoderForCausalLM.from_encoder_decoder_pretrained(encoder, decoder, chunk_length=4)
+    assert model.config.memory_token_id == decoder.config.vocab_size
+    prompt = torch.tensor([[model.config.memory_token_id, 7, 8]])
+    assert model(prompt, context_input_ids=random_ids(1, 1, 4)).logits.shape == (1, 3, 96)
+
+
 def test_a_decoder_with_another_vocabulary_turns_self_memory_off():
     encoder = LlamaForCausalLM(tiny_encoder_config("llama", vocab_size=50))
     decoder = LlamaForCausalLM(tiny_decoder_config())

@@ -59,6 +59,7 @@ class Run:
         self.is_main = self.state.is_main_process
         self.device = self.state.device
         self.started_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self.code = describe_code()  # now: the tree may change while the run goes on
 
     def run(self) -> dict[str, Any]:
         """Do what is not done yet; return the record."""
@@ -184,7 +185,7 @@ class Run:
                 "created_at": self.started_at,
                 "status": "running",
             },
-            "code": describe_code(),
+            "code": self.code,
             "hardware": describe_hardware(self.device, self.state.num_processes),
             "inputs": inputs.description,
             "recipe": self.recipe.to_mapping(),
