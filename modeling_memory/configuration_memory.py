@@ -81,9 +81,10 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
             tables.
         copy_token_id (`int`, *optional*): Id of the marker that asks for a copy; a real row of both token tables.
         blank_token_id (`int`, *optional*): Id of the blank of the blank-copy objective; a real row likewise.
-        window_positions (`bool`): Whether a token behind memories is told its place in its window, by a learned vector
-            added to its embedding. With rotary positions alone a decoder takes several times longer to learn which
-            part of a memory to write where. A text without memories is the plain decoder all the same.
+        window_positions (`bool`): Whether tokens behind memories are told, from the text's first COPY or BLANK on,
+            their place in the window, by a learned vector added to their embedding. With rotary positions alone a
+            decoder takes several times longer to learn which part of a memory to write where. Other text is as the
+            decoder knows it.
         memory_positions (`str`): `"contiguous"`: text follows its memories directly. `"fixed"`: text starts after
             room for `max_memories`, the paper's layout.
         absent_memories (`str`): `"mask"`, or with fixed positions `"ones"` or `"zeros"`, the paper's constant fillers.
@@ -287,6 +288,12 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
                 "ids and "
                 f"the decoder {self.vocab_size}. Use one tokenizer, or set `self_memory=False` and give the context "
                 "through `context_input_ids`."
+            )
+        if self.window_positions and self.copy_token_id is None and self.blank_token_id is None:
+            raise ValueError(
+                "`window_positions` tells tokens their places from the first marker on, but neither `copy_token_id` "
+                "nor "
+                "`blank_token_id` is set. Set one of them."
             )
         special = {}
         for name in ("copy_token_id", "blank_token_id", "memory_token_id"):

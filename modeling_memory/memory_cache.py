@@ -30,6 +30,7 @@ class MemoryCache(DynamicCache):
         window_fill (`torch.LongTensor` of shape `(B,)`): Number of tokens in each open window.
         memory_embeds (`torch.FloatTensor` of shape `(B, M, D)`): Memories before the open windows.
         memory_mask (`torch.LongTensor` of shape `(B, M)`): 1 for present memories.
+        asked (`torch.BoolTensor` of shape `(B,)`): Whether a marker stands before the open window.
     """
 
     def __init__(self, rolling: bool = True):
@@ -41,8 +42,9 @@ class MemoryCache(DynamicCache):
         self.window_fill: Any = None
         self.memory_embeds: Any = None
         self.memory_mask: Any = None
+        self.asked: Any = None
 
-    _row_state = ("column_mask", "window_input_ids", "window_fill", "memory_embeds", "memory_mask")
+    _row_state = ("column_mask", "window_input_ids", "window_fill", "memory_embeds", "memory_mask", "asked")
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of text columns read so far, padding included."""

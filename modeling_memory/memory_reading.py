@@ -150,7 +150,9 @@ class MemoryReadingMixin:
         """Read a text in which memories stand in the slots."""
         slots = text.input_ids == self.config.memory_token_id  # (B, T)
         mask = text.mask()
-        embeds = self._embed(text.input_ids, self._places((mask * ~slots).cumsum(1) - 1, memory_mask), slots)
+        asked = self._markers(text.input_ids).cumsum(1) > 0  # (B, T)
+        places = self._places((mask * ~slots).cumsum(1) - 1, memory_mask, asked)
+        embeds = self._embed(text.input_ids, places, slots)
         embeds = embeds.masked_scatter(slots[..., None], memory_embeds[memory_mask.bool()].to(embeds))
         own_cache = self._slot_cache(cache, use_cache)
         decoder_cache = cache if own_cache is None else own_cache.decoder_cache()
@@ -166,6 +168,7 @@ class MemoryReadingMixin:
                 window_fill=(mask * ~slots).sum(1),
                 memory_embeds=memory_embeds,
                 memory_mask=memory_mask,
+                asked=asked[:, -1],
             )
             own_cache.num_columns = text.length
             reading.cache = own_cache
@@ -189,7 +192,7 @@ class MemoryReadingMixin:
         self,
         text: Text,
         cache: MemoryCache | None,
-        prior: tuple[torch.Tensor, torch.Tensor] | None = None,
+        prior: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
         columns: torch.Tensor | None = None,
         **options: Any,
     ) -> Reading:
@@ -198,7 +201,9 @@ class MemoryReadingMixin:
         Args:
             text (`Text`): Token ids of shape `(B, T)`.
             cache ([`MemoryCache`], *optional*): An empty cache to fill with each row's last window.
-            prior (`tuple`, *optional*): Memories `(B, M, D)` and mask `(B, M)` that stand before the whole text.
+            prior (`tuple`, *optional*): What stands before the whole text: memories `(B, M, D)`, their mask `(B, M)`,
+            and
+                whether a marker has been read `(B,)`.
             columns (`torch.LongTensor`, *optional*): Text columns whose features are wanted.
             options: Passed to the decoder.
         """
@@ -230,12 +235,17 @@ class MemoryReadingMixin:
                 torch.cat([prior[1].to(memory_mask), memory_mask], 1),
             )
         check_capacity(self.config, memory_mask.shape[1])
+        first_marker = self._first_marker(windows)  # (B,)
+        if prior is not None:
+            first_marker = first_marker.masked_fill(prior[2], 0)
         if columns is not None and not options.get("output_hidden_states") and not is_compiling():
             windows, columns = windows.keep(columns), None
 
         num_visible = num_prior[windows.row] + windows.index * self.config.memories_per_window  # (P,)
         visible = torch.arange(memory_mask.shape[1], device=num_visible.device) < num_visible[:, None]  # (P, M)
-        features, outputs, column_mask = self._decode_windows(windows, memory_embeds, visible.long(), **options)
+        features, outputs, column_mask = self._decode_windows(
+            windows, memory_embeds, visible.long(), first_marker, **options
+        )
         if cache is not None:
             last = windows.last
             decoder_cache = outputs.past_key_values
@@ -247,6 +257,7 @@ class MemoryReadingMixin:
                 window_fill=windows.attention_mask[last].sum(1),
                 memory_embeds=memory_embeds.detach(),
                 memory_mask=memory_mask,
+                asked=first_marker < (windows.counts - 1) * self.config.window_length,
             )
             cache.num_columns = text.length
         hidden_states = outputs.hidden_states
@@ -278,6 +289,7 @@ class MemoryReadingMixin:
                 window_fill=mask.sum(1),
                 memory_embeds=memory_embeds,
                 memory_mask=memory_mask,
+                asked=torch.zeros_like(mask[:, 0], dtype=torch.bool),
             )
             cache.num_columns = text.length
         reading.cache = cache
@@ -304,7 +316,12 @@ class MemoryReadingMixin:
         )
 
     def _decode_windows(
-        self, windows: Windows, memory_embeds: torch.Tensor, visible: torch.Tensor, **options: Any
+        self,
+        windows: Windows,
+        memory_embeds: torch.Tensor,
+        visible: torch.Tensor,
+        first_marker: torch.Tensor,
+        **options: Any,
     ) -> tuple[torch.Tensor, ModelOutput, torch.Tensor]:
         """Decode windows `(P, W)`, each behind the memories of its row that are visible to it.
 
@@ -321,6 +338,8 @@ class MemoryReadingMixin:
         fixed = self.config.memory_positions == "fixed"
         start = torch.full_like(windows.row, self.config.max_memories) if fixed else visible.sum(1)
         positions = start[:, None] + offsets  # (P, W)
+        rank = (windows.index * window_length)[:, None] + offsets
+        places = self._places(offsets, visible, rank >= first_marker[windows.row][:, None])
         options.setdefault("use_cache", True)
         if self.config.absent_memories == "mask" and not _is_checkpointing(self.decoder):
             column_mask = torch.cat([visible, windows.attention_mask], 1)  # (P, M + W)
@@ -334,7 +353,7 @@ class MemoryReadingMixin:
                 shared = self.decoder.base_model(**prefix, past_key_values=shared, use_cache=True).past_key_values
                 shared.batch_select_indices(windows.row)
             features, outputs = self._decode(
-                **self._token_inputs(windows.input_ids, self._places(offsets, visible)),
+                **self._token_inputs(windows.input_ids, places),
                 attention_mask=column_mask,
                 position_ids=positions,
                 past_key_values=shared,
@@ -344,7 +363,7 @@ class MemoryReadingMixin:
         block = self._memory_block(memory_embeds[windows.row], visible)
         features, outputs, column_mask = self._decode_behind(
             block,
-            self._embed(windows.input_ids, self._places(offsets, visible)),
+            self._embed(windows.input_ids, places),
             windows.attention_mask,
             positions,
             None,
@@ -370,19 +389,18 @@ class MemoryReadingMixin:
                 "the first tokens and `past_key_values=None`."
             )
         mask, embeds = text.mask(), text.inputs_embeds
-        slots = torch.zeros_like(mask, dtype=torch.bool)
+        slots = asked = torch.zeros_like(mask, dtype=torch.bool)
         if text.input_ids is not None:
             slots = text.input_ids == self.config.memory_token_id if self._has_slots else slots
             mask = mask * ~slots
-            embeds = self._embed(text.input_ids, self._places(mask.cumsum(1) - 1, memory_mask), slots)
+            asked = self._markers(text.input_ids).cumsum(1) > 0
+            embeds = self._embed(text.input_ids, self._places(mask.cumsum(1) - 1, memory_mask, asked), slots)
             if (slots & (mask.cumsum(1) > 0)).any():
                 raise ValueError(
                     "With `memory_positions='fixed'` all memories stand before the text, but a slot stands behind a "
                     "token. Put "
                     "the slots in front or use `memory_positions='contiguous'`."
                 )
-        else:
-            embeds = self._tell_places(embeds, self._places(mask.cumsum(1) - 1, memory_mask))
         block = self._memory_block(memory_embeds, memory_mask)
         fixed = self.config.memory_positions == "fixed"
         start = torch.full_like(mask[:, 0], self.config.max_memories) if fixed else memory_mask.sum(1)
@@ -408,6 +426,7 @@ class MemoryReadingMixin:
                 window_fill=mask.sum(1),
                 memory_embeds=memory_embeds,
                 memory_mask=memory_mask,
+                asked=asked[:, -1],
             )
             filled.num_columns = text.length
         hidden_states = outputs.hidden_states
@@ -491,9 +510,11 @@ class MemoryReadingMixin:
         start = torch.full_like(cache.window_fill, self.config.max_memories) if fixed else cache.memory_mask.sum(1)
         offsets = cache.window_fill[:, None] + mask.cumsum(1) - 1  # (B, Q)
         positions = start[:, None] + offsets
+        seen = cache.asked | self._markers(cache.window_input_ids).any(1)
+        asked = seen[:, None] | (self._markers(text.input_ids).cumsum(1) > 0)
         features, outputs = self._decode(
             columns=columns,
-            **self._token_inputs(text.input_ids, self._places(offsets, cache.memory_mask)),
+            **self._token_inputs(text.input_ids, self._places(offsets, cache.memory_mask, asked)),
             attention_mask=torch.cat([cache.column_mask, mask.to(cache.column_mask)], 1),
             position_ids=positions.clamp(min=0),
             past_key_values=cache.decoder_cache(),
@@ -522,7 +543,7 @@ class MemoryReadingMixin:
         )
         wanted = torch.arange(text.length, device=rows.device)
         wanted = wanted if columns is None else wanted[columns]
-        prior = cache.memory_embeds[rows], cache.memory_mask[rows]
+        prior = cache.memory_embeds[rows], cache.memory_mask[rows], cache.asked[rows]
         reading = self._read_windows(opened, MemoryCache(), prior, columns=length + wanted, **options)
         if reading.hidden_states is not None:
             reading.hidden_states = tuple(states[:, length:] for states in reading.hidden_states)
@@ -534,15 +555,32 @@ class MemoryReadingMixin:
         memory_embeds = weight.new_zeros(batch_size, 0, self.config.decoder.hidden_size)
         return memory_embeds, torch.zeros(batch_size, 0, dtype=torch.long, device=weight.device)
 
-    def _places(self, rank: torch.Tensor, visible: torch.Tensor) -> torch.Tensor | None:
-        """Return places in the window `(B, T)` from ranks; -1 in rows that see none of the memories `(B, M)`."""
+    def _first_marker(self, windows: Windows) -> torch.Tensor:
+        """Return the rank of each text's first marker `(B,)`; a rank behind all tokens where there is none."""
+        window_length = windows.input_ids.shape[1]
+        rank = (windows.index * window_length)[:, None] + torch.arange(window_length, device=windows.row.device)
+        none = torch.full_like(windows.counts, windows.num_windows * window_length)
+        marked = self._markers(windows.input_ids) & windows.attention_mask.bool()
+        rank = torch.where(marked, rank, none.max()).amin(1)  # (P,)
+        return none.scatter_reduce(0, windows.row, rank, "amin")
+
+    def _markers(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Whether a token asks for what the memories hold: COPY or BLANK."""
+        markers = [self.config.copy_token_id, self.config.blank_token_id]
+        return sum((input_ids == marker for marker in markers if marker is not None), torch.zeros_like(input_ids)) > 0
+
+    def _places(self, rank: torch.Tensor, visible: torch.Tensor, asked: torch.Tensor) -> torch.Tensor | None:
+        """Return places in the window `(B, T)` from ranks, -1 where a token is not told its place.
+
+        It is told in rows that see some of the memories `(B, M)`, from the text's first marker on (`asked`, `(B, T)`).
+        """
         if self.window_positions is None:
             return None
-        behind = visible.bool().any(1, keepdim=True)
-        return torch.where(behind, rank.clamp(min=0) % self.config.window_length, -1)
+        told = visible.bool().any(1, keepdim=True) & asked
+        return torch.where(told, rank.clamp(min=0) % self.config.window_length, -1)
 
     def _tell_places(self, embeds: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
-        """Add to embeddings `(B, T, D)` what tells a token behind memories its place in the window."""
+        """Add to embeddings `(B, T, D)` what tells tokens their places in the window."""
         if self.window_positions is None or places is None:
             return embeds
         told = self.window_positions(places.clamp(min=0)) * (places >= 0)[..., None]

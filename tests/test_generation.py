@@ -190,9 +190,10 @@ def test_fixed_positions_generate_as_the_plain_loop(absent):
 
 class TestWindowPositions:
     def test_plain_text_equals_the_plain_loop_through_roll_overs(self):
-        model = build_model(window_positions=True)
+        model = build_model(window_positions=True, copy_token_id=7)
         lengths = (2, WINDOW, 13)
         prompt, mask = left_padded(lengths)
+        prompt[1, -3] = prompt[2, 3] = 7
         for options in ({}, {"use_cache": False}):
             out = model.generate(prompt, attention_mask=mask, max_new_tokens=19, **options, **GREEDY)
             for row, length in enumerate(lengths):
@@ -201,7 +202,7 @@ class TestWindowPositions:
 
     @pytest.mark.parametrize("num_beams", [1, 3])
     def test_slots_with_cache_equal_slots_without(self, num_beams):
-        model = build_model("llama", window_positions=True)
+        model = build_model("llama", window_positions=True, copy_token_id=8, blank_token_id=11)
         prompt = torch.tensor([[0, 0, 7, SLOT, 8, SLOT, 9], [SLOT, SLOT, SLOT, 10, 11, 12, 13]])
         chunks, chunk_mask = random_ids(2, 3, CHUNK), torch.ones(2, 3, CHUNK, dtype=torch.long)
         chunk_mask[0, 2] = 0

@@ -15,6 +15,7 @@ from tests.reference import memory_loop
 # Measured worst case over all families and tests of this file: 3.6e-6 on logits of up to 12.
 ATOL = 1e-5
 FIXED = {"memory_positions": "fixed", "max_memories": 9}
+MARKERS = {"copy_token_id": 30, "blank_token_id": 31}  # which random texts hold here and there
 LAYOUTS = {
     "contiguous": {},
     "fixed": FIXED,
@@ -25,8 +26,8 @@ LAYOUTS = {
     "mlp": {"projector_type": "mlp"},
     "bottleneck": {"projector_type": "bottleneck", "projector_norm": True},
     "identity": {"projector_type": "identity"},
-    "window positions": {"window_positions": True},
-    "fixed, window positions": {**FIXED, "window_positions": True},
+    "window positions": {"window_positions": True, **MARKERS},
+    "fixed, window positions": {**FIXED, "window_positions": True, **MARKERS},
 }
 
 

@@ -28,12 +28,21 @@ def encode_context(model, chunks: list[torch.Tensor]) -> list[torch.Tensor]:
     return [memory for chunk in chunks for memory in encode_chunk(model, chunk)]
 
 
-def decode_behind(model, memories: list[torch.Tensor], token_ids: torch.Tensor) -> torch.Tensor:
-    """Logits `(n, V)` of one window of tokens `(n,)` behind its memories."""
+def is_marker(model, token: torch.Tensor) -> bool:
+    """Whether a token is COPY or BLANK."""
+    return int(token) in (model.config.copy_token_id, model.config.blank_token_id)
+
+
+def decode_behind(model, memories: list[torch.Tensor], token_ids: torch.Tensor, asked: bool = False) -> torch.Tensor:
+    """Logits `(n, V)` of one window of tokens `(n,)` behind its memories; `asked`: a marker was read before."""
     config = model.config
     embeds = model.get_input_embeddings()(token_ids)  # (n, D)
     if config.window_positions and memories:
-        embeds = torch.stack([embed + model.window_positions.weight[place] for place, embed in enumerate(embeds)])
+        told = []
+        for place, embed in enumerate(embeds):
+            asked = asked or is_marker(model, token_ids[place])
+            told.append(embed + model.window_positions.weight[place] if asked else embed)
+        embeds = torch.stack(told)
     front = list(memories)
     start = len(front)
     if config.memory_positions == "fixed":
@@ -54,10 +63,11 @@ def read_tokens(model, token_ids: torch.Tensor) -> torch.Tensor:
     """Logits `(n, V)` of one text of real tokens `(n,)`: window after window, each behind all earlier memories."""
     window_length, chunk_length = model.config.window_length, model.config.chunk_length
     memories: list[torch.Tensor] = []
-    logits = []
+    logits, asked = [], False
     for start in range(0, len(token_ids), window_length):
         window = token_ids[start : start + window_length]
-        logits.append(decode_behind(model, memories, window))
+        logits.append(decode_behind(model, memories, window, asked))
+        asked = asked or any(is_marker(model, token) for token in window)
         if start + window_length < len(token_ids):
             for offset in range(0, window_length, chunk_length):
                 memories.extend(encode_chunk(model, window[offset : offset + chunk_length]))
@@ -95,13 +105,14 @@ def generate_greedily(model, token_ids: torch.Tensor, num_new_tokens: int) -> to
 def read_slots(model, chunks: list[torch.Tensor], token_ids: torch.Tensor) -> torch.Tensor:
     """Logits `(n, V)` of one prompt in which the memories of some chunks stand in the slots."""
     memories = encode_context(model, chunks)
-    sequence, rank = [], 0
+    sequence, rank, asked = [], 0, False
     for token in token_ids:
         if token == model.config.memory_token_id:
             sequence.append(memories.pop(0))
         else:
             embed = model.get_input_embeddings()(token)
-            if model.config.window_positions:
+            asked = asked or is_marker(model, token)
+            if model.config.window_positions and asked:
                 embed = embed + model.window_positions.weight[rank % model.config.window_length]
             sequence.append(embed)
             rank += 1
