@@ -17,7 +17,7 @@ def regenerate(
     tokenizer: PreTrainedTokenizerBase,
     tokens: torch.Tensor,
     special_tokens: SpecialTokens,
-    num_windows: int = 2,
+    num_windows: int = 1,
 ) -> dict[str, Any] | None:
     """Encode the start of a text and read it back from its memories, with no text in sight.
 
@@ -26,7 +26,7 @@ def regenerate(
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         tokens (`torch.Tensor` of shape `(num_tokens,)`): A text, longer than its first document's end if possible.
         special_tokens (`SpecialTokens`): Ids of the special tokens.
-        num_windows (`int`): Windows to show.
+        num_windows (`int`): Windows to show; more than a recipe trained to copy at once come out as guesses.
 
     Returns:
         `dict`: `text`, `memories` (count, width, and for each its norm and first numbers), and `tokens`, a list of
