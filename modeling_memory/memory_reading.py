@@ -326,9 +326,9 @@ class MemoryReadingMixin:
         """Decode windows `(P, W)`, each behind the memories of its row that are visible to it.
 
         The memories of a row do not depend on the window behind them, so they run through the decoder once and their
-        keys
-        and values are shared by the row's windows. Where that cannot be (constant fillers differ by window; activation
-        checkpointing switches the cache off) each window gets a row of its own, memories included.
+        keys and values are shared by the row's windows. Where that cannot be (constant fillers differ by window;
+        activation checkpointing switches the cache off) each window gets a row of its own, memories included.
+        `first_marker` `(B,)` is the rank of each text's first COPY or BLANK.
 
         Returns:
             Features `(P, W, X)`, the decoder's output, and the mask over the columns of its cache `(P, columns)`.
