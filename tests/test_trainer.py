@@ -129,6 +129,19 @@ def hand_loss(network: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[float
     return total, correct, count
 
 
+def test_every_gives_an_objective_only_its_rows_of_the_stream():
+    rows = TokenRows(tokens(), row_length=ROW, num_items=16, seed=1)
+    items = [rows[i] for i in range(16)]
+    whole, thinned = collator(), collator(every={"copy": 4})
+    batch, thin = whole(items), thinned(items)
+    assert torch.equal(thin["causal"]["input_ids"], batch["causal"]["input_ids"])
+    assert torch.equal(thin["rows"], batch["rows"])
+    for name in ("input_ids", "shift_labels"):
+        assert torch.equal(thin["copy"][name], batch["copy"][name][::4])
+        halves = [thinned(items[start : start + 8])["copy"][name] for start in (0, 8)]  # two processes
+        assert torch.equal(torch.cat(halves), thin["copy"][name])
+
+
 def test_loss_and_accuracy_are_the_hand_computed_weighted_sums(tmp_path: Path):
     network = model()
     run = trainer(tmp_path, network=network, learning_rate=0.0, muon_learning_rate=0.0, max_steps=2, logging_steps=2)

@@ -63,6 +63,7 @@ class RowsRecipe:
     `window_length` is for `causal_lm` only: the decoder then reads each window of the row by itself, which
     makes it the no-memory baseline of a memory model with that window; default is the whole row.
     Stages with equal `seed` (default: the recipe's) and lengths read the same rows in the same order.
+    `every` gives an objective only every n-th row of a batch: `{causal: 4}` rehearses on a quarter of the rows.
     """
 
     row_length: int
@@ -71,6 +72,7 @@ class RowsRecipe:
     layout: Literal["self", "slots"] = "self"
     marker: Literal["token", "none"] = "token"
     seed: int | None = None
+    every: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -334,6 +336,17 @@ def _check_training(stage: StageRecipe, path: str) -> None:
         _check_positive(getattr(training, key), f"{path}.training.{key}")
     for key in ("row_length", "source_length", "window_length"):
         _check_positive(getattr(rows, key), f"{path}.data.{key}")
+    for name, step in rows.every.items():
+        if name not in stage.objectives:
+            raise ValueError(
+                f"{path}.data.every.{name}: the stage has no such objective{nearest(name, list(stage.objectives))}; "
+                f"it has {', '.join(stage.objectives) or 'its only one, which takes all rows'}"
+            )
+        if step < 1 or training.batch_size % step:
+            raise ValueError(
+                f"{path}.data.every.{name} is {step}, but must divide training.batch_size {training.batch_size}, so "
+                "that the rows do not depend on the number of processes"
+            )
     for key in ("eval_steps", "save_steps"):
         _check_positive(getattr(training, key), f"{path}.training.{key}")
     if training.learning_rate < 0 or training.muon_learning_rate < 0:

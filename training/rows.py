@@ -1,5 +1,6 @@
 """Rows of tokens in training order, and the collator that makes every objective's batch from them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ class ObjectiveCollator:
         source_length (`int`, *optional*): Tokens at the start of a row that the copy objectives copy.
         split_windows (`bool`): Whether the model reads each window by itself. Targets stay those of the whole row:
             the last token of a window is asked for the first of the next, as a memory model is.
+        every (`dict[str, int]`, *optional*): Objective -> n, for which it takes every n-th row of a batch only.
         options: Passed to `build_batch`.
     """
 
@@ -91,6 +93,7 @@ class ObjectiveCollator:
         window_length: int,
         source_length: int | None = None,
         split_windows: bool = False,
+        every: Mapping[str, int] | None = None,
         **options: Any,
     ) -> None:
         self.objectives = objectives
@@ -99,6 +102,7 @@ class ObjectiveCollator:
         self.window_length = window_length
         self.source_length = source_length
         self.split_windows = split_windows
+        self.every = every or {}
         self.options = options
 
     def __call__(self, items: list[tuple[int, torch.Tensor]]) -> dict[str, Any]:
@@ -106,7 +110,8 @@ class ObjectiveCollator:
         tokens = torch.stack([row for _, row in items])  # (B, n)
         batches: dict[str, Any] = {"rows": rows}
         for objective in self.objectives:
-            batches[objective] = self.collate(objective, tokens, rows)
+            step = self.every.get(objective, 1)
+            batches[objective] = self.collate(objective, tokens[::step], rows[::step])
         return batches
 
     def collate(
