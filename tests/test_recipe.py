@@ -98,7 +98,7 @@ def test_overrides_reach_stages_by_name_and_leave_the_file_alone(tmp_path: Path)
         ("stages.copying.data.window_length=8", "window_length is for causal_lm"),
         ("stages.copying.data.source_length=32", "source_length 32 exceeds row_length 16"),
         ("stages.decoder.data.window_length=5", "no multiple of window_length 5"),
-        ("stages.copying.data.every={copi: 4}", r"every\.copi: .* no such objective \(did you mean copy\?\); it has copy"),
+        ("stages.copying.data.every={copi: 4}", r"every\.copi: .* no such objective \(did you mean copy\?\); it has"),
         ("stages.decoder.data.every={causal: 4}", "it has its only one, which takes all rows"),
         ("stages.copying.data.every={copy: 0}", r"every\.copy is 0, but must divide training\.batch_size 64"),
         ("stages.copying.data.every={copy: 5}", r"every\.copy is 5, but must divide training\.batch_size 64"),
