@@ -8,11 +8,20 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .configuration_masked_mixer import MaskedMixerConfig
 
-POOLINGS = ("last", "mean")
+POOLINGS = ("last", "mean", "first", "queries", "pooled_queries")
 PROJECTOR_TYPES = ("identity", "linear", "mlp", "bottleneck")
 MEMORY_POSITIONS = ("contiguous", "fixed")
 ABSENT_MEMORIES = ("mask", "ones", "zeros")
 FORMAT_VERSION = 1
+COUNTING_FROM_PADDING = (
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "mpnet",
+    "longformer",
+    "data2vec-text",
+)
 AUTO_MAP = {
     "AutoConfig": "configuration_memory.MemoryEncoderDecoderConfig",
     "AutoModel": "modeling_memory.MemoryEncoderDecoderModel",
@@ -55,6 +64,44 @@ def smallest_attention_window(config: PreTrainedConfig) -> int | None:
     return min(windows, default=None)
 
 
+def allot_memories(num_memories: int, num_chunks: int, memories_per_chunk: int) -> list[int]:
+    """Spread a budget over the chunks of a context, as evenly as whole vectors go.
+
+    Args:
+        num_memories (`int`): Vectors in all (N).
+        num_chunks (`int`): Chunks (C).
+        memories_per_chunk (`int`): Most vectors of a chunk (K), what the model was trained for.
+
+    Returns:
+        `list` of `int`: Vectors of each chunk; they add up to N.
+
+    Raises:
+        ValueError: If N is less than one for each chunk or more than K for each.
+
+    >>> allot_memories(7, 3, 4)
+    [2, 2, 3]
+    """
+    if isinstance(num_memories, bool) or not isinstance(num_memories, int):
+        raise ValueError(f"`num_memories` is {num_memories!r}; expected a whole number of memories.")
+    if not num_chunks <= num_memories <= num_chunks * memories_per_chunk:
+        raise ValueError(
+            f"A budget of {num_memories} memories was asked for a context of {num_chunks} chunks; expected "
+            f"{num_chunks} to {num_chunks * memories_per_chunk}: one for each chunk at least, and at most the "
+            f"{memories_per_chunk} that the model was made for. Change the budget, shorten the context, or use a "
+            "model with longer chunks or more memories per chunk."
+        )
+    borders = [i * num_memories // num_chunks for i in range(num_chunks + 1)]
+    return [end - start for start, end in zip(borders, borders[1:], strict=False)]
+
+
+def encoder_limit(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens an encoder takes; RoBERTa and its kin begin to count behind their padding id."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and config.model_type in COUNTING_FROM_PADDING:
+        return limit - (config.pad_token_id or 0) - 1
+    return limit
+
+
 class MemoryEncoderDecoderConfig(PreTrainedConfig):
     r"""Architecture of a memory encoder-decoder: an encoder, a projector, a decoder, and how text becomes memories.
 
@@ -70,7 +117,8 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         window_length (`int`, *optional*): Tokens the decoder reads in clear; a multiple of `chunk_length` and by
             default equal to it.
         memories_per_chunk (`int`): Vectors per chunk (K).
-        pooling (`str`): How the encoder's states become K vectors: `"last"` or `"mean"` of each of K groups.
+        pooling (`str`): How the encoder's states become K vectors: `"last"`, `"mean"` or `"first"` of each of K
+            groups, `"queries"` (K learned queries) or `"pooled_queries"` (the groups' means ask all tokens).
         projector_type (`str`): `"identity"`, `"linear"` (the paper's), `"mlp"` (RMSNorm, linear, GELU, linear) or
             `"bottleneck"` (down, noise, up, linear).
         projector_hidden_size (`int`, *optional*): Inner width of `"mlp"` (default: decoder width) and
@@ -176,6 +224,24 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         room = self._decoder_room()
         return None if room is None else room - self.window_length
 
+    def memories_within(self, num_bytes: int, bytes_per_value: int = 2) -> int:
+        """Return how many memories fit into so many bytes, as stored: D values each.
+
+        Args:
+            num_bytes (`int`): Bytes of the budget.
+            bytes_per_value (`int`): 2 for bfloat16, 4 for float32, 1 for int8.
+
+        Raises:
+            ValueError: If not even one memory fits.
+        """
+        size = self.decoder.hidden_size * bytes_per_value
+        if num_bytes < size:
+            raise ValueError(
+                f"A budget of {num_bytes} bytes was asked for, but one memory takes {size} (width "
+                f"{self.decoder.hidden_size}, {bytes_per_value} bytes a value). Raise it."
+            )
+        return num_bytes // size
+
     @property
     def vocab_size(self) -> int | None:
         """Rows of the decoder's token table (V)."""
@@ -274,7 +340,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
                 f"{getattr(self.decoder, 'max_position_embeddings', None)}, attention window "
                 f"{smallest_attention_window(self.decoder)}). Lower them or choose a decoder that sees further."
             )
-        limit = getattr(self.encoder, "max_position_embeddings", None)
+        limit = encoder_limit(self.encoder)
         if limit is not None and self.chunk_length > limit:
             raise ValueError(
                 f"`chunk_length` is {self.chunk_length}, but the encoder takes {limit} tokens. Shorten the chunk."

@@ -25,7 +25,7 @@ class MemoryAutoencoderConfig(PreTrainedConfig):
         chunk_length (`int`): Tokens of a chunk, which is what the decoder writes in one pass (L).
         memories_per_chunk (`int`): Vectors per chunk (K); vector j is expanded over the positions i with
             floor(i * K / L) = j.
-        pooling (`str`): How the encoder's states become K vectors: `"last"` or `"mean"` of each of K groups.
+        pooling (`str`): How the encoder's states become K vectors, as in [`MemoryEncoderDecoderConfig`].
         expansion (`str`): `"unroll"`: the decoder reads at each position another window of half the vector, projected
             to its width. `"repeat"`: it reads the vector itself everywhere.
         bottleneck_size (`int`, *optional*): Width to which the vector is narrowed and from which it is widened again.

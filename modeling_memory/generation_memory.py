@@ -21,6 +21,7 @@ class MemoryGenerationMixin(GenerationMixin):
         *args: Any,
         context_input_ids: torch.LongTensor | None = None,
         context_attention_mask: torch.LongTensor | None = None,
+        context_num_memories: torch.LongTensor | None = None,
         rolling_memory: bool | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -32,6 +33,7 @@ class MemoryGenerationMixin(GenerationMixin):
             args: As in the library.
             context_input_ids (`torch.LongTensor` of shape `(B, C, L)`, *optional*): Chunks of a context; encoded once.
             context_attention_mask (`torch.LongTensor` of shape `(B, C, L)`, *optional*): 1 for tokens, 0 for padding.
+            context_num_memories (`torch.LongTensor` of shape `(B, C)`, *optional*): Memories of each chunk.
             rolling_memory (`bool`, *optional*): Whether a window that fills up while writing folds into memories; if
             not,
                 it grows on. Default: `config.self_memory`, and never with given memories.
@@ -45,7 +47,7 @@ class MemoryGenerationMixin(GenerationMixin):
         """
         if context_input_ids is not None:
             kwargs["memory_embeds"], kwargs["memory_mask"] = self._context_memories(
-                context_input_ids, context_attention_mask, kwargs.get("memory_embeds")
+                context_input_ids, context_attention_mask, kwargs.get("memory_embeds"), context_num_memories
             )
         has_memories = kwargs.get("memory_embeds") is not None
         plain = not has_memories and kwargs.get("inputs_embeds") is None

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .configuration_memory import smallest_attention_window
 from .memory_cache import MemoryCache
 from .memory_text import (
     Text,
@@ -21,6 +22,7 @@ from .memory_text import (
     check_memories,
     check_no_slots,
     check_text,
+    check_view,
     is_compiling,
 )
 from .memory_windows import Windows, has_inner_padding, predicting_column, split_windows
@@ -86,6 +88,9 @@ class MemoryReadingMixin:
     ) -> Reading:
         """Put memories and text before the decoder: in slots, by windows, continuing a cache, or in clear."""
         check_text(self.config, text, cache)
+        first_memory = getattr(cache, "first_memory", None)
+        if cache is not None and first_memory is not None:
+            check_view(self.config, cache.get_seq_length() + text.length - first_memory)
         if use_cache is None:
             use_cache = cache is not None or (not self.training and getattr(self.decoder.config, "use_cache", True))
         fixed = self.config.memory_positions == "fixed"
@@ -150,6 +155,9 @@ class MemoryReadingMixin:
         """Read a text in which memories stand in the slots."""
         slots = text.input_ids == self.config.memory_token_id  # (B, T)
         mask = text.mask()
+        first_memory = self._first_memory(slots)
+        if first_memory is not None:
+            check_view(self.config, text.length - first_memory)
         asked = self._markers(text.input_ids).cumsum(1) > 0  # (B, T)
         places = self._places((mask * ~slots).cumsum(1) - 1, memory_mask, asked)
         embeds = self._embed(text.input_ids, places, slots)
@@ -172,7 +180,15 @@ class MemoryReadingMixin:
             )
             own_cache.num_columns = text.length
             reading.cache = own_cache
+        if first_memory is not None and reading.cache is not None:
+            reading.cache.first_memory = first_memory
         return reading
+
+    def _first_memory(self, slots: torch.Tensor) -> int | None:
+        """Return the first column of slots `(B, T)`; `None` where nothing depends on it: no layer is short-sighted."""
+        if is_compiling() or smallest_attention_window(self.config.decoder) is None or not bool(slots.any()):
+            return None
+        return int(slots.any(0).long().argmax())
 
     def _slot_cache(self, cache: Cache | None, use_cache: bool) -> MemoryCache | None:
         """Give a cache that knows which columns are memories, where later tokens must be told their places."""

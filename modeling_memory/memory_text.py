@@ -10,6 +10,8 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 
+from .configuration_memory import smallest_attention_window
+
 
 @dataclass
 class Text:
@@ -157,6 +159,17 @@ def check_capacity(config: PreTrainedConfig, num_memories: int) -> None:
             f"The text needs {num_memories} memories, but the model takes {capacity} (`max_memories` "
             f"{config.max_memories}, positions of the decoder and a window of {config.window_length}). Shorten the "
             "text, use longer chunks, or a decoder with more positions."
+        )
+
+
+def check_view(config: PreTrainedConfig, num_columns: int) -> None:
+    """Refuse a text whose last tokens would no longer see its first memory, `num_columns` columns back."""
+    view = smallest_attention_window(config.decoder)
+    if view is not None and num_columns > view:
+        raise ValueError(
+            f"The text is {num_columns} columns long from its first memory on, but the decoder has layers that see "
+            f"{view} (sliding window): its last tokens would not see the memories. Shorten the text or write fewer "
+            "tokens, put the memories nearer to the end, or choose a decoder that sees further."
         )
 
 

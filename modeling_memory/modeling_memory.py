@@ -20,13 +20,13 @@ Source: Badger 2026, arXiv 2602.13466, chunked memory model.
 
 import copy
 import inspect
-from contextlib import nullcontext
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
@@ -35,12 +35,14 @@ from transformers.utils import ModelOutput
 
 # Unused names: transformers before 5.8 copies from a local folder only the files that this one imports itself.
 from .configuration_masked_mixer import MaskedMixerConfig  # noqa: F401
-from .configuration_memory import AUTO_MAP, MemoryEncoderDecoderConfig
+from .configuration_memory import AUTO_MAP, MemoryEncoderDecoderConfig, allot_memories, encoder_limit
 from .generation_memory import MemoryGenerationMixin
 from .memory_cache import MemoryCache  # noqa: F401
-from .memory_encoder import build_encoder, build_pooling, encode_chunks
+from .memory_encoder import build_encoder, encode_chunks
+from .memory_parts import check_decoder, embedding_scale, load_decoder, load_encoder
+from .memory_pooling import PooledQueryPooling, QueryPooling, build_pooling
 from .memory_projector import MemoryProjector
-from .memory_reading import MemoryReadingMixin, scatter_present
+from .memory_reading import MemoryReadingMixin, pack_present, scatter_present
 from .memory_text import Text, check_ids, check_same_shape, is_compiling
 from .memory_windows import Windows  # noqa: F401
 from .modeling_masked_mixer import MaskedMixerModel  # noqa: F401
@@ -108,6 +110,8 @@ class MemoryPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, MemoryProjector):
             module.initialize(self.config.initializer_range)
+        elif isinstance(module, (QueryPooling, PooledQueryPooling)):
+            module.initialize()
         elif isinstance(module, nn.Embedding):  # places in the window; the token tables belong to encoder and decoder
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
 
@@ -147,7 +151,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
     ):
         super().__init__(config)
         self.encoder = build_encoder(config.encoder) if encoder is None else encoder
-        self.pooling = build_pooling(config.pooling, config.memories_per_chunk)
+        self.pooling = build_pooling(config.pooling, config.memories_per_chunk, config.encoder.hidden_size)
         self.projector = MemoryProjector(config)
         self.decoder = AutoModelForCausalLM.from_config(config.decoder) if decoder is None else decoder
         self.window_positions = None
@@ -158,12 +162,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
         arguments = inspect.signature(self.decoder.forward).parameters
         self._takes_position_ids = "position_ids" in arguments
         self._takes_logits_to_keep = "logits_to_keep" in arguments
-        if "past_key_values" not in arguments:
-            raise ValueError(
-                f"A decoder of type {config.decoder.model_type!r} keeps no attention cache (`past_key_values`), so it "
-                "cannot "
-                "read memories. Choose a decoder with attention."
-            )
+        check_decoder(self.decoder)
         self.post_init()
         self.apply_freezing()
 
@@ -208,26 +207,26 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
     @classmethod
     def from_encoder_decoder_pretrained(
         cls,
-        encoder: str | PreTrainedModel,
-        decoder: str | PreTrainedModel,
+        encoder: str | os.PathLike | PreTrainedModel,
+        decoder: str | os.PathLike | PreTrainedModel,
         encoder_kwargs: dict | None = None,
         decoder_kwargs: dict | None = None,
         **config: Any,
     ) -> Any:
         """Join a pretrained encoder and a pretrained decoder by a fresh projector.
 
-        The projector starts at the scale of the decoder's token embeddings. Of a causal LM or a memory autoencoder
-        given
-        as encoder the body is taken; an autoencoder also sets `chunk_length`, `memories_per_chunk`, `pooling` and, if
-        it
-        has a bottleneck, the projector's. The encoder is cast to the decoder's dtype, so that what is saved is what is
-        loaded.
+        The projector starts at the scale at which the decoder's layers see its tokens. Of a model with a head, of a
+        T5 or of a memory autoencoder given as encoder the body is taken. An autoencoder also sets `chunk_length`,
+        `memories_per_chunk`, `pooling` and, if it has a bottleneck, the projector's; a sentence-transformers folder
+        sets `pooling` and `projector_norm`. The encoder is cast to the decoder's dtype, so that what is saved is what
+        is loaded.
 
         Args:
-            encoder (`str` or `PreTrainedModel`): Hub id, folder or model.
-            decoder (`str` or `PreTrainedModel`): Hub id, folder or causal LM.
-            encoder_kwargs (`dict`, *optional*): Passed to the encoder's `from_pretrained`.
-            decoder_kwargs (`dict`, *optional*): Passed to the decoder's `from_pretrained`.
+            encoder (`str`, `os.PathLike` or `PreTrainedModel`): Hub id, folder or model.
+            decoder (`str`, `os.PathLike` or `PreTrainedModel`): Hub id, folder or causal LM.
+            encoder_kwargs (`dict`, *optional*): Passed to the encoder's `from_pretrained`: `revision`, `dtype`,
+                `device_map`, `attn_implementation`, `token` and so on.
+            decoder_kwargs (`dict`, *optional*): Passed to the decoder's `from_pretrained` likewise.
             config: Fields of [`MemoryEncoderDecoderConfig`]. `memory_token_id` is by default the id just behind the
                 decoder's table, and `self_memory` holds if the encoder knows as many ids as the decoder.
 
@@ -235,30 +234,23 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
             The model, in `eval()` mode.
 
         Raises:
-            ValueError: If the parts do not fit each other.
+            ValueError: If the parts do not fit each other, or one of them cannot be such a part.
+            OSError: What the library raises for an id or folder that it cannot load.
         """
-        if isinstance(encoder, str):
-            encoder = AutoModel.from_pretrained(encoder, **(encoder_kwargs or {}))
-        if isinstance(decoder, str):
-            decoder = AutoModelForCausalLM.from_pretrained(decoder, **(decoder_kwargs or {}))
-        if decoder.get_output_embeddings() is None:
-            raise ValueError(
-                f"The decoder is a {type(decoder).__name__} without a language modelling head; give a causal LM, for "
-                "example "
-                "from `AutoModelForCausalLM.from_pretrained`."
-            )
-        bottleneck = None
+        encoder, fields = load_encoder(encoder, **(encoder_kwargs or {}))
+        decoder = load_decoder(decoder, **(decoder_kwargs or {}))
+        config = {**fields, **config}
+        bottleneck = pooling = None
         if encoder.config.model_type == "memory_autoencoder":
             autoencoder, encoder = encoder, encoder.encoder
             bottleneck = autoencoder.bottleneck
+            pooling = autoencoder.pooling
             for name in ("chunk_length", "memories_per_chunk", "pooling"):
                 config.setdefault(name, getattr(autoencoder.config, name))
             if bottleneck is not None:
                 config.setdefault("projector_type", "bottleneck")
                 config.setdefault("projector_hidden_size", autoencoder.config.bottleneck_size)
                 config.setdefault("projector_noise", autoencoder.config.bottleneck_noise)
-        elif encoder.get_output_embeddings() is not None and encoder.base_model is not encoder:
-            encoder = encoder.base_model
         encoder_config, decoder_config = encoder.config, decoder.config
         # The places the parts came from are of no use to whoever loads the joined model.
         encoder_config._name_or_path = decoder_config._name_or_path = ""
@@ -278,10 +270,12 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
         model.pooling.to(decoder.device)
         model.projector.to(decoder.device)
         with torch.no_grad():
-            scale = decoder.get_input_embeddings().weight.float().std().item()
+            scale = embedding_scale(decoder)
             model.projector.initialize(scale)
             if model.window_positions is not None:
                 model.window_positions.to(decoder.device).weight.normal_(std=scale)
+            if pooling is not None and type(pooling) is type(model.pooling):
+                model.pooling.load_state_dict(pooling.state_dict())
             if bottleneck is not None and model.config.projector_type == "bottleneck":
                 model.projector.down.load_state_dict(bottleneck.down.state_dict())
                 model.projector.up.load_state_dict(bottleneck.up.state_dict())
@@ -290,7 +284,10 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
         return model.eval()
 
     def encode_memories(
-        self, context_input_ids: torch.LongTensor, context_attention_mask: torch.LongTensor | None = None
+        self,
+        context_input_ids: torch.LongTensor,
+        context_attention_mask: torch.LongTensor | None = None,
+        num_memories: int | torch.LongTensor | None = None,
     ) -> tuple[torch.FloatTensor, torch.LongTensor]:
         """Turn the chunks of each context into memories in decoder width.
 
@@ -302,14 +299,18 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
             context_input_ids (`torch.LongTensor` of shape `(B, C, L)`): Encoder token ids.
             context_attention_mask (`torch.LongTensor` of shape `(B, C, L)`, *optional*): 1 for tokens, 0 for padding.
                 A chunk of zeros only is an absent chunk.
+            num_memories (`int` or `torch.LongTensor` of shape `(B, C)`, *optional*): A smaller budget than K for each
+                chunk: exactly so many memories for every context, spread over its chunks, or the number for each
+                chunk, 0 for absent ones.
 
         Returns:
-            `memory_embeds` (`torch.FloatTensor` of shape `(B, C*K, D)`) and `memory_mask` (`torch.LongTensor` of shape
-            `(B, C*K)`, 1 for present memories). Absent memories are zero.
+            `memory_embeds` (`torch.FloatTensor` of shape `(B, M, D)`) and `memory_mask` (`torch.LongTensor` of shape
+            `(B, M)`, 1 for present memories), M being C*K or with a budget the most that a row needs. Absent memories
+            are zero.
 
         Raises:
-            ValueError: If the shapes differ, a chunk is longer than the encoder takes, or an id is outside its
-            vocabulary.
+            ValueError: If the shapes differ, a chunk is longer than the encoder takes, an id is outside its
+                vocabulary, or a budget is none or above K for some chunk.
         """
         if context_input_ids.dim() != 3 or 0 in context_input_ids.shape:
             raise ValueError(
@@ -318,7 +319,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
                 "of them 0. `MemoryProcessor` builds it."
             )
         check_same_shape("context_attention_mask", context_attention_mask, "context_input_ids", context_input_ids)
-        limit = getattr(self.config.encoder, "max_position_embeddings", None)
+        limit = encoder_limit(self.config.encoder)
         if limit is not None and context_input_ids.shape[2] > limit:
             raise ValueError(
                 f"A chunk of the context has {context_input_ids.shape[2]} tokens, but the encoder takes {limit}. Cut "
@@ -326,24 +327,58 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
                 f"into chunks of `chunk_length` ({self.config.chunk_length}) tokens."
             )
         batch_size, num_chunks, _ = context_input_ids.shape
-        num_memories = self.config.memories_per_chunk
+        per_chunk = self.config.memories_per_chunk
+        if num_memories is not None:
+            return self._encode_budget(context_input_ids, context_attention_mask, num_memories)
         if context_attention_mask is None:
             memory_embeds = self._encode(context_input_ids.flatten(0, 1), None)  # (B*C, K, D)
-            memory_embeds = memory_embeds.reshape(batch_size, num_chunks * num_memories, -1)
+            memory_embeds = memory_embeds.reshape(batch_size, num_chunks * per_chunk, -1)
             return memory_embeds, torch.ones_like(memory_embeds[..., 0], dtype=torch.long)
         present = context_attention_mask.bool().any(2)  # (B, C)
         memory_embeds = self._encode(context_input_ids[present], context_attention_mask[present])
         memory_embeds = scatter_present(memory_embeds, present)
-        return memory_embeds.flatten(1, 2), present.long().repeat_interleave(num_memories, dim=1)
+        return memory_embeds.flatten(1, 2), present.long().repeat_interleave(per_chunk, dim=1)
 
-    def _encode(self, chunk_ids: torch.Tensor, chunk_mask: torch.Tensor | None) -> torch.Tensor:
+    def _encode_budget(
+        self,
+        context_input_ids: torch.Tensor,
+        context_attention_mask: torch.Tensor | None,
+        num_memories: int | torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode contexts `(B, C, L)` into so many memories for each row, or for each chunk `(B, C)`."""
+        per_chunk = self.config.memories_per_chunk
+        if context_attention_mask is None:
+            context_attention_mask = torch.ones_like(context_input_ids)
+        present = context_attention_mask.bool().any(2)  # (B, C)
+        if isinstance(num_memories, torch.Tensor):
+            counts = num_memories
+            check_same_shape("num_memories", counts, "the chunks of the context", present)
+            wrong = torch.where(present, (counts < 1) | (counts > per_chunk), counts != 0)
+            if wrong.any():
+                row, chunk = wrong.nonzero()[0].tolist()
+                raise ValueError(
+                    f"`num_memories` is {int(counts[row, chunk])} for chunk {chunk} of row {row}; expected 1 to "
+                    f"{per_chunk}, what the model was made for, and 0 for an absent chunk."
+                )
+        else:
+            counts = torch.zeros_like(present, dtype=torch.long)
+            shares = [allot_memories(num_memories, number, per_chunk) for number in present.sum(1).tolist()]
+            counts[present] = torch.tensor([n for share in shares for n in share], device=counts.device)
+        memory_embeds = self._encode(context_input_ids[present], context_attention_mask[present], counts[present])
+        memory_embeds = scatter_present(memory_embeds, present).flatten(1, 2)  # (B, C*K, D)
+        asked = torch.arange(per_chunk, device=counts.device) < counts[..., None]  # (B, C, K)
+        memory_embeds, memory_mask = pack_present(memory_embeds, asked.flatten(1).long())
+        return memory_embeds.masked_fill(memory_mask[..., None] == 0, 0), memory_mask
+
+    def _encode(
+        self, chunk_ids: torch.Tensor, chunk_mask: torch.Tensor | None, num_memories: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Encode chunks `(n, L)` into memories `(n, K, D)`; the encoder runs once for all of them."""
         if len(chunk_ids) == 0:
             shape = 0, self.config.memories_per_chunk, self.config.decoder.hidden_size
             return torch.zeros(shape, dtype=self.decoder.dtype, device=chunk_ids.device)
         check_ids("The encoder", "context_input_ids", chunk_ids, getattr(self.config.encoder, "vocab_size", None))
-        with torch.no_grad() if self.config.freeze_encoder else nullcontext():
-            memory_states = encode_chunks(self.encoder, self.pooling, chunk_ids, chunk_mask)  # (n, K, E)
+        memory_states = encode_chunks(self.encoder, self.pooling, chunk_ids, chunk_mask, num_memories)  # (n, K, E)
         return self.projector(memory_states.to(self.decoder.dtype))
 
     def forward(
@@ -361,6 +396,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
         return_dict: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        context_num_memories: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> MemoryModelOutput | tuple:
         """Read a text; arguments and modes are those of [`MemoryEncoderDecoderForCausalLM.forward`].
@@ -370,7 +406,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
         """
         if context_input_ids is not None:
             memory_embeds, memory_mask = self._context_memories(
-                context_input_ids, context_attention_mask, memory_embeds
+                context_input_ids, context_attention_mask, memory_embeds, context_num_memories
             )
         reading = self._read(
             Text(input_ids, attention_mask, inputs_embeds, position_ids),
@@ -399,6 +435,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
         context_input_ids: torch.Tensor,
         context_attention_mask: torch.Tensor | None,
         memory_embeds: torch.Tensor | None,
+        context_num_memories: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode a context, unless its memories were given as well."""
         if memory_embeds is not None:
@@ -407,7 +444,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
                 "context or "
                 "its ready memories."
             )
-        return self.encode_memories(context_input_ids, context_attention_mask)
+        return self.encode_memories(context_input_ids, context_attention_mask, context_num_memories)
 
     def _decode(self, *, columns: torch.Tensor | None = None, **inputs: Any) -> tuple[torch.Tensor, ModelOutput]:
         """Run the decoder. Returns features `(rows, columns, X)` and the decoder's output."""
@@ -455,6 +492,7 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
         return_dict: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        context_num_memories: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> MemoryCausalLMOutputWithPast | tuple:
         """Predict the next token of every column of a text.
@@ -488,6 +526,8 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
             return_dict (`bool`, *optional*): Whether to return an output object rather than a tuple.
             output_hidden_states (`bool`, *optional*): Whether to return the states of all layers.
             output_attentions (`bool`, *optional*): Whether to return attentions; only of texts of one window.
+            context_num_memories (`torch.LongTensor` of shape `(B, C)`, *optional*): Memories of each chunk, as
+                [`encode_memories`] takes them. Default: `memories_per_chunk`.
             kwargs: Passed to the loss: `num_items_in_batch`, the global number of targets to divide by, and
             `shift_labels`
                 `(B, T)`, targets *of* each column, which then replace `labels`.
@@ -506,7 +546,7 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
         """
         if context_input_ids is not None:
             memory_embeds, memory_mask = self._context_memories(
-                context_input_ids, context_attention_mask, memory_embeds
+                context_input_ids, context_attention_mask, memory_embeds, context_num_memories
             )
         text = Text(input_ids, attention_mask, inputs_embeds, position_ids)
         shift_labels = self._shift_labels(labels, kwargs.pop("shift_labels", None), text, logits_to_keep)

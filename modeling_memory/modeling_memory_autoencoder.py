@@ -22,7 +22,6 @@ V vocabulary.
 Source: Badger 2026, arXiv 2602.13466, information-retention autoencoder.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +34,9 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .configuration_masked_mixer import MaskedMixerConfig  # noqa: F401
 from .configuration_memory import POOLINGS  # noqa: F401
 from .configuration_memory_autoencoder import MemoryAutoencoderConfig
-from .memory_encoder import build_encoder, build_pooling, encode_chunks
+from .memory_encoder import build_encoder, encode_chunks
+from .memory_parts import check_decoder  # noqa: F401  (copied with this file)
+from .memory_pooling import PooledQueryPooling, QueryPooling, build_pooling
 from .modeling_masked_mixer import check_attention_mask
 
 
@@ -173,7 +174,7 @@ class MemoryAutoencoder(PreTrainedModel):
         config.encoder, config.decoder = self.encoder.config, self.decoder.config
         encoder_width, width = config.encoder.hidden_size, config.decoder.hidden_size
         num_memories, length = config.memories_per_chunk, config.chunk_length
-        self.pooling = build_pooling(config.pooling, num_memories)
+        self.pooling = build_pooling(config.pooling, num_memories, encoder_width)
         self.bottleneck = None
         if config.bottleneck_size is not None:
             self.bottleneck = Bottleneck(encoder_width, config.bottleneck_size, config.bottleneck_noise)
@@ -185,6 +186,13 @@ class MemoryAutoencoder(PreTrainedModel):
         self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
         self.post_init()
         self.apply_freezing()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (QueryPooling, PooledQueryPooling)):
+            module.initialize()
+        else:
+            super()._init_weights(module)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the encoder's token table."""
@@ -237,8 +245,7 @@ class MemoryAutoencoder(PreTrainedModel):
             ValueError: If a row has no token, an id is outside the vocabulary, or a chunk is longer than the encoder
                 takes.
         """
-        with torch.no_grad() if self.config.freeze_encoder else nullcontext():
-            memories = encode_chunks(self.encoder, self.pooling, input_ids, attention_mask)
+        memories = encode_chunks(self.encoder, self.pooling, input_ids, attention_mask)
         if attention_mask is not None and not torch.compiler.is_compiling():
             empty = (attention_mask == 0).all(1)
             if bool(empty.any()):

@@ -367,7 +367,7 @@ def test_resized_vocabulary_saves_and_loads(tmp_path):
     [
         ({"chunk_length": 0}, "`chunk_length` is 0"),
         ({"memories_per_chunk": 7}, "`memories_per_chunk` is 7, more than the 6 tokens"),
-        ({"pooling": "first"}, "`pooling` is 'first'; expected one of 'last'"),
+        ({"pooling": "max"}, "`pooling` is 'max'; expected one of 'last'"),
         ({"expansion": "unfold"}, "`expansion` is 'unfold'; expected one of 'unroll', 'repeat'"),
         ({"bottleneck_size": 0}, "`bottleneck_size` is 0"),
         ({"bottleneck_noise": -0.1, "bottleneck_size": 2}, "`bottleneck_noise` is -0.1"),
@@ -376,7 +376,7 @@ def test_resized_vocabulary_saves_and_loads(tmp_path):
         ({"decoder": mixer(max_position_embeddings=5)}, "`chunk_length` is 6, but the decoder takes 5"),
         ({"decoder": mixer(1, num_heads=0)}, "`hidden_size` is 1"),
         ({"vocab_size": -1}, "`vocab_size` is -1"),
-        ({"encoder": {"model_type": "t5", "vocab_size": 8}}, "'t5' model has an encoder and a decoder"),
+        ({"encoder": {"model_type": "bart", "vocab_size": 8}}, "'bart' model has an encoder and a decoder"),
     ],
 )
 def test_wrong_configs_are_refused(fields, message):

@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config
+from transformers import BartConfig, BertConfig, GPT2Config, LlamaConfig
 
 from modeling_memory.configuration_masked_mixer import MaskedMixerConfig
-from modeling_memory.memory_encoder import build_encoder, build_pooling, encode_chunks
+from modeling_memory.memory_encoder import build_encoder, encode_chunks
+from modeling_memory.memory_pooling import build_pooling
 from modeling_memory.modeling_masked_mixer import MaskedMixerModel
 
 VOCAB = 40
@@ -45,28 +46,40 @@ TEXTS = [[5, 6, 7, 8, 9, 10], [12, 13], [15, 16, 17, 18, 19]]
 @given(
     masks=st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=4),
     num_memories=st.integers(1, 5),
-    name=st.sampled_from(["last", "mean"]),
+    name=st.sampled_from(["last", "mean", "first", "queries", "pooled_queries"]),
+    budget=st.data(),
 )
-def test_poolings_equal_their_definition(masks, num_memories, name):
+def test_poolings_equal_their_definition(masks, num_memories, name, budget):
     mask = torch.tensor(masks)
     states = torch.randn(*mask.shape, 3, dtype=torch.float64)
-    pooled = build_pooling(name, num_memories)(states, mask.long())
-    assert pooled.shape == (len(masks), num_memories, 3)
+    most = budget.draw(st.integers(num_memories, 5))  # a budget below K is as if it were K
+    counts = torch.full((len(masks),), num_memories)
+    pooling = build_pooling(name, most, 3).double()
+    pooled = pooling(states, mask.long(), counts)
+    assert pooled.shape == (len(masks), most, 3)
     assert pooled.isfinite().all()
     for row in range(len(masks)):
         real = states[row, mask[row]]
         count = len(real)
         for group in range(num_memories if count else 0):
             first, last = math.floor(group * count / num_memories), math.ceil((group + 1) * count / num_memories) - 1
-            expected = real[last] if name == "last" else real[first : last + 1].mean(0)
-            torch.testing.assert_close(pooled[row, group], expected)
+            mean = real[first : last + 1].mean(0)
+            if name == "queries":
+                scores = pooling.key(real) @ pooling.queries[group]
+                expected = (scores / 3**0.5).softmax(0) @ real
+            elif name == "pooled_queries":
+                scores = pooling.key(real) @ pooling.query(mean)
+                expected = mean + (scores / 3**0.5).softmax(0) @ real
+            else:
+                expected = {"last": real[last], "first": real[first], "mean": mean}[name]
+            torch.testing.assert_close(pooled[row, group], expected, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["last", "mean"])
+@pytest.mark.parametrize("name", ["last", "mean", "first", "queries", "pooled_queries"])
 def test_pooling_takes_nothing_from_padding(name):
     states = torch.randn(2, 4, 3)
     states[0, 0] = states[1, 3] = float("nan")
-    pooled = build_pooling(name, 2)(states, torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0]]))
+    pooled = build_pooling(name, 2, 3)(states, torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0]]))
     assert pooled.isfinite().all()
 
 
@@ -142,12 +155,12 @@ def test_build_encoder_dispatches_on_the_model_type():
 def test_wrong_uses_are_refused():
     model, pool = encoder("masked_mixer"), build_pooling("last", 1)
     ids = torch.tensor([[1, 2, 3]])
-    with pytest.raises(ValueError, match="pooling 'first' is unknown; expected one of 'last', 'mean'"):
-        build_pooling("first", 1)
+    with pytest.raises(ValueError, match="pooling 'max' is unknown; expected one of 'last', 'mean'"):
+        build_pooling("max", 1)
     with pytest.raises(ValueError, match="`memories_per_chunk` is 0"):
         build_pooling("last", 0)
-    with pytest.raises(ValueError, match="'t5' model has an encoder and a decoder"):
-        build_encoder(T5Config())
+    with pytest.raises(ValueError, match="'bart' model has an encoder and a decoder"):
+        build_encoder(BartConfig())
     for bad, mask, message in [
         (torch.ones(1, 13, dtype=torch.long), None, "13 tokens, but the encoder takes 12"),
         (torch.tensor([[1, VOCAB]]), None, "the id 40, but the token table of the encoder has the ids 0 to 39"),
