@@ -143,6 +143,10 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         freeze_encoder (`bool`): Encoder in `eval()` without gradients, always.
         freeze_decoder (`bool`): Decoder in `eval()`, its parameters without gradients.
         initializer_range (`float`): Root mean square of a fresh projector's outputs for inputs of unit scale.
+        adapters (`dict`, *optional*): Low-rank adapters by name: `parts` and fields of peft's `LoraConfig`. See
+            [`MemoryEncoderDecoderModel.add_adapters`].
+        references (`dict`, *optional*): Of a folder saved by reference: where encoder and decoder are found, and their
+            hashes.
         format_version (`int`): Version of the saved layout.
 
     Raises:
@@ -178,6 +182,8 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         freeze_encoder: bool = True,
         freeze_decoder: bool = False,
         initializer_range: float = 0.02,
+        adapters: dict[str, dict[str, Any]] | None = None,
+        references: dict[str, dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ):
@@ -202,6 +208,8 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         self.freeze_encoder = freeze_encoder
         self.freeze_decoder = freeze_decoder
         self.initializer_range = initializer_range
+        self.adapters = adapters or {}
+        self.references = references or {}
         self.format_version = format_version
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if kwargs.get(name) is None:

@@ -22,6 +22,7 @@ import copy
 import inspect
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,12 +38,14 @@ from transformers.utils import ModelOutput
 from .configuration_masked_mixer import MaskedMixerConfig  # noqa: F401
 from .configuration_memory import AUTO_MAP, MemoryEncoderDecoderConfig, allot_memories, encoder_limit
 from .generation_memory import MemoryGenerationMixin
+from .memory_adapters import MemoryAdapterMixin, adapted_modules, inject_adapters, is_adapter
 from .memory_cache import MemoryCache  # noqa: F401
 from .memory_encoder import build_encoder, encode_chunks
-from .memory_parts import check_decoder, embedding_scale, load_decoder, load_encoder
+from .memory_parts import HUB_OPTIONS, check_decoder, embedding_scale, load_decoder, load_encoder
 from .memory_pooling import PooledQueryPooling, QueryPooling, build_pooling
 from .memory_projector import MemoryProjector
 from .memory_reading import MemoryReadingMixin, pack_present, scatter_present
+from .memory_saving import PARTS, TRAINED, load_by_reference, save_by_reference
 from .memory_text import Text, check_ids, check_same_shape, is_compiling
 from .memory_windows import Windows  # noqa: F401
 from .modeling_masked_mixer import MaskedMixerModel  # noqa: F401
@@ -117,21 +120,80 @@ class MemoryPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load a model as `PreTrainedModel.from_pretrained` does, and freeze what its config says is frozen."""
-        loaded = super().from_pretrained(*args, **kwargs)
+        """Load a model as `PreTrainedModel.from_pretrained` does, and freeze what its config says is frozen.
+
+        Of a model saved by reference the bases are loaded from where they came from; `encoder_base` and
+        `decoder_base` name another place (id, folder or model), and must where a base came from a folder. Their hashes
+        are checked.
+
+        Raises:
+            ValueError: If a base is not named or is not the one that the model was trained on.
+        """
+        given = {part: kwargs.pop(f"{part}_base") for part in PARTS if f"{part}_base" in kwargs}
+        config = kwargs.get("config")
+        if config is None and args and isinstance(args[0], (str, os.PathLike)):
+            hub = {name: kwargs[name] for name in (*HUB_OPTIONS, "subfolder") if name in kwargs}
+            config = cls.config_class.from_pretrained(args[0], **hub)
+        if config is not None and getattr(config, "references", None) and args:
+            loaded = load_by_reference(cls, str(args[0]), config, given, kwargs)
+            options = ("revision", "subfolder")
+            loaded._bases = {
+                part: (given[part], {})
+                if part in given
+                else (ref["id"], {name: ref[name] for name in options if ref[name]})
+                for part, ref in config.references.items()
+            }
+            if kwargs.get("output_loading_info"):
+                loaded = loaded, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+        elif given:
+            raise ValueError(
+                f"`{next(iter(given))}_base` was given, but {args[0]} holds all its weights. Leave it out; "
+                "`from_encoder_decoder_pretrained` joins other parts."
+            )
+        else:
+            loaded = super().from_pretrained(*args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).apply_freezing()
         return loaded
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Save as `PreTrainedModel.save_pretrained` does, with an `auto_map` that every Auto class finds."""
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *args: Any,
+        by_reference: bool | dict[str, Any] = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save as `PreTrainedModel.save_pretrained` does, with an `auto_map` that every Auto class finds.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder.
+            args: As in the library.
+            by_reference (`bool` or `dict`): Whether to save only what differs from the pretrained encoder and decoder,
+                and ids, revisions and hashes of these. A dictionary names the place of `"encoder"`, `"decoder"` or
+                both; a part that it leaves out is saved by value.
+            kwargs: As in the library.
+
+        Raises:
+            ValueError: If adapters are merged and still there, or a part is not what it is said to come from.
+        """
+        self._check_unmerged()
         self.config.auto_map = dict(AUTO_MAP)
         for child in (self.config.encoder, self.config.decoder):  # their code is reached through the model's own
             vars(child).pop("auto_map", None)
             child._name_or_path = ""
-        super().save_pretrained(*args, **kwargs)
+        self.config.references = {}
+        (Path(save_directory) / TRAINED).unlink(missing_ok=True)
+        if not by_reference:
+            super().save_pretrained(save_directory, *args, **kwargs)
+            return
+        save_by_reference(self, save_directory, self._bases if by_reference is True else dict(by_reference))
+        # The library writes code, config and generation config; it is given no weights to write.
+        super().save_pretrained(save_directory, *args, **{**kwargs, "state_dict": {}})
+        for name in ("model.safetensors", "model.safetensors.index.json"):
+            (Path(save_directory) / name).unlink(missing_ok=True)
+        self.config.references = {}
 
 
-class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
+class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPreTrainedModel):
     """A memory encoder-decoder without language modelling loss: it returns the decoder's hidden states.
 
     Its parameters have the names of [`MemoryEncoderDecoderForCausalLM`], head included, so that one folder serves
@@ -163,6 +225,8 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
         self._takes_position_ids = "position_ids" in arguments
         self._takes_logits_to_keep = "logits_to_keep" in arguments
         check_decoder(self.decoder)
+        self._bases: dict[str, Any] = {}  # where encoder and decoder came from
+        inject_adapters(self, config.adapters)
         self.post_init()
         self.apply_freezing()
 
@@ -185,14 +249,15 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
     def apply_freezing(self) -> None:
         """Freeze the encoder and the decoder as `config.freeze_encoder` and `config.freeze_decoder` say.
 
-        A frozen part has no gradients, token table included, and stays in `eval()` also after `model.train()`.
+        A frozen part has no gradients, token table included, and stays in `eval()` also after `model.train()`; its
+        adapters train.
         """
         for part, frozen in (
             (self.encoder, self.config.freeze_encoder),
             (self.decoder, self.config.freeze_decoder),
         ):
-            if frozen:
-                part.requires_grad_(False)
+            for name, parameter in part.named_parameters() if frozen else ():
+                parameter.requires_grad_(is_adapter(name))
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "MemoryEncoderDecoderModel":
@@ -202,6 +267,8 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
             self.encoder.eval()
         if self.config.freeze_decoder:
             self.decoder.eval()
+        for _, module in adapted_modules(self):
+            module.lora_dropout.train(mode)
         return self
 
     @classmethod
@@ -237,6 +304,11 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
             ValueError: If the parts do not fit each other, or one of them cannot be such a part.
             OSError: What the library raises for an id or folder that it cannot load.
         """
+        bases = {
+            part: (source, kwargs or {})
+            for part, source, kwargs in (("encoder", encoder, encoder_kwargs), ("decoder", decoder, decoder_kwargs))
+            if not isinstance(source, PreTrainedModel)
+        }
         encoder, fields = load_encoder(encoder, **(encoder_kwargs or {}))
         decoder = load_decoder(decoder, **(decoder_kwargs or {}))
         config = {**fields, **config}
@@ -279,6 +351,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
             if bottleneck is not None and model.config.projector_type == "bottleneck":
                 model.projector.down.load_state_dict(bottleneck.down.state_dict())
                 model.projector.up.load_state_dict(bottleneck.up.state_dict())
+        model._bases = bases
         if model.can_generate():
             model.generation_config = copy.deepcopy(decoder.generation_config)
         return model.eval()

@@ -1,0 +1,194 @@
+"""LoRA in any family, and saving by reference: small folders, nothing lost, nothing of another base."""
+
+import json
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from modeling_memory import MemoryEncoderDecoderForCausalLM
+from modeling_memory.memory_adapters import adapter_targets
+from tests.memory_models import SLOT, random_ids
+from tests.test_families import DECODERS, ENCODERS, join, slot_inputs, tiny_decoder, tiny_encoder
+
+
+def step(model, rate: float = 0.1) -> None:
+    """One step of plain gradient descent on all that trains."""
+    inputs = slot_inputs()
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == SLOT, -100)
+    model.train()
+    for _ in range(2):  # the first moves LoRA's B alone
+        model(**inputs, labels=labels).loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= rate * parameter.grad
+        model.zero_grad()
+    model.eval()
+
+
+def logits_of(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**slot_inputs()).logits
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), [*(("bert", d) for d in DECODERS), *((e, "llama") for e in ENCODERS)])
+def test_adapters_train_save_load_and_merge(encoder, decoder, tmp_path):
+    model = join(encoder, decoder)
+    plain = logits_of(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.add_adapters(parts=["encoder", "decoder"], r=2, lora_alpha=8)
+    assert torch.equal(logits_of(model), plain), "a fresh adapter changes nothing"
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all(".lora_" in name or name.startswith("projector.") for name in trains)
+    assert {name.split(".")[0] for name in trains} == {"encoder", "decoder", "projector"}
+    step(model)
+    trained = logits_of(model)
+    assert (trained - plain).abs().max() > 1e-3
+    for name, value in model.state_dict().items():
+        old = before.get(name.replace(".base_layer.", "."))
+        moved = ".lora_" in name or name.startswith("projector.")
+        assert moved or torch.equal(value, old), f"{name} is frozen and moved"
+        if ".lora_B" in name and "wo.lora" not in name:
+            assert value.abs().sum() > 0, f"{name} has not trained"
+
+    model.save_pretrained(tmp_path)
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert torch.equal(logits_of(loaded), trained)
+    assert {name for name, parameter in loaded.named_parameters() if parameter.requires_grad} == trains
+
+    with model.adapters_off():
+        off = logits_of(model)
+    assert not torch.equal(off, trained)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trains
+    model.merge_adapters()
+    torch.testing.assert_close(logits_of(model), trained, atol=5e-4, rtol=1e-3)
+    with pytest.raises(ValueError, match="merged but still there"):
+        model.save_pretrained(tmp_path)
+    model.unmerge_adapters()
+    torch.testing.assert_close(logits_of(model), trained, atol=5e-4, rtol=1e-3)
+    model.merge_adapters(unload=True)
+    assert set(model.state_dict()) == set(before)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(
+        logits_of(AutoModelForCausalLM.from_pretrained(tmp_path)), trained, atol=5e-4, rtol=1e-3
+    )
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own
+def test_peft_itself_trains_and_saves_a_memory_model(tmp_path):
+    model = join()
+    targets = adapter_targets(model, ["encoder", "decoder"])
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=targets, modules_to_save=["projector"], task_type="CAUSAL_LM")
+    )
+    step(wrapped)
+    assert all(value.abs().sum() > 0 for name, value in wrapped.state_dict().items() if "lora_B" in name)
+    wrapped.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(join(), tmp_path).eval()
+    assert torch.equal(logits_of(again), logits_of(wrapped))
+    inputs = slot_inputs()
+    assert again.generate(**inputs, max_new_tokens=2, min_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+@pytest.fixture
+def folders(tmp_path):
+    tiny_encoder("bert").save_pretrained(tmp_path / "bases" / "encoder")
+    tiny_decoder("qwen3").save_pretrained(tmp_path / "bases" / "decoder")  # tied tables
+    return {part: str(tmp_path / "bases" / part) for part in ("encoder", "decoder")}
+
+
+def as_bases(folders):
+    return {f"{part}_base": place for part, place in folders.items()}
+
+
+def joined(folders, **fields):
+    fields = {"chunk_length": 4, "memories_per_chunk": 2, "memory_token_id": SLOT, **fields}
+    return MemoryEncoderDecoderForCausalLM.from_encoder_decoder_pretrained(**folders, **fields)
+
+
+@pytest.mark.parametrize("trained", ["projector", "lora", "decoder"])
+def test_saving_by_reference(trained, folders, tmp_path):
+    bases = as_bases(folders)
+    model = joined(folders, freeze_decoder=trained != "decoder", pooling="queries")
+    if trained == "lora":
+        model.add_adapters(parts=["encoder", "decoder"], r=2)
+    step(model)
+    expected = logits_of(model)
+    place = tmp_path / "saved"
+    model.save_pretrained(place)  # an earlier save by value leaves nothing behind
+    model.save_pretrained(place, by_reference=True)
+    files = {file.name for file in place.iterdir()}
+    assert "trained.safetensors" in files and not any(name.startswith("model") and "safe" in name for name in files)
+    assert str(tmp_path) not in (place / "config.json").read_text()
+    if trained != "decoder":
+        whole = sum(p.numel() * 4 for p in model.parameters())
+        assert (place / "trained.safetensors").stat().st_size < whole / 2
+    loaded = AutoModelForCausalLM.from_pretrained(place, **bases)
+    assert torch.equal(logits_of(loaded), expected)
+    for (name, value), (other, saved) in zip(
+        sorted(model.state_dict().items()), sorted(loaded.state_dict().items()), strict=True
+    ):
+        assert name == other and torch.equal(value, saved), name
+    assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in model.parameters()]
+    buffers = dict(loaded.named_buffers())
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+    # From reference to value, and back to reference.
+    loaded.save_pretrained(tmp_path / "value")
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "value")), expected)
+    loaded.save_pretrained(place, by_reference=True)
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(place, **bases)), expected)
+
+
+def test_a_base_that_has_changed_or_is_not_named_is_refused(folders, tmp_path):
+    joined(folders).save_pretrained(tmp_path / "saved", by_reference=True)
+    with pytest.raises(ValueError, match="decoder_base=folder_or_id"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    torch.manual_seed(5)
+    other = tiny_decoder("qwen3")
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight[3, 4] += 1e-3
+    with pytest.raises(ValueError, match="base of the decoder.*other weights.*trained on"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved", **as_bases({**folders, "decoder": other}))
+    model = joined(folders)
+    model.save_pretrained(tmp_path / "value")
+    with pytest.raises(ValueError, match="holds all its weights"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "value", decoder_base=other)
+    loose = join()
+    with pytest.raises(ValueError, match="given as models.*by_reference="):
+        loose.save_pretrained(tmp_path / "loose", by_reference=True)
+    with pytest.raises(ValueError, match="is not its base"):
+        loose.save_pretrained(tmp_path / "loose", by_reference={"decoder": tiny_decoder("olmo2")})
+
+
+def test_weights_that_were_trained_and_then_frozen_are_not_lost(folders, tmp_path):
+    model = joined(folders, freeze_decoder=False)
+    step(model)
+    model.config.freeze_decoder = True
+    model.apply_freezing()
+    model.save_pretrained(tmp_path / "saved", by_reference=True)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", **as_bases(folders))
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+def test_one_part_by_reference_the_other_by_value(folders, tmp_path):
+    model = joined(folders)
+    model.save_pretrained(tmp_path / "saved", by_reference={"decoder": folders["decoder"]})
+    references = json.loads((tmp_path / "saved" / "config.json").read_text())["references"]
+    assert list(references) == ["decoder"] and references["decoder"]["id"] is None
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", decoder_base=folders["decoder"])
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+def test_wrong_adapters_are_refused():
+    model = join()
+    with pytest.raises(ValueError, match="'projector' is unknown; expected one of 'encoder', 'decoder'"):
+        model.add_adapters(parts=["projector"])
+    with pytest.raises(ValueError, match="LoraConfig"):
+        model.add_adapters(rank=3)
+    model.add_adapters(r=2)
+    with pytest.raises(ValueError, match="already"):
+        model.add_adapters(r=2)
+    assert model.encode_memories(random_ids(1, 1, 4))[0].shape == (1, 2, 32)
