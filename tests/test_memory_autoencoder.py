@@ -72,6 +72,7 @@ TEXTS = [[5, 6, 7, 8, 9, 10], [12, 13, 14], [15, 16, 17, 18, 19]]
 VARIANTS = {
     "plain": {},
     "repeat": {"expansion": "repeat"},
+    "readout without layers": {"decoder": mixer(num_hidden_layers=0)},
     "wider decoder": {"decoder": mixer(12)},
     "narrower decoder, longer than wide": {"decoder": mixer(4)},
     "two memories": {"memories_per_chunk": 2},
