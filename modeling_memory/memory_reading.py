@@ -151,9 +151,11 @@ class MemoryReadingMixin:
     ) -> Reading:
         """Read a text in which memories stand in the slots."""
         slots = text.input_ids == self.config.memory_token_id  # (B, T)
-        mask = text.mask()
-        asked = self._markers(text.input_ids, mask).cumsum(1) > 0  # (B, T)
-        places = self._places((mask * ~slots).cumsum(1) - 1, memory_mask, asked)
+        places = None
+        if self.window_positions is not None:  # otherwise the mask may be one of four dimensions, of a static cache
+            mask = text.mask()
+            asked = self._markers(text.input_ids, mask).cumsum(1) > 0  # (B, T)
+            places = self._places((mask * ~slots).cumsum(1) - 1, memory_mask, asked)
         embeds = self._embed(text.input_ids, places, slots)
         embeds = embeds.masked_scatter(slots[..., None], memory_embeds[memory_mask.bool()].to(embeds))
         own_cache = self._slot_cache(cache, use_cache)

@@ -372,3 +372,11 @@ def test_padding_that_looks_like_a_marker_tells_no_places():
     chunks = random_ids(1, 2, CHUNK)
     padded = model(slotted, attention_mask=(slotted != 0).long(), context_input_ids=chunks).logits[:, 2:]
     torch.testing.assert_close(padded, model(slotted[:, 2:], context_input_ids=chunks).logits, atol=ATOL, rtol=0)
+
+
+def test_a_static_cache_reads_slots_behind_padding():
+    model = build_model()
+    prompt = torch.tensor([[0, 0, SLOT, SLOT, 8, 9], [SLOT, SLOT, 7, 8, 9, 10]])
+    options = {"attention_mask": (prompt != 0).long(), "context_input_ids": random_ids(2, 2, CHUNK), **GREEDY}
+    static = model.generate(prompt, cache_implementation="static", disable_compile=True, max_new_tokens=9, **options)
+    assert torch.equal(static, model.generate(prompt, max_new_tokens=9, **options))
