@@ -58,6 +58,8 @@ class MemoryGenerationMixin(GenerationMixin):
             )
         rolling = self.config.self_memory and plain and rolling_memory is not False
         self._check_generation_options(generation_config, kwargs, rolling)
+        if plain and rolling_memory is False and self.config.self_memory:
+            self._check_cached(generation_config, kwargs)
         if has_memories and kwargs.get("memory_mask") is None:
             kwargs["memory_mask"] = torch.ones_like(kwargs["memory_embeds"][..., 0], dtype=torch.long)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
@@ -102,6 +104,16 @@ class MemoryGenerationMixin(GenerationMixin):
                 f"`cache_implementation` is {option('cache_implementation')!r}, but a text that folds into memories "
                 "needs its own "
                 "cache. Leave it out, or pass `rolling_memory=False` with a prompt of one window."
+            )
+
+    def _check_cached(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
+        use_cache = kwargs.get("use_cache")
+        if use_cache is None:
+            use_cache = getattr(generation_config or self.generation_config, "use_cache", None)
+        if use_cache is False:
+            raise ValueError(
+                "`rolling_memory` is False and so is `use_cache`, but with no cache every step reads all text and "
+                "folds its full windows. Leave one of them out."
             )
 
     def _check_padding_side(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:

@@ -380,3 +380,8 @@ def test_a_static_cache_reads_slots_behind_padding():
     options = {"attention_mask": (prompt != 0).long(), "context_input_ids": random_ids(2, 2, CHUNK), **GREEDY}
     static = model.generate(prompt, cache_implementation="static", disable_compile=True, max_new_tokens=9, **options)
     assert torch.equal(static, model.generate(prompt, max_new_tokens=9, **options))
+
+
+def test_a_window_that_grows_on_needs_a_cache():
+    with pytest.raises(ValueError, match="`rolling_memory` is False.*no cache"):
+        build_model().generate(random_ids(1, 6), rolling_memory=False, use_cache=False, max_new_tokens=9, **GREEDY)
