@@ -20,6 +20,7 @@ Source: Badger 2026, arXiv 2602.13466, chunked memory model.
 
 import copy
 import inspect
+import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput
 
 # Unused names: transformers before 5.8 copies from a local folder only the files that this one imports itself.
 from .configuration_masked_mixer import MaskedMixerConfig  # noqa: F401
@@ -125,6 +126,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
             vars(child).pop("auto_map", None)
             child._name_or_path = ""
         super().save_pretrained(*args, **kwargs)
+        _drop_stale_weights(kwargs.get("save_directory", args[0] if args else None))
 
 
 class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
@@ -582,6 +584,13 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
         if text.has_own_mask:  # the first token has nothing before it that could predict it
             labels = labels.masked_fill(text.mask().cumsum(1) == 1, -100)
         return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
+
+
+def _drop_stale_weights(folder: str | os.PathLike) -> None:
+    """Keep only the newer of sharded and unsharded weights: an older unsharded file would win on loading."""
+    paths = [os.path.join(folder, name) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
+    if all(os.path.isfile(path) for path in paths):
+        os.remove(min(paths, key=lambda path: os.stat(path).st_mtime_ns))
 
 
 def _kept_columns(logits_to_keep: int | torch.Tensor, text: Text) -> torch.Tensor | None:

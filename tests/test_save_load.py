@@ -157,3 +157,15 @@ def test_a_fresh_model_has_no_meta_or_unset_tensor():
     assert all(p.is_meta for p in model.parameters())
     tensors = [name for module in model.modules() for name, v in vars(module).items() if isinstance(v, torch.Tensor)]
     assert not tensors
+
+
+def test_saving_in_shards_over_an_unsharded_model_leaves_no_stale_weights(tmp_path):
+    build_model().save_pretrained(tmp_path)
+    model = build_model()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.add_(1)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    loaded = MemoryEncoderDecoderForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+    model.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
