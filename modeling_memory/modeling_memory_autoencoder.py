@@ -222,6 +222,12 @@ class MemoryAutoencoder(PreTrainedModel):
         (loaded[0] if isinstance(loaded, tuple) else loaded).apply_freezing()
         return loaded
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save as `PreTrainedModel.save_pretrained` does, without the places that the parts came from."""
+        for child in (self.config.encoder, self.config.decoder):
+            child._name_or_path = ""
+        super().save_pretrained(*args, **kwargs)
+
     def encode(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None) -> torch.FloatTensor:
         """Turn each chunk into its memory.
 
