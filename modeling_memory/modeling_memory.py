@@ -39,7 +39,7 @@ from .configuration_masked_mixer import MaskedMixerConfig  # noqa: F401
 from .configuration_memory import AUTO_MAP, MemoryEncoderDecoderConfig
 from .generation_memory import MemoryGenerationMixin
 from .memory_cache import MemoryCache  # noqa: F401
-from .memory_encoder import build_encoder, build_pooling, encode_chunks
+from .memory_encoder import build_encoder, build_pooling, check_single_body, encode_chunks
 from .memory_projector import MemoryProjector
 from .memory_reading import MemoryReadingMixin, scatter_present
 from .memory_text import Text, check_ids, check_same_shape, is_compiling
@@ -262,6 +262,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
         elif encoder.get_output_embeddings() is not None and encoder.base_model is not encoder:
             encoder = encoder.base_model
         encoder_config, decoder_config = encoder.config, decoder.config
+        check_single_body(encoder_config)
         # The places the parts came from are of no use to whoever loads the joined model.
         encoder_config._name_or_path = decoder_config._name_or_path = ""
         vocabularies = getattr(encoder_config, "vocab_size", None), decoder_config.vocab_size

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaModel, MistralConfig
+from transformers import BartConfig, BartModel, LlamaModel, MistralConfig
 
 from modeling_memory import MemoryEncoderDecoderConfig, MemoryEncoderDecoderForCausalLM
 from tests.conftest import tiny_decoder_config, tiny_encoder_config
@@ -165,3 +165,14 @@ def test_a_decoder_without_a_head_or_a_cache():
     body = LlamaModel(tiny_decoder_config())
     with pytest.raises(ValueError, match="without a language modelling head"):
         MemoryEncoderDecoderForCausalLM.from_encoder_decoder_pretrained(body, body, chunk_length=4)
+
+
+def test_an_encoder_with_a_decoder_of_its_own():
+    bart = BartModel(
+        BartConfig(
+            vocab_size=96, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8, decoder_ffn_dim=8,
+            encoder_attention_heads=2, decoder_attention_heads=2,
+        )
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="'bart' model has an encoder and a decoder of its own"):
+        MemoryEncoderDecoderForCausalLM.from_encoder_decoder_pretrained(bart, build_model().decoder, chunk_length=4)
