@@ -268,6 +268,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
         vocabularies = getattr(encoder_config, "vocab_size", None), decoder_config.vocab_size
         config.setdefault("memory_token_id", decoder_config.vocab_size)  # just behind the table: no text uses it
         config.setdefault("self_memory", vocabularies[0] is not None and vocabularies[0] >= vocabularies[1])
+        encoder.requires_grad_(True)  # an autoencoder may have frozen it; here the joined config decides
         model = cls(
             cls.config_class(encoder=encoder_config, decoder=decoder_config, **config),
             encoder=encoder,

@@ -7,6 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 from modeling_memory import (
+    MemoryAutoencoder,
+    MemoryAutoencoderConfig,
     MemoryEncoderDecoderConfig,
     MemoryEncoderDecoderForCausalLM,
     MemoryEncoderDecoderModel,
@@ -169,3 +171,15 @@ def test_saving_in_shards_over_an_unsharded_model_leaves_no_stale_weights(tmp_pa
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
     model.save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
+
+
+def test_the_encoder_of_a_frozen_autoencoder_learns_if_the_joined_model_says_so():
+    body = tiny_encoder_config("masked_mixer")
+    autoencoder = MemoryAutoencoder(
+        MemoryAutoencoderConfig(encoder=body, decoder=body, chunk_length=4, freeze_encoder=True)
+    )
+    for frozen in (True, False):
+        model = MemoryEncoderDecoderForCausalLM.from_encoder_decoder_pretrained(
+            autoencoder, build_model().decoder, freeze_encoder=frozen
+        )
+        assert {parameter.requires_grad for parameter in model.encoder.parameters()} == {not frozen}
