@@ -185,6 +185,17 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
         """Replace the decoder's language modelling head."""
         self.decoder.set_output_embeddings(value)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Resize the decoder's table as the library does, and the encoder's with it if both read the same ids."""
+        table = super().resize_token_embeddings(*args, **kwargs)
+        encoder_rows = getattr(self.config.encoder, "vocab_size", None)
+        if self.config.self_memory and encoder_rows is not None and encoder_rows < table.weight.shape[0]:
+            self.encoder.resize_token_embeddings(
+                table.weight.shape[0], mean_resizing=kwargs.get("mean_resizing", True)
+            )
+        self.apply_freezing()
+        return table
+
     def apply_freezing(self) -> None:
         """Freeze the encoder and the decoder as `config.freeze_encoder` and `config.freeze_decoder` say.
 

@@ -183,3 +183,13 @@ def test_the_encoder_of_a_frozen_autoencoder_learns_if_the_joined_model_says_so(
             autoencoder, build_model().decoder, freeze_encoder=frozen
         )
         assert {parameter.requires_grad for parameter in model.encoder.parameters()} == {not frozen}
+
+
+def test_resizing_the_tables_keeps_self_memory_and_loads(tmp_path):
+    model = build_model("llama")
+    model.resize_token_embeddings(101, mean_resizing=False)
+    assert (model.config.encoder.vocab_size, model.config.decoder.vocab_size) == (101, 101)
+    model.save_pretrained(tmp_path)
+    loaded = MemoryEncoderDecoderForCausalLM.from_pretrained(tmp_path)
+    input_ids = torch.cat([random_ids(1, 20), torch.tensor([[99, 100]]), random_ids(1, 9)], 1)
+    assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
