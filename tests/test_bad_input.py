@@ -176,3 +176,21 @@ def test_an_encoder_with_a_decoder_of_its_own():
     )  # fmt: skip
     with pytest.raises(ValueError, match="'bart' model has an encoder and a decoder of its own"):
         MemoryEncoderDecoderForCausalLM.from_encoder_decoder_pretrained(bart, build_model().decoder, chunk_length=4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"freeze_encoder": "no"}, "`freeze_encoder` is 'no'; expected True or False"),
+        ({"self_memory": 1}, "`self_memory` is 1; expected True or False"),
+        ({"max_memories": "8"}, "`max_memories` is '8'; expected an integer"),
+        ({"memory_token_id": 1.5}, "`memory_token_id` is 1.5; expected an integer"),
+        ({"copy_token_id": True}, "`copy_token_id` is True; expected an integer"),
+        ({"projector_type": "mlp", "projector_hidden_size": -3}, "`projector_hidden_size` is -3"),
+        ({"projector_noise": "1e-4"}, "`projector_noise` is '1e-4'; expected a number"),
+        ({"initializer_range": -1.0}, "`initializer_range` is -1.0"),
+    ],
+)
+def test_fields_of_another_type(fields, message):
+    with pytest.raises(ValueError, match=message):
+        config(**fields)
