@@ -417,3 +417,11 @@ def test_the_saved_config_names_no_place_of_this_machine(tmp_path):
     config = MemoryAutoencoderConfig(encoder=encoder.config, decoder=mixer(), chunk_length=LENGTH)
     MemoryAutoencoder(config, encoder=encoder).save_pretrained(tmp_path / "probe")
     assert str(tmp_path) not in (tmp_path / "probe" / "config.json").read_text()
+
+
+def test_no_chunk_is_reconstructed_in_part():
+    model = MemoryAutoencoder(
+        MemoryAutoencoderConfig(encoder=attention("llama"), decoder=mixer(), chunk_length=LENGTH)
+    )
+    with pytest.raises(ValueError, match=f"has {LENGTH + 1} tokens.*chunks of {LENGTH}"):
+        model.reconstruct(torch.ones(1, LENGTH + 1, dtype=torch.long))
