@@ -8,6 +8,7 @@ from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.generation.logits_process import LogitsProcessorList
 
 from .memory_cache import MemoryCache
+from .memory_text import check_has_owner
 
 
 class MemoryGenerationMixin(GenerationMixin):
@@ -43,6 +44,8 @@ class MemoryGenerationMixin(GenerationMixin):
         Raises:
             ValueError: If an option cannot be right with memories, or a prompt is padded on the right.
         """
+        check_has_owner("context_attention_mask", context_attention_mask, "context_input_ids", context_input_ids)
+        check_has_owner("memory_mask", kwargs.get("memory_mask"), "memory_embeds", kwargs.get("memory_embeds"))
         if context_input_ids is not None:
             kwargs["memory_embeds"], kwargs["memory_mask"] = self._context_memories(
                 context_input_ids, context_attention_mask, kwargs.get("memory_embeds")

@@ -42,7 +42,7 @@ from .memory_cache import MemoryCache  # noqa: F401
 from .memory_encoder import build_encoder, build_pooling, check_single_body, encode_chunks
 from .memory_projector import MemoryProjector
 from .memory_reading import MemoryReadingMixin, scatter_present
-from .memory_text import Text, check_ids, check_same_shape, is_compiling
+from .memory_text import Text, check_has_owner, check_ids, check_same_shape, is_compiling
 from .memory_windows import Windows  # noqa: F401
 from .modeling_masked_mixer import MaskedMixerModel  # noqa: F401
 
@@ -383,6 +383,8 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
         Returns:
             [`MemoryModelOutput`]: Hidden states in the columns of the text, memories and cache.
         """
+        check_has_owner("context_attention_mask", context_attention_mask, "context_input_ids", context_input_ids)
+        check_has_owner("memory_mask", memory_mask, "memory_embeds", memory_embeds)
         if context_input_ids is not None:
             memory_embeds, memory_mask = self._context_memories(
                 context_input_ids, context_attention_mask, memory_embeds
@@ -519,6 +521,8 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
         trained,
         absent memories are masked, and each window has its own mask.
         """
+        check_has_owner("context_attention_mask", context_attention_mask, "context_input_ids", context_input_ids)
+        check_has_owner("memory_mask", memory_mask, "memory_embeds", memory_embeds)
         if context_input_ids is not None:
             memory_embeds, memory_mask = self._context_memories(
                 context_input_ids, context_attention_mask, memory_embeds
@@ -583,7 +587,10 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
             raise ValueError(
                 "A loss needs the logits of all columns, but `logits_to_keep` was given. Leave one of them out."
             )
+        vocab_size = self.config.decoder.vocab_size
         if labels is None or shift_labels is not None:
+            if shift_labels is not None:
+                check_ids("The decoder", "shift_labels", shift_labels, vocab_size, shift_labels == -100)
             return shift_labels
         if self._has_slots and text.input_ids is not None and not is_compiling():
             wrong = (text.input_ids == self.config.memory_token_id) & (labels != -100)
@@ -594,6 +601,7 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
                     "slot holds no token "
                     "to learn: set its label to -100."
                 )
+        check_ids("The decoder", "labels", labels, vocab_size, labels == -100)
         if text.has_own_mask:  # the first token has nothing before it that could predict it
             labels = labels.masked_fill(text.mask().cumsum(1) == 1, -100)
         return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)

@@ -194,3 +194,20 @@ def test_an_encoder_with_a_decoder_of_its_own():
 def test_fields_of_another_type(fields, message):
     with pytest.raises(ValueError, match=message):
         config(**fields)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (
+            {"context_attention_mask": torch.ones(2, 1, CHUNK)},
+            "`context_attention_mask` .*without `context_input_ids`",
+        ),
+        ({"memory_mask": torch.ones(2, 1)}, "`memory_mask` .*without `memory_embeds`"),
+        ({"labels": torch.full((2, 3), 96)}, "0 to 95.*`labels` holds 96"),
+        ({"shift_labels": torch.full((2, 3), -1)}, "0 to 95.*`shift_labels` holds -1"),
+    ],
+)
+def test_inputs_that_nothing_would_read(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        build_model("llama")(random_ids(2, 3), **inputs)
