@@ -82,9 +82,10 @@ class MemoryGenerationMixin(GenerationMixin):
                 given = getattr(generation_config or self.generation_config, name, None)
             return given
 
-        if kwargs.get("assistant_model") is not None:
+        assistant = "assistant_model" if kwargs.get("assistant_model") is not None else "assistant_early_exit"
+        if kwargs.get("assistant_model") is not None or option("assistant_early_exit") is not None:
             raise ValueError(
-                "`assistant_model` was given, but an assistant does not see the memories and its rejected tokens "
+                f"`{assistant}` was given, but an assistant does not see the memories and its rejected tokens "
                 "cannot be taken "
                 "out of them. Generate without it."
             )

@@ -337,6 +337,7 @@ class TestRefusals:
             ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens"),
             ({"cache_implementation": "static"}, "cache_implementation"),
             ({"assistant_model": "itself"}, "assistant_model"),
+            ({"assistant_early_exit": 1}, "assistant_early_exit"),
             ({"rolling_memory": True, "memory_embeds": torch.zeros(1, 1, 32)}, "rolling_memory"),
         ],
     )
