@@ -89,7 +89,8 @@ class MemoryReadingMixin:
         if use_cache is None:
             use_cache = cache is not None or (not self.training and getattr(self.decoder.config, "use_cache", True))
         if _is_checkpointing(self.decoder):
-            cache, use_cache = _no_cache(cache), False
+            _check_empty(cache)
+            cache, use_cache = None, False
         fixed = self.config.memory_positions == "fixed"
         if memory_embeds is not None:
             memory_embeds, memory_mask = check_memories(self.config, text, memory_embeds, memory_mask)
@@ -615,8 +616,8 @@ def _is_checkpointing(model: PreTrainedModel) -> bool:
     return model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
-def _no_cache(cache: Cache | None) -> None:
-    """Drop an empty cache, as the library does where it recomputes activations; refuse one that holds a text."""
+def _check_empty(cache: Cache | None) -> None:
+    """Refuse a cache that holds a text: where activations are recomputed the library keeps none."""
     if cache is not None and cache.get_seq_length() > 0:
         raise ValueError(
             f"A cache of {cache.get_seq_length()} columns was given, but activation checkpointing keeps none. Call "

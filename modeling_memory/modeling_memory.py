@@ -126,7 +126,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
             vars(child).pop("auto_map", None)
             child._name_or_path = ""
         super().save_pretrained(*args, **kwargs)
-        _drop_stale_weights(kwargs.get("save_directory", args[0] if args else None))
+        _drop_stale_weights(args[0] if args else kwargs["save_directory"])
 
 
 class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
