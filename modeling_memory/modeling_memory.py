@@ -30,12 +30,13 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput
 
 # Unused names: transformers before 5.8 copies from a local folder only the files that this one imports itself.
-from .configuration_masked_mixer import MaskedMixerConfig  # noqa: F401
+from .configuration_masked_mixer import MaskedMixerConfig
 from .configuration_memory import AUTO_MAP, MemoryEncoderDecoderConfig
 from .generation_memory import MemoryGenerationMixin
 from .memory_cache import MemoryCache  # noqa: F401
@@ -44,7 +45,7 @@ from .memory_projector import MemoryProjector
 from .memory_reading import MemoryReadingMixin, scatter_present
 from .memory_text import Text, check_has_owner, check_ids, check_same_shape, is_compiling
 from .memory_windows import Windows  # noqa: F401
-from .modeling_masked_mixer import MaskedMixerModel  # noqa: F401
+from .modeling_masked_mixer import MaskedMixerForCausalLM
 
 
 @dataclass
@@ -89,6 +90,13 @@ class MemoryCausalLMOutputWithPast(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
     memory_embeds: torch.FloatTensor | None = None
     memory_mask: torch.LongTensor | None = None
+
+
+def build_decoder(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build a fresh causal LM; the package's own by name: in a folder of code the registry holds none of it."""
+    if config.model_type == MaskedMixerConfig.model_type:
+        return MaskedMixerForCausalLM._from_config(config)
+    return AutoModelForCausalLM.from_config(config)
 
 
 class MemoryPreTrainedModel(PreTrainedModel):
@@ -151,7 +159,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryPreTrainedModel):
         self.encoder = build_encoder(config.encoder) if encoder is None else encoder
         self.pooling = build_pooling(config.pooling, config.memories_per_chunk)
         self.projector = MemoryProjector(config)
-        self.decoder = AutoModelForCausalLM.from_config(config.decoder) if decoder is None else decoder
+        self.decoder = build_decoder(config.decoder) if decoder is None else decoder
         self.window_positions = None
         if config.window_positions:
             self.window_positions = nn.Embedding(config.window_length, config.decoder.hidden_size)

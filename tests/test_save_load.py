@@ -1,6 +1,9 @@
 """What is saved is what is loaded: bit by bit, by every Auto class, with every buffer, and no path of a machine."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -193,3 +196,17 @@ def test_resizing_the_tables_keeps_self_memory_and_loads(tmp_path):
     loaded = MemoryEncoderDecoderForCausalLM.from_pretrained(tmp_path)
     input_ids = torch.cat([random_ids(1, 20), torch.tensor([[99, 100]]), random_ids(1, 9)], 1)
     assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
+
+
+def test_a_masked_mixer_decoder_loads_where_the_package_is_not_installed(tmp_path):
+    mixer = tiny_encoder_config("masked_mixer")
+    config = MemoryEncoderDecoderConfig(encoder=mixer, decoder=mixer, chunk_length=4)
+    MemoryEncoderDecoderForCausalLM(config).save_pretrained(tmp_path / "model")
+    code = "import sys; from transformers import AutoModelForCausalLM as Auto; "
+    code += "print(type(Auto.from_pretrained(sys.argv[1], trust_remote_code=True).decoder).__name__)"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "model")],
+        cwd=tmp_path, env={**environment, "HF_HOME": str(tmp_path / "cache")}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.stdout.strip() == "MaskedMixerForCausalLM", run.stderr[-500:]
