@@ -29,14 +29,19 @@ def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     Raises:
         ValueError: If the model has an encoder and a decoder of its own.
     """
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"A {config.model_type!r} model has an encoder and a decoder of its own and wants inputs for both. Give "
-            "the config of a single body, such as a BERT, a Llama or a masked mixer."
-        )
+    check_single_body(config)
     if config.model_type in BODIES:
         return BODIES[config.model_type]._from_config(config)
     return AutoModel.from_config(config)
+
+
+def check_single_body(config: PreTrainedConfig) -> None:
+    """Refuse a model that has an encoder and a decoder of its own."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"A {config.model_type!r} model has an encoder and a decoder of its own and wants inputs for both. Give "
+            "a single body, such as a BERT, a Llama or a masked mixer."
+        )
 
 
 def group_bounds(num_tokens: torch.Tensor, memories_per_chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
