@@ -15,13 +15,13 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel, TrainerCallback
 
 from tests.conftest import VOCAB_SIZE, tiny_decoder_config
+from training.checkpoints import last_complete_checkpoint
 from training.objectives import IGNORED, SpecialTokens
 from training.recipe import TrainingRecipe
 from training.rows import ObjectiveCollator, TokenRows
 from training.trainer import (
     MemoryTrainer,
     NonFiniteLossError,
-    last_complete_checkpoint,
     run_objective,
     training_arguments,
 )

@@ -47,6 +47,14 @@ class TokenRows(Dataset):
         """Whole rows in one pass."""
         return self.tokens.numel() // self.row_length
 
+    def padded_to(self, multiple: int) -> "TokenRows":
+        """Return the same rows with items that count for nothing behind them, up to a multiple of `multiple`.
+
+        Whole batches on every process: otherwise accelerate fills the last ones with rows that were scored before.
+        """
+        num_items = -(-self.num_items // multiple) * multiple
+        return TokenRows(self.tokens, row_length=self.row_length, num_items=num_items, seed=self.seed)
+
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor]:
         number, start = self._locate(index)
         return number, self.tokens[start : start + self.row_length].long()

@@ -9,6 +9,7 @@ accelerate launch -m training.run configuration/recipes/quickstart.yaml
 
 import argparse
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ from training.record import (
 )
 from training.sample import regenerate, sample_lines
 from training.stages import StageRunner, processor_for
+from training.stopping import StoppedError, stop_at_once
 from training.strict_yaml import portable_path
 from training.suites import Evaluation, default_length, evaluate_suite, results_table, spread_rows
 from training.trainer import NonFiniteLossError
@@ -283,6 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
         *map(_portable_override, options.overrides),
     ]
     transformers.utils.logging.disable_progress_bar()
+    before = signal.signal(signal.SIGTERM, stop_at_once)
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         Run(recipe, shlex.join(words)).run()
@@ -292,9 +295,17 @@ def main(arguments: list[str] | None = None) -> int:
     except (NonFiniteLossError, PublishError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"error: {error}; what was finished is kept, and the same command goes on from there", file=sys.stderr)
+        return 1
+    except StoppedError as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -4,8 +4,10 @@ A stage's folder holds `started.json` (what it is training), `checkpoints/`, and
 `stage.json`. Each is written beside its place and renamed, so that what is there is whole.
 """
 
+import contextlib
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,15 +15,27 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from accelerate.utils import broadcast_object_list
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from modeling_memory import MemoryAutoencoder, MemoryEncoderDecoderForCausalLM, MemoryProcessor
 from training.build import build_stage_model, count_parameters
+from training.checkpoints import last_complete_checkpoint
 from training.objectives import SpecialTokens, targets_of
 from training.recipe import OBJECTIVES, Recipe, StageRecipe
 from training.record import fingerprint, peak_memory_bytes, read_json, write_json
 from training.rows import ObjectiveCollator, TokenRows
-from training.trainer import MemoryTrainer, last_complete_checkpoint, training_arguments
+from training.stopping import StoppedError
+from training.trainer import MemoryTrainer, training_arguments
 
 MODEL_CLASSES = {
     "autoencoder": MemoryAutoencoder,
@@ -143,16 +157,21 @@ class StageRunner:
             data_collator=collator,
             label=stage.name,
         )
-        checkpoint = last_complete_checkpoint(folder / "checkpoints")
-        started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        seconds = time.perf_counter() - started
+        checkpoint = self._checkpoint(folder / "checkpoints")
         resumed_at = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+        clock = StageClock(folder / "sessions.json", resumed_at, keeps=self.state.is_main_process)
+        trainer.add_callback(clock)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        clock.keep(trainer.state.global_step)
+        if trainer.stopped and trainer.state.global_step < training.max_steps:
+            raise StoppedError(
+                f"stopped by SIGTERM in stage {stage.name} after step {trainer.state.global_step} of "
+                f"{training.max_steps}, with a checkpoint; the same command goes on from there"
+            )
         if self.state.is_main_process:
             self._save(trainer.accelerator.unwrap_model(trainer.model), stage, folder / "model")
         targets = {name: int((targets_of(collate_check[name]) != -100).sum()) for name in objectives}
         num_rows = training.max_steps * batch_rows
-        session_tokens = (training.max_steps - resumed_at) * batch_rows * rows.row_length
         return {
             "kind": stage.kind,
             "objectives": objectives,
@@ -162,15 +181,25 @@ class StageRunner:
             "rows": num_rows,
             "text_tokens": num_rows * rows.row_length,
             "targets": {name: count * num_rows // rows.every.get(name, 1) for name, count in targets.items()},
-            "seconds": round(seconds, 2),
+            "seconds": round(clock.seconds, 2),
+            "sessions": clock.sessions,
             "resumed_at_step": resumed_at,
-            "text_tokens_per_second": round(session_tokens / max(seconds, 1e-9), 1),
+            "text_tokens_per_second": round(num_rows * rows.row_length / max(clock.seconds, 1e-9), 1),
             "peak_memory_bytes": peak_memory_bytes(),
             "series": [
                 {key: value for key, value in log.items() if isinstance(value, int | float)}
                 for log in trainer.state.log_history
             ],
         }
+
+    def _checkpoint(self, folder: Path) -> Path | None:
+        """Find the checkpoint to go on from; the main process looks, and all take the same."""
+        found: list[str | None] = [None]
+        if self.state.is_main_process:
+            checkpoint = last_complete_checkpoint(folder, say=lambda text: print(f"warning: {text}", file=sys.stderr))
+            found = [None if checkpoint is None else str(checkpoint)]
+        broadcast_object_list(found)
+        return None if found[0] is None else Path(found[0])
 
     def _collator(self, stage: StageRecipe, model: PreTrainedModel, objectives: list[str]) -> ObjectiveCollator:
         rows, config = stage.data, model.config
@@ -192,9 +221,7 @@ class StageRunner:
     def _validation_rows(self, stage: StageRecipe) -> TokenRows:
         training, length = stage.training, stage.data.row_length
         tokens = self.validation_tokens[: training.eval_rows * length]
-        together = training.batch_size * self.state.num_processes
-        num_rows = tokens.numel() // length
-        return TokenRows(tokens, row_length=length, num_items=-(-num_rows // together) * together)
+        return TokenRows(tokens, row_length=length, num_items=tokens.numel() // length)
 
     def _save(self, model: PreTrainedModel, stage: StageRecipe, folder: Path) -> None:
         """Write the finished model with its tokenizer or processor, empty folder first."""
@@ -206,6 +233,52 @@ class StageRunner:
             processor_for(model, self.tokenizer).save_pretrained(folder)
         else:
             self.tokenizer.save_pretrained(folder)
+
+
+class StageClock(TrainerCallback):
+    """Seconds of a stage over all its sessions, also of those that were killed, up to their last log.
+
+    Args:
+        path (`Path`): One entry a session: the step it began at, the last step it told of, its seconds.
+        resumed_at (`int`): The step that this session begins at.
+        keeps (`bool`): Whether this process writes the file.
+    """
+
+    def __init__(self, path: Path, resumed_at: int, *, keeps: bool) -> None:
+        self.path = path
+        self.keeps = keeps
+        self.earlier: list[dict[str, Any]] = read_json(path) or []
+        self.resumed_at = resumed_at
+        self.started = time.perf_counter()
+
+    @property
+    def sessions(self) -> int:
+        """Sessions so far, this one included."""
+        return len(self.earlier) + 1
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all sessions so far."""
+        return sum(entry["seconds"] for entry in self.earlier) + time.perf_counter() - self.started
+
+    def keep(self, step: int) -> None:
+        """Write down how long this session has taken; a full disk is no reason to stop."""
+        entry = {
+            "from_step": self.resumed_at,
+            "to_step": step,
+            "seconds": round(time.perf_counter() - self.started, 3),
+        }
+        if self.keeps:
+            with contextlib.suppress(OSError):
+                write_json(self.path, [*self.earlier, entry])
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep the time at each log."""
+        self.keep(state.global_step)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep the time with each checkpoint."""
+        self.keep(state.global_step)
 
 
 def processor_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> MemoryProcessor:

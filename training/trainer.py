@@ -6,9 +6,10 @@ give the same gradients, whatever their label counts. Token accuracies and per-o
 same kind of sums, never as means of batch means.
 """
 
-import json
+import shutil
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import (
     PreTrainedModel,
@@ -28,10 +30,13 @@ from transformers import (
     TrainingArguments,
 )
 
+from training.checkpoints import PART, WRITE_ERRORS, commit, frozen_names, last_complete_checkpoint, rotate, save_split
 from training.objectives import IGNORED, combine_losses, targets_of
 from training.optimizer import build_optimizer
 from training.recipe import TrainingRecipe
+from training.record import peak_memory_bytes
 from training.rows import TokenRows
+from training.stopping import StopSignal
 
 SCHEDULES = {
     "warmup_stable_decay": "warmup_stable_decay",
@@ -39,8 +44,6 @@ SCHEDULES = {
     "cosine": "cosine",
     "constant": "constant_with_warmup",
 }
-
-CHECKPOINT_FILES = ("config.json", "optimizer.pt", "scheduler.pt")
 
 
 class NonFiniteLossError(RuntimeError):
@@ -84,9 +87,12 @@ class MemoryTrainer(Trainer):
         objectives (`dict[str, float]`): Objective -> weight.
         training (`TrainingRecipe`): Optimizer, learning rates and their multipliers, bf16.
         train_dataset (`TokenRows`): Rows in training order.
-        eval_dataset (`TokenRows`, *optional*): Validation rows.
+        eval_dataset (`TokenRows`, *optional*): Validation rows, any number of them: each counts once.
         data_collator (`Callable`): Turns rows into `{objective: inputs}` plus `"rows"`, their numbers.
         label (`str`): What progress lines are headed by.
+
+    After SIGTERM `train` saves a checkpoint at the end of the step and returns with `stopped` set. A checkpoint that
+    cannot be written, for lack of space say, is reported, and training goes on; the last good one is kept.
 
     Raises:
         NonFiniteLossError: From `train`, naming step, objective and rows; checkpoints that exist are kept, and no
@@ -107,6 +113,8 @@ class MemoryTrainer(Trainer):
         data_collator: Any,
         label: str = "",
     ) -> None:
+        if eval_dataset is not None:
+            eval_dataset = eval_dataset.padded_to(args.per_device_eval_batch_size * args.world_size)
         super().__init__(
             model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=data_collator
         )
@@ -115,10 +123,19 @@ class MemoryTrainer(Trainer):
         # `compute_loss` divides by the targets of the whole accumulated batch itself.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
+        self.stopped = False
+        self._signal = StopSignal()
         self._sums: dict[str, torch.Tensor] = {}
+        self._tokens_since = (0, time.perf_counter())
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(StageProgress(label))
+        self.add_callback(StopWhenAsked(self))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer.train` does; SIGTERM ends it after the step, with a checkpoint."""
+        with StopSignal() as self._signal:
+            return super().train(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the recipe's optimizer over the trainable parameters."""
@@ -150,12 +167,13 @@ class MemoryTrainer(Trainer):
     ) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
         """Collect the micro-batches of one step and count each objective's targets over the global batch."""
         batches = list(islice(epoch_iterator, num_batches))
-        counts = torch.stack(
-            [sum((targets_of(batch[name]) != IGNORED).sum() for batch in batches) for name in self.objectives]
-        ).to(device)
+        sums = [sum((targets_of(batch[name]) != IGNORED).sum() for batch in batches) for name in self.objectives]
+        # The wish to stop travels with the counts: all processes leave after the same step.
+        counts = torch.stack([*sums, torch.tensor(int(self._signal.asked))]).to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
-        return batches, dict(zip(self.objectives, counts, strict=True))
+            self.stopped = bool(counts[-1])
+        return batches, dict(zip(self.objectives, counts[:-1], strict=True))
 
     def compute_loss(
         self,
@@ -173,11 +191,12 @@ class MemoryTrainer(Trainer):
             self._count(name, loss_sums[name], logits, targets, measured=measured)
         total = combine_losses(loss_sums, num_items_in_batch, self.objectives)
         self._check_finite(total, inputs["rows"])
-        if self.args.world_size > 1:
-            # Gradients are averaged over processes; and every parameter takes part, or a process would wait for it.
-            unused = sum(p.sum() for p in self.model.parameters() if p.requires_grad) * 0.0
-            total = total * self.args.world_size + unused
-        return total
+        tokens, since = self._tokens_since
+        self._tokens_since = tokens + inputs["rows"].numel() * self.train_dataset.row_length, since
+        if isinstance(model, DistributedDataParallel):
+            # Every parameter takes part, or a process would wait for it; sharded models count for themselves.
+            total = total + sum(p.sum() for p in self.model.parameters() if p.requires_grad) * 0.0
+        return total * self.args.world_size  # gradients are averaged over processes
 
     @torch.no_grad()
     def prediction_step(
@@ -213,12 +232,28 @@ class MemoryTrainer(Trainer):
             if self.args.world_size > 1:
                 sums = self.accelerator.reduce(sums, reduction="sum")
             loss_sum, count, correct, judged = sums.tolist()
+            if not count:  # no row had a target
+                continue
             logs[f"{prefix}{name}_loss"] = loss_sum / count
             if judged:
                 logs[f"{prefix}{name}_token_accuracy"] = correct / judged
         if prefix and all(f"eval_{name}_loss" in logs for name in self.objectives):
             logs["eval_loss"] = sum(weight * logs[f"eval_{name}_loss"] for name, weight in self.objectives.items())
+        tokens, since = self._tokens_since
+        if tokens and not prefix:
+            now = time.perf_counter()
+            logs["text_tokens_per_second"] = round(tokens * self.args.world_size / (now - since), 1)
+            logs["peak_memory_bytes"] = peak_memory_bytes()["process"]
+            self._tokens_since = 0, now
         super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as `Trainer.evaluate` does; its time is not counted in the tokens per second of training."""
+        started = time.perf_counter()
+        metrics = super().evaluate(*args, **kwargs)
+        tokens, since = self._tokens_since
+        self._tokens_since = tokens, since + time.perf_counter() - started
+        return metrics
 
     def _check_finite(self, loss: torch.Tensor, rows: torch.Tensor) -> None:
         """Stop all processes when one of them has a loss that is no finite number."""
@@ -233,15 +268,81 @@ class MemoryTrainer(Trainer):
                 "if it fails at the same rows, look at their text"
             )
 
+    def _get_output_dir(self, trial: Any) -> str:
+        """Return where a checkpoint is written before it is put in its place."""
+        return str(Path(super()._get_output_dir(trial)) / PART)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint, unless its weights are spoilt: the last good one must survive the rotation."""
+        """Write a checkpoint beside its place and rename it; the last good one stays until the new one is whole."""
         for name, parameter in self.model.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise NonFiniteLossError(
                     f"{name} is not finite after step {self.state.global_step}; no checkpoint was written and the "
                     "earlier one is kept. Lower the learning rate or lengthen the warm-up"
                 )
-        super()._save_checkpoint(model, trial)
+        part = Path(self._get_output_dir(trial))
+        if self.args.should_save:
+            shutil.rmtree(part, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        name = f"checkpoint-{self.state.global_step}"
+        fault = self._attempt(lambda: super(MemoryTrainer, self)._save_checkpoint(model, trial))
+        if fault is None:
+            fault = self._attempt(lambda: self._commit(part / name, part.parent / name))
+        if fault is not None and self.args.should_save:
+            shutil.rmtree(part, ignore_errors=True)
+            kept = last_complete_checkpoint(part.parent)
+            remedy = f"{kept.name} is kept" if kept is not None else "there is no earlier one"
+            tqdm.write(
+                f"warning: {name} could not be written ({fault}); {remedy}. Training goes on: free space on the disk",
+                file=sys.stderr,
+            )
+
+    def _attempt(self, write: Callable[[], None]) -> str | None:
+        """Write something on all processes; return what went wrong on any of them, on all of them."""
+        fault = None
+        try:
+            write()
+        except NonFiniteLossError:
+            raise
+        except WRITE_ERRORS as error:
+            fault = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if self.args.world_size > 1:
+            failed = torch.tensor(float(fault is not None), device=self.args.device)
+            if self.accelerator.reduce(failed, reduction="sum"):
+                fault = fault or "another process failed"
+        return fault
+
+    def _commit(self, part: Path, final: Path) -> None:
+        if self.args.should_save:
+            commit(part, final, self.state.global_step)
+            rotate(final.parent, self.args.save_total_limit or 1)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save the model, its frozen weights as a link to those that were written with the first checkpoint."""
+        own = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        whole = self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(own, PreTrainedModel)
+        if output_dir is None or whole or not frozen_names(own):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            save_split(own, Path(output_dir), Path(self.args.output_dir))
+
+
+class StopWhenAsked(TrainerCallback):
+    """Ends training after the step in which SIGTERM arrived, with a checkpoint and without another evaluation."""
+
+    def __init__(self, trainer: MemoryTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask the Trainer to save and to stop; processes agree on the step beforehand."""
+        trainer = self.trainer
+        if args.world_size == 1:
+            trainer.stopped = trainer._signal.asked
+        if trainer.stopped:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
 
 
 class StageProgress(TrainerCallback):
@@ -294,6 +395,8 @@ def progress_line(label: str, step: int, max_steps: int, logs: Mapping[str, floa
     'decoder 50/200 | causal 3.200 30.1%'
     >>> progress_line("decoder", 50, 200, {"eval_causal_loss": 3.1, "eval_causal_token_accuracy": 0.3})
     'decoder 50/200 validation | causal 3.100 30.0%'
+    >>> progress_line("copy", 5, 9, {"copy_loss": 1.0, "text_tokens_per_second": 4321.0, "peak_memory_bytes": 2**30})
+    'copy 5/9 | copy 1.000 | 4,321 tokens/s, 1.0 GiB'
     """
     prefix = "eval_" if any(key.startswith("eval_") for key in logs) else ""
     parts = []
@@ -304,6 +407,9 @@ def progress_line(label: str, step: int, max_steps: int, logs: Mapping[str, floa
             parts.append(f"{name} {value:.3f}" + ("" if accuracy is None else f" {accuracy:.1%}"))
     if not parts:
         return ""
+    if "text_tokens_per_second" in logs:
+        memory = logs.get("peak_memory_bytes", 0) / 2**30
+        parts.append(f"{logs['text_tokens_per_second']:,.0f} tokens/s, {memory:.1f} GiB")
     return " | ".join([f"{label} {step}/{max_steps}" + (" validation" if prefix else ""), *parts])
 
 
@@ -352,20 +458,3 @@ def training_arguments(
     # dimension, chunks and windows alike.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
-
-
-def last_complete_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint of a folder that was written to its end, or `None`.
-
-    The Trainer writes `trainer_state.json` last, so a run killed while saving leaves a folder without it.
-    """
-    found: list[tuple[int, Path]] = []
-    for checkpoint in folder.glob("checkpoint-*"):
-        try:
-            step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-        except (OSError, ValueError, KeyError):
-            continue
-        complete = all((checkpoint / name).is_file() for name in CHECKPOINT_FILES)
-        if complete and any(checkpoint.glob("*.safetensors")):
-            found.append((int(step), checkpoint))
-    return max(found)[1] if found else None
