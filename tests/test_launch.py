@@ -28,6 +28,7 @@ ALL = {"causal": 1.0, "copy": 0.5, "blank_copy": 0.25}
 CASES: dict[str, dict[str, Any]] = {
     "all objectives": {"objectives": ALL, "options": {"every": {"causal": 2}}},
     "slots": {"objectives": ALL, "options": {"layout": "slots", "every": {"blank_copy": 4}}},
+    "logits in chunks": {"objectives": ALL, "training": {"loss_chunk": 8}},
     "causal": {"objectives": {"causal": 1.0}, "kind": "decoder"},
     "copy": {"objectives": {"copy": 1.0}, "options": {"marker": "none"}},
     "blank copy": {"objectives": {"blank_copy": 1.0}},
@@ -78,6 +79,7 @@ def build_trainer(case: str, folder: Path, *, batch_size: int, accumulation: int
         logging_steps=1,
         schedule="constant",
         warmup=0.0,
+        **CASES[case].get("training", {}),
     )
     collator = Uneven(
         list(objectives),

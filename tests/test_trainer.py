@@ -219,17 +219,6 @@ def test_killed_and_resumed_run_is_bit_equal_to_a_straight_one(tmp_path: Path, o
     assert losses[0] == losses[1]
 
 
-def test_incomplete_checkpoints_are_passed_over(tmp_path: Path):
-    run = trainer(tmp_path, save_steps=2)
-    run.train()
-    assert last_complete_checkpoint(tmp_path).name == "checkpoint-4"
-    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"global_st')
-    assert last_complete_checkpoint(tmp_path).name == "checkpoint-2"
-    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
-    assert last_complete_checkpoint(tmp_path) is None
-    assert last_complete_checkpoint(tmp_path / "nowhere") is None
-
-
 def test_nonfinite_loss_names_step_and_rows_and_keeps_the_last_checkpoint(tmp_path: Path):
     class Spoil(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

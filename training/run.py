@@ -78,7 +78,7 @@ class Run:
             self.folder / "stages",
             tokenizer=inputs.tokenizer,
             special_tokens=inputs.special_tokens,
-            train_tokens=inputs.tokens["train"],
+            train_tokens=inputs.tokens["train"] if inputs.stream is None else inputs.stream,
             validation_tokens=inputs.tokens["validation"],
             inputs=inputs.fingerprint,
         )

@@ -35,6 +35,7 @@ from training.recipe import OBJECTIVES, Recipe, StageRecipe
 from training.record import fingerprint, peak_memory_bytes, read_json, write_json
 from training.rows import ObjectiveCollator, TokenRows
 from training.stopping import StoppedError
+from training.token_stream import StreamedRows, TokenStream
 from training.trainer import MemoryTrainer, training_arguments
 
 MODEL_CLASSES = {
@@ -52,7 +53,7 @@ class StageRunner:
         folder (`Path`): Where each stage gets a folder of its name.
         tokenizer (`PreTrainedTokenizerBase`): The run's tokenizer, with one entry more than the tables have rows.
         special_tokens (`SpecialTokens`): Ids of its special tokens.
-        train_tokens (`torch.Tensor` of shape `(num_tokens,)`): Train split.
+        train_tokens (`torch.Tensor` of shape `(num_tokens,)`, or `TokenStream`): Train split.
         validation_tokens (`torch.Tensor` of shape `(num_tokens,)`): Validation split.
         inputs (`str`): Fingerprint of tokenizer and text; a stage trained on others is not continued.
     """
@@ -64,7 +65,7 @@ class StageRunner:
         *,
         tokenizer: PreTrainedTokenizerBase,
         special_tokens: SpecialTokens,
-        train_tokens: torch.Tensor,
+        train_tokens: torch.Tensor | TokenStream,
         validation_tokens: torch.Tensor,
         inputs: str,
     ) -> None:
@@ -75,6 +76,7 @@ class StageRunner:
         self.train_tokens = train_tokens
         self.validation_tokens = validation_tokens
         self.inputs = inputs
+        self.stopped = False
         self.state = PartialState(cpu=recipe.use_cpu)
 
     @property
@@ -108,6 +110,10 @@ class StageRunner:
         if self.state.is_main_process:
             write_json(folder / "stage.json", result)
         self.state.wait_for_everyone()
+        if self.stopped:
+            raise StoppedError(
+                f"stopped by SIGTERM; stage {stage.name} is done, and the same command goes on behind it"
+            )
         return result
 
     def describe(self, stage: StageRecipe) -> dict[str, Any]:
@@ -115,6 +121,7 @@ class StageRunner:
         mapping = self.recipe.to_mapping()
         index = [other.name for other in self.recipe.stages].index(stage.name)
         sources = {*stage.from_.values(), *filter(None, [stage.warm_start.tables_from])}
+        del mapping["stages"][index]["training"]["num_workers"]  # rows are the same whoever reads them
         return {
             "stage": mapping["stages"][index],
             "seed": self.recipe.seed + index,
@@ -134,12 +141,7 @@ class StageRunner:
         )
         collator = self._collator(stage, model, list(objectives))
         batch_rows = training.batch_size * training.gradient_accumulation_steps * self.state.num_processes
-        train_rows = TokenRows(
-            self.train_tokens,
-            row_length=rows.row_length,
-            num_items=training.max_steps * batch_rows,
-            seed=seed if rows.seed is None else rows.seed,
-        )
+        train_rows = self._train_rows(stage, training.max_steps * batch_rows, seed if rows.seed is None else rows.seed)
         collate_check = collator([train_rows[0]])  # before the first step: a layout that does not fit says so here
         trainer = MemoryTrainer(
             model,
@@ -163,6 +165,7 @@ class StageRunner:
         trainer.add_callback(clock)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         clock.keep(trainer.state.global_step)
+        self.stopped = trainer.stopped
         if trainer.stopped and trainer.state.global_step < training.max_steps:
             raise StoppedError(
                 f"stopped by SIGTERM in stage {stage.name} after step {trainer.state.global_step} of "
@@ -217,6 +220,13 @@ class StageRunner:
             layout=rows.layout,
             marker=rows.marker,
         )
+
+    def _train_rows(self, stage: StageRecipe, num_items: int, seed: int) -> TokenRows | StreamedRows:
+        length, tokens = stage.data.row_length, self.train_tokens
+        if isinstance(tokens, TokenStream):
+            shuffle_rows = self.recipe.data.shuffle_rows
+            return StreamedRows(tokens, row_length=length, num_items=num_items, seed=seed, shuffle_rows=shuffle_rows)
+        return TokenRows(tokens, row_length=length, num_items=num_items, seed=seed)
 
     def _validation_rows(self, stage: StageRecipe) -> TokenRows:
         training, length = stage.training, stage.data.row_length

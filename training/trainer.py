@@ -31,12 +31,14 @@ from transformers import (
 )
 
 from training.checkpoints import PART, WRITE_ERRORS, commit, frozen_names, last_complete_checkpoint, rotate, save_split
+from training.chunked_loss import check_head, chunked_cross_entropy, without_head
 from training.objectives import IGNORED, combine_losses, targets_of
 from training.optimizer import build_optimizer
 from training.recipe import TrainingRecipe
 from training.record import peak_memory_bytes
 from training.rows import TokenRows
 from training.stopping import StopSignal
+from training.token_stream import StreamedRows
 
 SCHEDULES = {
     "warmup_stable_decay": "warmup_stable_decay",
@@ -78,6 +80,32 @@ def run_objective(model: nn.Module, batch: Mapping[str, torch.Tensor], **kwargs:
     return loss, logits, targets
 
 
+def run_objective_chunked(
+    model: nn.Module, batch: Mapping[str, torch.Tensor], chunk: int, *, judge: bool = True
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run a model on the batch of one objective without ever holding all its logits.
+
+    Args:
+        model (`nn.Module`): The model, possibly wrapped for several processes.
+        batch (`Mapping`): As for [`run_objective`].
+        chunk (`int`): Tokens whose logits exist at once.
+        judge (`bool`): Whether to count right tokens.
+
+    Returns:
+        The sum of the token losses (a scalar with gradient), the number of right tokens and the number of targets.
+    """
+    inputs = {name: tensor for name, tensor in batch.items() if name not in ("shift_labels", "columns", "labels")}
+    own = model.module if hasattr(model, "module") else model
+    targets = targets_of(batch)
+    if "columns" in batch:
+        targets = targets[:, batch["columns"]]
+        inputs["logits_to_keep"] = batch["columns"]
+    with without_head(own) as head:
+        states = model(**inputs, **({} if "labels" in batch else {"use_cache": False})).logits
+    loss_sum, correct = chunked_cross_entropy(head, states, targets, chunk, judge=judge)
+    return loss_sum, correct, (targets != IGNORED).sum()
+
+
 class MemoryTrainer(Trainer):
     """`Trainer` over batches of `{objective: inputs}`.
 
@@ -86,7 +114,7 @@ class MemoryTrainer(Trainer):
         args (`TrainingArguments`): From [`training_arguments`].
         objectives (`dict[str, float]`): Objective -> weight.
         training (`TrainingRecipe`): Optimizer, learning rates and their multipliers, bf16.
-        train_dataset (`TokenRows`): Rows in training order.
+        train_dataset (`TokenRows` or `StreamedRows`): Rows in training order.
         eval_dataset (`TokenRows`, *optional*): Validation rows, any number of them: each counts once.
         data_collator (`Callable`): Turns rows into `{objective: inputs}` plus `"rows"`, their numbers.
         label (`str`): What progress lines are headed by.
@@ -108,7 +136,7 @@ class MemoryTrainer(Trainer):
         *,
         objectives: dict[str, float],
         training: TrainingRecipe,
-        train_dataset: TokenRows,
+        train_dataset: TokenRows | StreamedRows,
         eval_dataset: TokenRows | None = None,
         data_collator: Any,
         label: str = "",
@@ -120,6 +148,9 @@ class MemoryTrainer(Trainer):
         )
         self.objectives = objectives
         self.training = training
+        self._check_sharding(data_collator)
+        if training.gradient_checkpointing:
+            checkpoint_activations(self.model)
         # `compute_loss` divides by the targets of the whole accumulated batch itself.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -136,6 +167,34 @@ class MemoryTrainer(Trainer):
         """Train as `Trainer.train` does; SIGTERM ends it after the step, with a checkpoint."""
         with StopSignal() as self._signal:
             return super().train(*args, **kwargs)
+
+    def _check_sharding(self, collator: Any) -> None:
+        """Refuse what sharded parameters cannot do.
+
+        Raises:
+            ValueError: If windows share a memory prefix whose cache is all that leads back to it (the layers gather
+                their parameters for the backward pass when a gradient reaches their *output*), or Muon would be given
+                flattened pieces of matrices.
+        """
+        if self.is_deepspeed_enabled and self.training.optimizer == "muon":
+            raise ValueError("DeepSpeed flattens matrices and Muon needs them whole; set training.optimizer: adamw")
+        if self.training.loss_chunk is not None:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    "training.loss_chunk needs the whole output head; leave it out with FSDP or DeepSpeed"
+                )
+            batches = collator([self.train_dataset[0]])
+            for name in self.objectives:
+                inputs = {key: batches[name][key].to(self.args.device) for key in ("input_ids", "attention_mask")}
+                check_head(self.model, inputs | _context_of(batches[name], self.args.device))
+        folds = getattr(self.model.config, "window_length", None) is not None
+        layout = getattr(collator, "options", {}).get("layout", "self")
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharded and folds and layout == "self" and not self.training.gradient_checkpointing:
+            raise ValueError(
+                "with sharded parameters (FSDP, DeepSpeed) windows cannot share the cache of their memories; set "
+                "training.gradient_checkpointing: true, or data.layout: slots"
+            )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the recipe's optimizer over the trainable parameters."""
@@ -187,8 +246,7 @@ class MemoryTrainer(Trainer):
         measured = next_step % self.args.logging_steps == 0 or next_step == 1
         loss_sums = {}
         for name in self.objectives:
-            loss_sums[name], logits, targets = run_objective(model, inputs[name])
-            self._count(name, loss_sums[name], logits, targets, measured=measured)
+            loss_sums[name] = self._measure(name, model, inputs[name], judge=measured)
         total = combine_losses(loss_sums, num_items_in_batch, self.objectives)
         self._check_finite(total, inputs["rows"])
         tokens, since = self._tokens_since
@@ -206,21 +264,26 @@ class MemoryTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             for name in self.objectives:
-                self._count(f"eval_{name}", *run_objective(model, inputs[name]), measured=True)
+                self._measure(f"eval_{name}", model, inputs[name], judge=True)
         return None, None, None
 
-    def _count(
-        self, key: str, loss_sum: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, *, measured: bool
-    ) -> None:
-        """Add loss sum, number of targets, correct tokens and tokens judged. Accuracy is judged on logged steps only:
-        the argmax over a vocabulary costs a CPU several per cent of a step.
+    def _measure(self, key: str, model: nn.Module, batch: dict[str, torch.Tensor], *, judge: bool) -> torch.Tensor:
+        """Return an objective's sum of token losses; add it, its targets, right tokens and tokens judged to the sums.
+
+        Accuracy is judged on logged steps only: the argmax over a vocabulary costs a CPU several per cent of a step.
         """
-        present = targets != IGNORED
-        count = present.sum()
-        correct = ((logits.detach().argmax(-1) == targets) & present).sum() if measured else torch.zeros_like(count)
-        judged = count if measured else torch.zeros_like(count)
+        chunk = self.training.loss_chunk
+        if chunk is None:
+            loss_sum, logits, targets = run_objective(model, batch)
+            present = targets != IGNORED
+            count = present.sum()
+            correct = ((logits.detach().argmax(-1) == targets) & present).sum() if judge else torch.zeros_like(count)
+        else:
+            loss_sum, correct, count = run_objective_chunked(model, batch, chunk, judge=judge)
+        judged = count if judge else torch.zeros_like(count)
         sums = torch.stack([loss_sum.detach().double(), count.double(), correct.double(), judged.double()])
         self._sums[key] = self._sums[key] + sums if key in self._sums else sums
+        return loss_sum
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each objective's loss and token accuracy from sums over all steps since the last log."""
@@ -388,6 +451,16 @@ class StageProgress(TrainerCallback):
             self.bar = None
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let a model compute its activations again in the backward pass; the method's name changed within the library."""
+    new = getattr(model, "activation_checkpointing_enable", None)
+    (model.gradient_checkpointing_enable if new is None else new)({"use_reentrant": False})
+
+
+def _context_of(batch: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {key: tensor.to(device) for key, tensor in batch.items() if key.startswith("context_")}
+
+
 def progress_line(label: str, step: int, max_steps: int, logs: Mapping[str, float]) -> str:
     """Write one log as one line; empty if it holds no objective's loss.
 
@@ -446,6 +519,8 @@ def training_arguments(
         save_total_limit=training.save_total_limit,
         train_sampling_strategy="sequential",  # `TokenRows` is in training order already
         remove_unused_columns=False,
+        dataloader_num_workers=training.num_workers,
+        torch_compile=training.compile,
         dataloader_pin_memory=not use_cpu and torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
