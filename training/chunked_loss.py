@@ -54,7 +54,7 @@ def without_head(model: nn.Module) -> Iterator[nn.Module]:
     Args:
         model (`nn.Module`): With `get_output_embeddings`.
     """
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings()
     if "forward" in vars(head):  # switched off already, further out
         yield head
         return
@@ -76,7 +76,7 @@ def check_head(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
     Raises:
         ValueError: If it has no head, or scales or caps the logits behind it.
     """
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings()
     if head is not None:
         training = model.training
         model.eval()

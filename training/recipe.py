@@ -71,6 +71,7 @@ class RowsRecipe:
     `window_length` is for `causal_lm` only: the decoder then reads each window of the row by itself, which
     makes it the no-memory baseline of a memory model with that window; default is the whole row.
     Stages with equal `seed` (default: the recipe's) and lengths read the same rows in the same order.
+    `encode_once` keeps a frozen encoder's states of the train split on disk and trains from them; slots layout only.
     `every` gives an objective only every n-th row of a batch: `{causal: 4}` rehearses on a quarter of the rows.
     """
 
@@ -81,6 +82,7 @@ class RowsRecipe:
     marker: Literal["token", "none"] = "token"
     seed: int | None = None
     every: dict[str, int] = field(default_factory=dict)
+    encode_once: bool = False
 
 
 @dataclass(frozen=True)
@@ -294,6 +296,12 @@ def check_recipe(recipe: Recipe) -> None:
         _check_references(stage, earlier, path)
         _check_objectives(stage, path)
         _check_training(stage, path)
+        if stage.data.encode_once and (
+            stage.kind != "memory" or stage.data.layout != "slots" or recipe.data.streaming
+        ):
+            raise ValueError(
+                f"{path}.data.encode_once is for memory stages with data.layout: slots, and not with data.streaming"
+            )
         earlier[stage.name] = stage
     for key in ("no_memory", "full_context", "autoencoder"):
         kinds = ("autoencoder",) if key == "autoencoder" else ("causal_lm",)

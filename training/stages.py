@@ -30,6 +30,7 @@ from transformers import (
 from modeling_memory import MemoryAutoencoder, MemoryEncoderDecoderForCausalLM, MemoryProcessor
 from training.build import build_stage_model, count_parameters
 from training.checkpoints import last_complete_checkpoint
+from training.encoded import encode_once
 from training.objectives import SpecialTokens, targets_of
 from training.recipe import OBJECTIVES, Recipe, StageRecipe
 from training.record import fingerprint, peak_memory_bytes, read_json, write_json
@@ -141,8 +142,11 @@ class StageRunner:
         )
         collator = self._collator(stage, model, list(objectives))
         batch_rows = training.batch_size * training.gradient_accumulation_steps * self.state.num_processes
-        train_rows = self._train_rows(stage, training.max_steps * batch_rows, seed if rows.seed is None else rows.seed)
+        order = seed if rows.seed is None else rows.seed
+        train_rows = self._train_rows(stage, model, training.max_steps * batch_rows, order)
         collate_check = collator([train_rows[0]])  # before the first step: a layout that does not fit says so here
+        if training.attention is not None:
+            model.set_attn_implementation(training.attention)
         trainer = MemoryTrainer(
             model,
             training_arguments(
@@ -221,12 +225,19 @@ class StageRunner:
             marker=rows.marker,
         )
 
-    def _train_rows(self, stage: StageRecipe, num_items: int, seed: int) -> TokenRows | StreamedRows:
+    def _train_rows(
+        self, stage: StageRecipe, model: PreTrainedModel, num_items: int, seed: int
+    ) -> TokenRows | StreamedRows:
         length, tokens = stage.data.row_length, self.train_tokens
         if isinstance(tokens, TokenStream):
             shuffle_rows = self.recipe.data.shuffle_rows
             return StreamedRows(tokens, row_length=length, num_items=num_items, seed=seed, shuffle_rows=shuffle_rows)
-        return TokenRows(tokens, row_length=length, num_items=num_items, seed=seed)
+        encoded = None
+        if stage.data.encode_once:
+            with self.state.main_process_first():
+                bf16 = stage.training.bf16
+                encoded = encode_once(model, tokens, self.folder / "encoded", bf16=bf16, device=self.state.device)
+        return TokenRows(tokens, row_length=length, num_items=num_items, seed=seed, encoded=encoded)
 
     def _validation_rows(self, stage: StageRecipe) -> TokenRows:
         training, length = stage.training, stage.data.row_length

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -186,7 +187,7 @@ class TokenStream:
     def _is_held_out(self, text: str) -> bool:
         return bool(self.held_out) and any(piece in self.held_out for _, piece in shared_pieces(text, 200))
 
-    def _tokens(self, number: int) -> safe_open:
+    def _tokens(self, number: int) -> Any:
         """Open a segment's tokens for slicing, without reading them; some stay open."""
         if number not in self._open:
             if len(self._open) >= OPEN_SEGMENTS:

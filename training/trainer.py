@@ -64,8 +64,8 @@ def run_objective(model: nn.Module, batch: Mapping[str, torch.Tensor], **kwargs:
     Returns:
         The sum of the token losses (a scalar with gradient), the logits `(B, columns, V)` and their targets.
     """
-    inputs = {name: tensor for name, tensor in batch.items() if name not in ("shift_labels", "columns", "labels")}
     own = model.module if hasattr(model, "module") else model
+    inputs = model_inputs(own, batch)
     if "labels" in batch:
         outputs = model(**inputs, labels=batch["labels"], num_items_in_batch=1, **kwargs)
         return outputs.loss, outputs.logits, batch["labels"]
@@ -78,6 +78,14 @@ def run_objective(model: nn.Module, batch: Mapping[str, torch.Tensor], **kwargs:
         logits=logits, labels=None, vocab_size=logits.shape[-1], shift_labels=targets, num_items_in_batch=1
     )
     return loss, logits, targets
+
+
+def model_inputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Return the arguments of a model's `forward` in a batch; ready encoder states are projected to memories."""
+    inputs = {name: tensor for name, tensor in batch.items() if name not in ("shift_labels", "columns", "labels")}
+    if "memory_states" in inputs:
+        inputs["memory_embeds"] = model.projector(inputs.pop("memory_states").to(model.decoder.dtype))
+    return inputs
 
 
 def run_objective_chunked(
@@ -94,8 +102,8 @@ def run_objective_chunked(
     Returns:
         The sum of the token losses (a scalar with gradient), the number of right tokens and the number of targets.
     """
-    inputs = {name: tensor for name, tensor in batch.items() if name not in ("shift_labels", "columns", "labels")}
     own = model.module if hasattr(model, "module") else model
+    inputs = model_inputs(own, batch)
     targets = targets_of(batch)
     if "columns" in batch:
         targets = targets[:, batch["columns"]]
@@ -185,11 +193,13 @@ class MemoryTrainer(Trainer):
                 )
             batches = collator([self.train_dataset[0]])
             for name in self.objectives:
-                inputs = {key: batches[name][key].to(self.args.device) for key in ("input_ids", "attention_mask")}
-                check_head(self.model, inputs | _context_of(batches[name], self.args.device))
+                batch = {key: tensor.to(self.args.device) for key, tensor in batches[name].items()}
+                check_head(self.model, model_inputs(self.model, batch))
         folds = getattr(self.model.config, "window_length", None) is not None
         layout = getattr(collator, "options", {}).get("layout", "self")
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharded and getattr(self.train_dataset, "encoded", None) is not None:
+            raise ValueError("data.encode_once needs a whole projector; leave it out with FSDP or DeepSpeed")
         if sharded and folds and layout == "self" and not self.training.gradient_checkpointing:
             raise ValueError(
                 "with sharded parameters (FSDP, DeepSpeed) windows cannot share the cache of their memories; set "
@@ -455,10 +465,6 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     """Let a model compute its activations again in the backward pass; the method's name changed within the library."""
     new = getattr(model, "activation_checkpointing_enable", None)
     (model.gradient_checkpointing_enable if new is None else new)({"use_reentrant": False})
-
-
-def _context_of(batch: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    return {key: tensor.to(device) for key, tensor in batch.items() if key.startswith("context_")}
 
 
 def progress_line(label: str, step: int, max_steps: int, logs: Mapping[str, float]) -> str:
