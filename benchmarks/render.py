@@ -211,6 +211,40 @@ def use_table(record: Record, link: str) -> list[str]:
     return ["```text", *pick(record, "output").rstrip("\n").splitlines(), "```", "", source_line(record, link)]
 
 
+def kills_table(record: Record, link: str) -> list[str]:
+    """What a run was doing when it was killed, how often, and what that cost."""
+    metrics = pick(record, "metrics")
+    lines = ["| killed while | times |", "|---|---:|"]
+    lines += [f"| {moment} | {count} |" for moment, count in metrics["moments"].items()]
+    equal = "equal bit by bit" if metrics["weights_equal"] else "NOT equal"
+    sentence = (
+        f"[{metrics['kills']} kills]({link}) with SIGKILL at random moments of {metrics['runs']} runs; final weights "
+        f"of all stages {equal}; at most {metrics['most_steps_lost']} steps done again, with a checkpoint every "
+        f"{metrics['steps_between_checkpoints']}. "
+    )
+    return [*lines, "", sentence + source_line(record, link)]
+
+
+def switches_table(record: Record, link: str) -> list[str]:
+    """Speed of a training step by switch, and peak memory of the loss."""
+    steps, memory = pick(record, "metrics.steps"), pick(record, "metrics.loss_memory")
+    lines = [
+        "| training step, float32 unless said | tokens per second | times as fast (quartiles) |",
+        "|---|---:|---:|",
+    ]
+    for name, speed in steps["tokens_per_second"].items():
+        ratio = steps["times_as_fast"][name]
+        quartiles = f"{ratio['first_quartile']:.2f} to {ratio['third_quartile']:.2f}"
+        lines.append(f"| {name} | {speed:,.0f} | [{ratio['median']:.2f}]({link}) ({quartiles}) |")
+    whole, chunked = (memory[name]["bytes"] / 2**20 for name in ("whole", "chunked"))
+    sentence = (
+        f"The loss of {memory['tokens']:,} tokens over a vocabulary of {memory['vocab_size']:,}, both ways: "
+        f"[{whole:,.0f} MiB]({link}) with all logits, "
+        f"[{chunked:,.0f} MiB]({link}) with those of {memory['chunk']} tokens at a time. "
+    )
+    return [*lines, "", sentence + source_line(record, link)]
+
+
 @dataclass(frozen=True)
 class Table:
     """A table: the record it is made from, the function that makes it, the command that writes the record."""
@@ -226,6 +260,8 @@ TABLES = {
     "quickstart_stages": Table("quickstart", quickstart_stages_table, _QUICKSTART),
     "quickstart_sample": Table("quickstart", quickstart_sample_table, _QUICKSTART),
     "use": Table("use", use_table, "python -m benchmarks.snippet use"),
+    "kills": Table("kills", kills_table, "python -m benchmarks.kills"),
+    "switches": Table("switches", switches_table, "python -m benchmarks.switches"),
     "speed": Table("speed", speed_table, "python -m benchmarks.speed"),
     "time_to_accuracy": Table("time_to_accuracy", time_to_accuracy_table, "python -m benchmarks.time_to_accuracy"),
 }

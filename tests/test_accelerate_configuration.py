@@ -1,6 +1,8 @@
 """Every launch file is read by accelerate's own launcher, up to the moment where it would start processes."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from accelerate.utils.launch import (
     prepare_simple_launcher_cmd_env,
 )
 
+from training.recipe import load_recipe
+from training.run import build_parser
 from training.strict_yaml import REPOSITORY
 
 FOLDER = REPOSITORY / "configuration" / "accelerate"
@@ -33,7 +37,9 @@ EXPECTED = {
 }
 
 
-def dry_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Any, dict[str, str]]:
+def dry_run(
+    path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str] | None = None
+) -> tuple[str, Any, dict[str, str]]:
     """What `accelerate launch` would start: the launcher, its arguments, the processes' environment."""
     started: list[tuple[str, Any, dict[str, str]]] = []
     for name, prepare in PREPARE.items():
@@ -41,9 +47,8 @@ def dry_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Any, dict
             launch, name, lambda args, name=name, prepare=prepare: started.append((name, args, prepare(args)))
         )
     monkeypatch.chdir(REPOSITORY)
-    arguments = launch.launch_command_parser().parse_args(
-        ["--config_file", str(path), "-m", "training.run", "configuration/recipes/debug_cpu.yaml"]
-    )
+    given = words or ["--config_file", str(path), "-m", "training.run", "configuration/recipes/debug_cpu.yaml"]
+    arguments = launch.launch_command_parser().parse_args(given)
     launch.launch_command(arguments)
     (result,) = started
     return result
@@ -92,3 +97,27 @@ def test_deepspeed_plugin_is_what_the_file_says(stage: int, monkeypatch: pytest.
     assert plugin.deepspeed_config["zero_allow_untested_optimizer"] is True
     assert plugin.is_zero3_init_enabled() is False
     assert json.loads((FOLDER / f"zero{stage}.json").read_text())["zero_optimization"]["stage"] == stage
+
+
+def commands_of_the_page() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (REPOSITORY / "docs" / "scaling.md").read_text(), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line]
+
+
+@pytest.mark.parametrize("command", commands_of_the_page())
+def test_commands_of_the_page_are_read_by_launcher_and_recipe(command: str, monkeypatch: pytest.MonkeyPatch):
+    words = shlex.split(command)
+    if words[0] == "accelerate":
+        assert words[:3] == ["accelerate", "launch", "--config_file"]
+        _, arguments, _ = dry_run(REPOSITORY / words[3], monkeypatch, words[2:])
+        module, words = arguments.training_script, [arguments.training_script, *arguments.training_script_args]
+    else:
+        module, words = words[2], words[2:]
+    assert module == "training.run"
+    options = build_parser().parse_args(words[1:])
+    assert load_recipe(options.recipe, options.overrides).stages
+
+
+def test_page_names_every_launch_file():
+    page = (REPOSITORY / "docs" / "scaling.md").read_text()
+    assert all(f"configuration/accelerate/{path.name}" in page for path in FILES)

@@ -69,17 +69,20 @@ def stream(num_tokens: int) -> torch.Tensor:
 def build_trainer(case: str, folder: Path, *, batch_size: int, accumulation: int = 1) -> MemoryTrainer:
     """A trainer of three steps, with 11 rows of validation, which fill no whole batch."""
     objectives = CASES[case]["objectives"]
+    settings: dict[str, Any] = {
+        "optimizer": "adamw",
+        "learning_rate": 1e-3,
+        "schedule": "constant",
+        "warmup": 0.0,
+        "bf16": False,
+        **CASES[case].get("training", {}),
+    }
     training = TrainingRecipe(
         max_steps=STEPS,
         batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
-        optimizer="adamw",
-        learning_rate=1e-3,
-        bf16=False,
         logging_steps=1,
-        schedule="constant",
-        warmup=0.0,
-        **CASES[case].get("training", {}),
+        **settings,
     )
     collator = Uneven(
         list(objectives),

@@ -105,7 +105,6 @@ class TrainingRecipe:
     decay: float = 0.3
     bf16: bool = True
     gradient_checkpointing: bool = False
-    compile: bool = False
     attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None
     loss_chunk: int | None = None
     num_workers: int = 0

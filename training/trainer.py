@@ -526,7 +526,6 @@ def training_arguments(
         train_sampling_strategy="sequential",  # `TokenRows` is in training order already
         remove_unused_columns=False,
         dataloader_num_workers=training.num_workers,
-        torch_compile=training.compile,
         dataloader_pin_memory=not use_cpu and torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
