@@ -119,3 +119,46 @@ def _save(figure: Any, path: Path) -> str:
     figure.savefig(path, dpi=150, metadata={"Software": None})
     plt.close(figure)
     return path.name
+
+
+def write_probe_figure(record: dict[str, Any], folder: Path) -> str:
+    """Draw what a probe found: tokens that come back against the length, and by position in the longest texts.
+
+    Args:
+        record (`dict`): Of `python -m training.probe`.
+        folder (`Path`): Where the PNG file goes.
+
+    Returns:
+        `str`: Its name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    models = record["metrics"]["models"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    styles = {"embedding": ("o-", 1.6), "untrained": ("s--", 1.0), "shuffled": ("^:", 1.0)}
+    for colour, model in zip(COLOURS, models, strict=False):
+        lengths = [int(length) for length in model["lengths"]]
+        for condition, (style, width) in styles.items():
+            cells = [cells.get(condition) for cells in model["lengths"].values()]
+            if None in cells:
+                continue
+            values = [cell["token_accuracy"] for cell in cells]
+            bounds = list(zip(*(cell["token_accuracy_interval"] for cell in cells), strict=True))
+            below = [value - low for value, low in zip(values, bounds[0], strict=True)]
+            above = [high - value for value, high in zip(values, bounds[1], strict=True)]
+            label = model["name"] if condition == "embedding" else None
+            left.errorbar(lengths, values, yerr=[below, above], fmt=style, color=colour, label=label, capsize=2,
+                          linewidth=width, markersize=4)  # fmt: skip
+            curve = cells[-1]["token_accuracy_by_position"]
+            right.plot(range(1, len(curve) + 1), curve, style[1:], color=colour, linewidth=width)
+    for condition, (style, width) in list(styles.items())[1:]:
+        left.plot([], [], style, color="grey", linewidth=width, markersize=4, label=f"{condition} (control)")
+    left.set_xscale("log", base=2)
+    left.set_xticks(lengths, [str(length) for length in lengths])
+    left.set_xlabel("tokens of the text")
+    left.set_ylabel("tokens written back from the frozen embedding")
+    left.set_title("by length", fontsize=10)
+    right.set_xlabel("position in the text")
+    right.set_title(f"by position, {lengths[-1]} tokens", fontsize=10)
+    for panel in (left, right):
+        _tidy(panel, "token_accuracy")
+    return _save(figure, folder / "probe.png")

@@ -200,21 +200,8 @@ def summarise(evaluation: Evaluation, scores: Scores, period: int, num_memories:
         period (`int`): Length that positions repeat at: chunk or window.
         num_memories (`int`): Memory vectors of a row, whose own bits are reported beside the text's.
     """
-    correct, total = int(scores.correct.sum()), scores.correct.numel()
-    loss = scores.losses.double().mean().item()
-    positions = range(min(period, scores.correct.shape[1]))
-    result = {
-        "token_accuracy": correct / total,
-        "token_accuracy_interval": list(wilson_interval(correct, total)),
-        "loss": loss,
-        "loss_interval": list(bootstrap_interval(scores.losses.double().mean(1))),
-        "information_ratio": information_ratio(loss, evaluation.vocab_size, convention="uniform"),
-        "information_ratio_paper": information_ratio(loss, evaluation.vocab_size, convention="paper"),
-        "num_rows": scores.correct.shape[0],
-        "num_tokens": total,
-        "num_correct": correct,
-        "token_accuracy_by_position": [scores.correct[:, i::period].double().mean().item() for i in positions],
-    }
+    result = summarise_scores(scores, evaluation.vocab_size, period)
+    loss, total = result["loss"], result["num_tokens"]
     if evaluation.byte_lengths is not None:
         num_bytes = int(evaluation.byte_lengths[scores.targets].sum())
         result["num_bytes"] = num_bytes
@@ -223,6 +210,31 @@ def summarise(evaluation: Evaluation, scores: Scores, period: int, num_memories:
             bits = num_memories * scores.correct.shape[0] * evaluation.bits_per_memory
             result["bits_per_byte_with_memory"] = bits_per_byte(loss, total, num_bytes, memory_bits=bits)
     return result
+
+
+def summarise_scores(scores: Scores, vocab_size: int, period: int) -> dict[str, Any]:
+    """Turn scored tokens of any model into metrics with counts and 95 % intervals.
+
+    Args:
+        scores (`Scores`): What was scored.
+        vocab_size (`int`): Rows of the token table (V).
+        period (`int`): Length that positions repeat at.
+    """
+    correct, total = int(scores.correct.sum()), scores.correct.numel()
+    loss = scores.losses.double().mean().item()
+    positions = range(min(period, scores.correct.shape[1]))
+    return {
+        "token_accuracy": correct / total,
+        "token_accuracy_interval": list(wilson_interval(correct, total)),
+        "loss": loss,
+        "loss_interval": list(bootstrap_interval(scores.losses.double().mean(1))),
+        "information_ratio": information_ratio(loss, vocab_size, convention="uniform"),
+        "information_ratio_paper": information_ratio(loss, vocab_size, convention="paper"),
+        "num_rows": scores.correct.shape[0],
+        "num_tokens": total,
+        "num_correct": correct,
+        "token_accuracy_by_position": [scores.correct[:, i::period].double().mean().item() for i in positions],
+    }
 
 
 def share_of_gap(memory: float, no_memory: float, full_context: float) -> float | None:
