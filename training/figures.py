@@ -109,6 +109,10 @@ def _tidy(panel: Axes, suffix: str) -> None:
         panel.yaxis.set_major_formatter(PercentFormatter(1.0))
     else:
         panel.set_ylim(bottom=0, auto=True)  # the other panels of the row may still raise the top
+    _tidy_axes(panel)
+
+
+def _tidy_axes(panel: Axes) -> None:
     panel.grid(alpha=0.3, linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)
     if panel.get_legend_handles_labels()[0]:
@@ -162,3 +166,47 @@ def write_probe_figure(record: dict[str, Any], folder: Path) -> str:
     for panel in (left, right):
         _tidy(panel, "token_accuracy")
     return _save(figure, folder / "probe.png")
+
+
+def write_ceiling_figure(record: dict[str, Any], folder: Path) -> str:
+    """Draw the way to the ceiling: tokens right and gain left to make, by optimiser step; or what fits, by length.
+
+    Args:
+        record (`dict`): Of `python -m training.ceiling`.
+        folder (`Path`): Where the PNG file goes.
+
+    Returns:
+        `str`: Its name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    figure, panel = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    metrics = record["metrics"]
+    if "against_ceiling" in metrics:
+        result = metrics["against_ceiling"]
+        labels = {"refined": "from the encoder's memories", "optimised": "from random vectors"}
+        for colour, (name, label) in zip(COLOURS, labels.items(), strict=False):
+            curve = result[name]["curve"]
+            values = [[point[key] for point in curve] for key in ("step", "loss")]
+            panel.plot(*values, "o-", color=colour, label=label, markersize=3, linewidth=1.4)
+        for name, style in (("one_pass", "--"), ("without", ":")):
+            label = name.replace("_", " ").replace("without", "without memories")
+            panel.axhline(result[name]["loss"], color="grey", linestyle=style, linewidth=1, label=label)
+        panel.set_yscale("log")
+        panel.set_xlabel("optimiser steps on the memories of one text")
+        panel.set_ylabel("nats per token of the text")
+        _tidy_axes(panel)
+    else:
+        by_length = metrics["capacity"]["by_length"]
+        lengths = [int(length) for length in by_length]
+        for colour, (key, label) in zip(
+            COLOURS, (("token_accuracy", "tokens"), ("exact_match", "texts without an error")), strict=False
+        ):
+            values = [by_length[str(length)][key] for length in lengths]
+            panel.plot(lengths, values, "o-", color=colour, label=label, markersize=4, linewidth=1.4)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(lengths, [str(length) for length in lengths])
+        vectors = metrics["capacity"]["num_vectors"]
+        panel.set_xlabel(f"tokens of the text, in {vectors} optimised vector{'' if vectors == 1 else 's'}")
+        panel.set_ylabel("written back by the frozen decoder")
+        _tidy(panel, "token_accuracy")
+    return _save(figure, folder / "ceiling.png")
