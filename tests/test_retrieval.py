@@ -1,4 +1,4 @@
-"""Contrast equals its definition, vectors are read at real tokens, queries are pieces of their texts, ranks are exact."""
+"""Contrast equals its definition, vectors are read at real tokens, queries are pieces of texts, ranks are exact."""
 
 import math
 from pathlib import Path
@@ -94,12 +94,12 @@ def test_training_finds_more_texts_and_leaves_the_start_alone(kind: str):
     body = bodies()[kind].requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in body.state_dict().items()}
     texts, rule = random_ids(64, 12), QueryRule("ngram", 4)
-    budget = Budget(steps=60, batch_tokens=32 * 12, optimizer="adamw", learning_rate=3e-3, bf16=False)
+    budget = Budget(steps=120, batch_tokens=32 * 12, optimizer="adamw", learning_rate=3e-3, bf16=False)
     model = train_retrieval(body, texts, rule, budget)
     assert all(torch.equal(tensor, before[name]) for name, tensor in body.state_dict().items())
     rules = [rule, QueryRule("bag", 4)]
     first, last = (evaluate_retrieval(m, texts, rules) for m in (RetrievalEncoder(body), model))
-    assert last["ngram_4"]["top_1"] > max(0.5, first["ngram_4"]["top_1"])
+    assert last["ngram_4"]["top_1"] > max(0.25, 3 * first["ngram_4"]["top_1"])
     for found in last.values():
         assert found["top_1"] <= found["recall_at_10"] and found["chance"] == 1 / 64
         assert found["top_1_interval"][0] <= found["top_1"] <= found["top_1_interval"][1]

@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -319,7 +320,7 @@ def capacity(
         written = optimise_memories(logits_of, texts, start, steps=steps, learning_rate=learning_rate)
         return summarise_written(written, write(logits_of, None, texts))
 
-    by_length = {str(length): keep(length, lambda length=length: measure(length)) for length in lengths}
+    by_length = {str(length): keep(length, partial(measure, length)) for length in lengths}
     fitting = [int(length) for length, result in by_length.items() if result["exact_match"] >= 0.5]
     return {"num_vectors": num_vectors, "by_length": by_length, "half_of_texts_fit": max(fitting, default=0)}
 
@@ -364,9 +365,10 @@ def against_ceiling(
     without, one_pass = write(logits_of, None, tokens), write(logits_of, memories, tokens)
     start = random_start(model.decoder, len(tokens), memories.shape[1], seed)
     start = start * (memories.square().mean().sqrt() / start.square().mean().sqrt())
-    spend = {"steps": steps, "until_exact": False}
-    random = optimise_memories(logits_of, tokens, start, learning_rate=learning_rate, **spend)
-    refined = optimise_memories(logits_of, tokens, memories, learning_rate=refine_learning_rate, **spend)
+    random, refined = (
+        optimise_memories(logits_of, tokens, begin, steps=steps, learning_rate=rate, until_exact=False)
+        for begin, rate in ((start, learning_rate), (memories, refine_learning_rate))
+    )
     ceiling = _better(random, refined)
     return {
         "objective": objective,

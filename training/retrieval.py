@@ -115,8 +115,8 @@ def info_nce(queries: torch.Tensor, texts: torch.Tensor, temperature: float = 0.
     """
     if queries.dim() != 2 or queries.shape != texts.shape or len(queries) < 2:
         raise ValueError(
-            f"queries have shape {tuple(queries.shape)} and texts {tuple(texts.shape)}; expected the same (N, E), N at "
-            "least 2, so that there is a negative"
+            f"queries have shape {tuple(queries.shape)} and texts {tuple(texts.shape)}; expected the same (N, E), N "
+            "of 2 or more, so that there is a negative"
         )
     return nn.functional.cross_entropy(
         queries @ texts.T / temperature, torch.arange(len(queries), device=texts.device)
