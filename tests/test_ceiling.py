@@ -138,6 +138,6 @@ def test_command_for_both_kinds_of_model(tmp_path: Path, capsys: Any):
     assert main([str(tmp_path / "memory"), *common, str(tmp_path / "b")]) == 0
     assert "of the ceiling" in capsys.readouterr().out
     for folder in ("a", "b"):
-        assert (tmp_path / folder / "record.json").is_file() and (tmp_path / folder / "ceiling.png").is_file()
+        assert (tmp_path / folder / "record.json").is_file() and (tmp_path / folder / "curve.png").is_file()
     assert main([str(tmp_path / "nothing"), *common, str(tmp_path / "c")]) == 2
     assert "no folder or Hub id" in capsys.readouterr().err

@@ -201,7 +201,7 @@ def test_command_writes_record_and_figure(llama: str, bert: str, text: str, tmp_
     common = ["--lengths", "4,8", "--steps", "2", "--batch-tokens", "32", "--width", "16", "--layers", "1"]
     given = [f"one={llama}", f"two={bert}@mean", "--text", text, "--to", str(folder), "--decoder", "llama", *common]
     assert main(given) == 0
-    assert (folder / "record.json").is_file() and (folder / "probe.png").stat().st_size > 5000
+    assert (folder / "record.json").is_file() and (folder / "accuracy.png").stat().st_size > 5000
     printed = capsys.readouterr().out
     assert "one, embedding" in printed and "two, shuffled" in printed
 

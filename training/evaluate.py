@@ -30,7 +30,7 @@ from training.inputs import byte_lengths_of
 from training.publish import load_checkpoint
 from training.recipe import resolve_files
 from training.record import describe_code, describe_hardware, peak_memory_bytes, read_json, write_record
-from training.strict_yaml import portable_path
+from training.strict_yaml import portable_path, portable_word
 from training.suites import SUITES, Evaluation, default_length, evaluate_suite, results_table, spread_rows
 from training.tokenizer import special_tokens_of, tokenizer_checksum
 
@@ -239,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     transformers.utils.logging.disable_progress_bar()
     try:
-        run(options, shlex.join(["python", "-m", "training.evaluate", *map(portable_path, words)]))
+        run(options, shlex.join(["python", "-m", "training.evaluate", *map(portable_word, words)]))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -165,7 +165,7 @@ def write_probe_figure(record: dict[str, Any], folder: Path) -> str:
     right.set_title(f"by position, {lengths[-1]} tokens", fontsize=10)
     for panel in (left, right):
         _tidy(panel, "token_accuracy")
-    return _save(figure, folder / "probe.png")
+    return _save(figure, folder / "accuracy.png")
 
 
 def write_ceiling_figure(record: dict[str, Any], folder: Path) -> str:
@@ -209,4 +209,4 @@ def write_ceiling_figure(record: dict[str, Any], folder: Path) -> str:
         panel.set_xlabel(f"tokens of the text, in {vectors} optimised vector{'' if vectors == 1 else 's'}")
         panel.set_ylabel("written back by the frozen decoder")
         _tidy(panel, "token_accuracy")
-    return _save(figure, folder / "ceiling.png")
+    return _save(figure, folder / "curve.png")

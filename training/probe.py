@@ -45,7 +45,7 @@ from training.record import (
     write_json,
     write_record,
 )
-from training.strict_yaml import portable_path
+from training.strict_yaml import portable_path, portable_word
 
 CONDITIONS = ("embedding", "untrained", "shuffled")
 TABLES = ("frozen", "replaced")
@@ -423,7 +423,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     transformers.utils.logging.disable_progress_bar()
     try:
-        run(options, shlex.join(["python", "-m", "training.probe", *map(_portable_word, words)]))
+        run(options, shlex.join(["python", "-m", "training.probe", *map(portable_word, words)]))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -431,11 +431,6 @@ def main(arguments: list[str] | None = None) -> int:
         print("\ninterrupted: the same command goes on where it stopped", file=sys.stderr)
         return 130
     return 0
-
-
-def _portable_word(word: str) -> str:
-    name, equals, place = word.partition("=")
-    return f"{name}={portable_path(place)}" if equals else portable_path(word)
 
 
 if __name__ == "__main__":

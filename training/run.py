@@ -38,7 +38,7 @@ from training.record import (
 )
 from training.sample import regenerate, sample_lines
 from training.stages import StageRunner, processor_for
-from training.strict_yaml import portable_path
+from training.strict_yaml import portable_path, portable_word
 from training.suites import Evaluation, default_length, evaluate_suite, results_table, spread_rows
 from training.trainer import NonFiniteLossError
 
@@ -247,16 +247,6 @@ def _without_series(stages: dict[str, Any]) -> dict[str, Any]:
     return {name: {key: value for key, value in stage.items() if key != "series"} for name, stage in stages.items()}
 
 
-def _portable_override(override: str) -> str:
-    """Write an override without an absolute path, for the record.
-
-    >>> _portable_override("output_dir=/somewhere/else/mine")
-    'output_dir=mine'
-    """
-    key, equals, value = override.partition("=")
-    return f"{key}{equals}{portable_path(value)}" if value else override
-
-
 def _main_grid(options: argparse.Namespace) -> int:
     folder = Path(options.to or "runs/grid")
     try:
@@ -306,7 +296,7 @@ def main(arguments: list[str] | None = None) -> int:
         "-m",
         "training.run",
         portable_path(options.recipe),
-        *map(_portable_override, options.overrides),
+        *map(portable_word, options.overrides),
     ]
     transformers.utils.logging.disable_progress_bar()
     try:
