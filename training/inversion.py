@@ -89,9 +89,8 @@ class VectorDecoder(nn.Module):
         width (`int`): Their width (E).
         length (`int`): Tokens of a text (T).
         vocab_size (`int`): Ids it writes (V).
-        known_ids (`torch.LongTensor` of shape `(S,)`, *optional*): Ids that the training texts hold. Each has a row of
-            the head; all others share one row, and its probability equally. A head with a row for each of tens of
-            thousands of ids that never occur would cost most of the training and learn the same. Default: all.
+        known_ids (`torch.LongTensor` of shape `(S,)`, *optional*): Ids that have a row of the head each; all others
+            share one row, and its probability equally. Default: all. See [`repeated_ids`].
     """
 
     def __init__(
@@ -144,14 +143,31 @@ class VectorDecoder(nn.Module):
         states = self.body(inputs_embeds=inputs_embeds, use_cache=False, return_dict=True).last_hidden_state
         return self.lm_head(states)
 
+    def is_unknown(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return which tokens share the head's last row."""
+        return self.row_of_id[tokens] == len(self.row_of_id) - self.num_unknown
+
     def token_results(self, logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return whether each token `(B, T)` is the likeliest, and its cross entropy over all V ids in nats."""
-        rows = self.row_of_id[tokens]
-        correct, nats = token_results(logits, rows)
-        unknown = rows == len(self.row_of_id) - self.num_unknown
+        correct, nats = token_results(logits, self.row_of_id[tokens])
+        unknown = self.is_unknown(tokens)
         if self.num_unknown > 1:  # the shared row's probability is spread over its ids, none of which is the likeliest
             return correct & ~unknown, nats + unknown * math.log(self.num_unknown)
         return correct, nats
+
+
+def repeated_ids(tokens: torch.Tensor) -> torch.Tensor:
+    """Return the ids that occur more than once in training texts.
+
+    Those that occur once stand for those that never do: from them the shared row of the head learns how likely an
+    unknown token is. A head with a row for each of tens of thousands of ids that hardly occur would cost most of the
+    training, and would take what it has never seen for impossible.
+
+    >>> repeated_ids(torch.tensor([[5, 6], [5, 9]])).tolist()
+    [5]
+    """
+    ids, counts = tokens.unique(return_counts=True)
+    return ids[counts > 1]
 
 
 class Inverter(nn.Module):
@@ -223,7 +239,7 @@ def invert(
             width=encoder.width,
             length=length,
             vocab_size=encoder.vocab_size,
-            known_ids=train.tokens,
+            known_ids=repeated_ids(train.tokens),
         )
     model = Inverter(encoder.to(device), decoder).to(device)
     read = vectors or (lambda rows: read_all(encoder, rows.tokens))
@@ -264,6 +280,6 @@ def invert(
         "final_train_loss": sum(losses[-20:]) / len(losses[-20:]),
         "train_texts": len(train),
         "train_tokens_read": order.rows(0).numel() * length * budget.steps,
-        "unknown_test_tokens": int((decoder.row_of_id[test.tokens.to(device)] == len(train.tokens.unique())).sum()),
+        "unknown_test_tokens": int(decoder.is_unknown(test.tokens.to(device)).sum()),
         "decoder_parameters": sum(p.numel() for p in decoder.parameters()),
     }

@@ -212,8 +212,8 @@ def portable_path(path: str | Path) -> str:
 def portable_word(word: str) -> str:
     """Write a word of a command line, `PATH` or `key=PATH`, without an absolute path, for a record.
 
-    >>> portable_word("output_dir=/somewhere/else/mine"), portable_word("/somewhere/else/mine"), portable_word("seed=1")
-    ('output_dir=mine', 'mine', 'seed=1')
+    >>> [portable_word(word) for word in ("output_dir=/somewhere/else/mine", "/somewhere/else/mine", "seed=1")]
+    ['output_dir=mine', 'mine', 'seed=1']
     """
     key, equals, value = word.partition("=")
     if key.startswith("/") or not value:
