@@ -180,7 +180,7 @@ def quantise(vectors: torch.Tensor, kind: str) -> torch.Tensor:
         ValueError: If the kind is unknown.
 
     >>> quantise(torch.tensor([[1.0, -0.5, 0.001]]), "int8").round(decimals=4).tolist()
-    [[1.0, -0.5039..., 0.0]]
+    [[1.0, -0.503..., 0.0]]
     """
     if kind not in QUANTISATIONS:
         raise ValueError(f"quantisation {kind!r} is unknown; known: {', '.join(QUANTISATIONS)}")

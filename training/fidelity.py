@@ -129,7 +129,7 @@ def accuracy_by_part(by_position: Sequence[float], chunk_length: int) -> dict[st
         ValueError: If the text is no whole number of chunks, or shorter than three tokens.
 
     >>> accuracy_by_part([1.0, 0.5, 0.5, 0.0, 1.0, 0.0], chunk_length=3)
-    {'start': 0.75, 'middle': 0.25, 'end': 0.5, 'boundary': 0.5}
+    {'start': 0.75, 'middle': 0.25, 'end': 0.5, 'boundary': 0.375}
     """
     length = len(by_position)
     if length < 3 or length % chunk_length:
