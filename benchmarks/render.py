@@ -25,7 +25,8 @@ from matplotlib.ticker import PercentFormatter
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from training.figures import COLOURS, write_figures
+from benchmarks.instruments import capacity_lines, ceiling_lines, probe_lines
+from training.figures import COLOURS, write_ceiling_figure, write_figures, write_probe_figure
 from training.record import fingerprint, read_json
 from training.sample import sample_lines
 from training.strict_yaml import REPOSITORY, nearest
@@ -254,6 +255,16 @@ class Table:
     command: str
 
 
+def _sourced(lines: Callable[[Record, str], list[str]]) -> Callable[[Record, str], list[str]]:
+    """Let a table end with where its numbers come from."""
+
+    def with_source(record: Record, link: str) -> list[str]:
+        *before, last = lines(record, link)
+        return [*before, f"{last} {source_line(record, link)}"]
+
+    return with_source
+
+
 _QUICKSTART = "python -m training.run configuration/recipes/quickstart.yaml"
 TABLES = {
     "quickstart": Table("quickstart", quickstart_table, _QUICKSTART),
@@ -264,6 +275,9 @@ TABLES = {
     "switches": Table("switches", switches_table, "python -m benchmarks.switches"),
     "speed": Table("speed", speed_table, "python -m benchmarks.speed"),
     "time_to_accuracy": Table("time_to_accuracy", time_to_accuracy_table, "python -m benchmarks.time_to_accuracy"),
+    "probe": Table("probe", _sourced(probe_lines), "python -m training.probe"),
+    "ceiling": Table("ceiling", _sourced(ceiling_lines), "python -m training.ceiling runs/quickstart/hub"),
+    "capacity": Table("capacity", _sourced(capacity_lines), "python -m training.ceiling"),
 }
 
 
@@ -427,7 +441,14 @@ def draw_time_to_accuracy(record: Record, folder: Path) -> list[str]:
     return save(figure, folder / "curves.png")
 
 
-DRAWINGS = {"quickstart": draw_quickstart, "speed": draw_speed, "time_to_accuracy": draw_time_to_accuracy}
+DRAWINGS = {
+    "quickstart": draw_quickstart,
+    "speed": draw_speed,
+    "time_to_accuracy": draw_time_to_accuracy,
+    "probe": lambda record, folder: [write_probe_figure(record, folder)],
+    "ceiling": lambda record, folder: [write_ceiling_figure(record, folder)],
+    "capacity": lambda record, folder: [write_ceiling_figure(record, folder)],
+}
 
 
 def tidy(panel: Any) -> None:

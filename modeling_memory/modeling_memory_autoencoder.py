@@ -71,12 +71,16 @@ class Bottleneck(nn.Module):
         self.down = nn.Linear(width, bottleneck_size)
         self.up = nn.Linear(bottleneck_size, width)
 
-    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Map `(..., E)` to `(..., E)`."""
+    def narrow(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Map `(..., E)` to the narrow vectors in between, `(..., bottleneck_size)`, with noise in training."""
         narrow = self.down(vectors)
         if self.training and self.noise:
             narrow = narrow + torch.empty_like(narrow).uniform_(-self.noise, self.noise)
-        return self.up(narrow)
+        return narrow
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Map `(..., E)` to `(..., E)`."""
+        return self.up(self.narrow(vectors))
 
 
 class RepeatExpansion(nn.Module):
