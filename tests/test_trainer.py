@@ -142,6 +142,22 @@ def test_every_gives_an_objective_only_its_rows_of_the_stream():
         assert torch.equal(torch.cat(halves), thin["copy"][name])
 
 
+def test_varied_sources_are_one_window_two_windows_in_turn():
+    items = [TokenRows(tokens(), row_length=ROW, num_items=4, seed=1)[i] for i in range(4)]
+    varied, by_length = collator(vary_source=True)(items), {}
+    for length in (4, 8):
+        build = ObjectiveCollator(list(OBJECTIVES), SPECIAL, chunk_length=4, window_length=4, source_length=length)
+        by_length[length] = build(items)
+    for name in ("input_ids", "attention_mask", "shift_labels"):
+        assert torch.equal(varied["causal"][name], by_length[8]["causal"][name])
+        filler = {"input_ids": SPECIAL.pad, "attention_mask": 0, "shift_labels": IGNORED}[name]
+        for row, length in enumerate((4, 8, 4, 8)):
+            alone = by_length[length]["copy"][name][row]
+            got = varied["copy"][name][row]
+            assert torch.equal(got[: len(alone)], alone)
+            assert (got[len(alone) :] == filler).all()
+
+
 def test_loss_and_accuracy_are_the_hand_computed_weighted_sums(tmp_path: Path):
     network = model()
     run = trainer(tmp_path, network=network, learning_rate=0.0, muon_learning_rate=0.0, max_steps=2, logging_steps=2)

@@ -67,7 +67,8 @@ class TokenizerRecipe:
 class RowsRecipe:
     """How a stage cuts the token stream: lengths in text tokens.
 
-    `source_length` (default `row_length`) is how much of a row the copy objectives take as their source.
+    `source_length` (default `row_length`) is how much of a row the copy objectives take as their source; with
+    `vary_source` the rows of a batch take one window, two, ... up to it in turn.
     `window_length` is for `causal_lm` only: the decoder then reads each window of the row by itself, which
     makes it the no-memory baseline of a memory model with that window; default is the whole row.
     Stages with equal `seed` (default: the recipe's) and lengths read the same rows in the same order.
@@ -77,6 +78,7 @@ class RowsRecipe:
 
     row_length: int
     source_length: int | None = None
+    vary_source: bool = False
     window_length: int | None = None
     layout: Literal["self", "slots"] = "self"
     marker: Literal["token", "none"] = "token"

@@ -9,6 +9,8 @@ from torch.utils.data import Dataset
 from training.encoded import EncodedChunks
 from training.objectives import IGNORED, SpecialTokens, build_batch
 
+COPIES = ("copy", "blank_copy")
+
 
 class TokenRows(Dataset):
     """Rows of `row_length` tokens from one flat stream, in an order that depends on the seed and the index alone.
@@ -106,6 +108,8 @@ class ObjectiveCollator:
         chunk_length (`int`): Tokens per chunk.
         window_length (`int`): Tokens per window. With `split_windows` each window becomes a row of its own.
         source_length (`int`, *optional*): Tokens at the start of a row that the copy objectives copy.
+        vary_source (`bool`): Whether the copy objectives' rows have sources of 1, 2, ... windows in turn, up to
+            `source_length`, so that a model learns to give back few memories as well as many.
         split_windows (`bool`): Whether the model reads each window by itself. Targets stay those of the whole row:
             the last token of a window is asked for the first of the next, as a memory model is.
         every (`dict[str, int]`, *optional*): Objective -> n, for which it takes every n-th row of a batch only.
@@ -120,6 +124,7 @@ class ObjectiveCollator:
         chunk_length: int,
         window_length: int,
         source_length: int | None = None,
+        vary_source: bool = False,
         split_windows: bool = False,
         every: Mapping[str, int] | None = None,
         **options: Any,
@@ -129,6 +134,7 @@ class ObjectiveCollator:
         self.chunk_length = chunk_length
         self.window_length = window_length
         self.source_length = source_length
+        self.vary_source = vary_source
         self.split_windows = split_windows
         self.every = every or {}
         self.options = options
@@ -149,12 +155,16 @@ class ObjectiveCollator:
         self, objective: str, tokens: torch.Tensor, rows: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """Build the batch of one objective from rows `(B, n)`; rows with a negative number get no target."""
+        source: dict[str, Any] = {"source_length": self.source_length}
+        if self.vary_source and objective in COPIES:
+            tokens, mask = self._varied_sources(tokens)
+            source = {"attention_mask": mask}
         batch = build_batch(
             objective,
             tokens,
             window_length=self.window_length,
             chunk_length=self.chunk_length,
-            source_length=self.source_length,
+            **source,
             tokens_ids=self.special_tokens,
             mixed_with_causal="causal" in self.objectives,
             **self.options,
@@ -173,6 +183,13 @@ class ObjectiveCollator:
             if wanted.any() and wanted.sum() <= 0.75 * wanted.numel():
                 batch["columns"] = wanted.nonzero()[:, 0]
         return batch
+
+    def _varied_sources(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cut rows `(B, n)` to sources of 1, 2, ... windows in turn; return them with their mask."""
+        longest = self.source_length or tokens.shape[1]
+        num_windows = torch.arange(tokens.shape[0], device=tokens.device) % (longest // self.window_length) + 1
+        columns = torch.arange(longest, device=tokens.device)
+        return tokens[:, :longest], (columns < num_windows[:, None] * self.window_length).long()
 
 
 def with_states(batch: dict[str, torch.Tensor], states: torch.Tensor) -> dict[str, torch.Tensor]:

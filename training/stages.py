@@ -5,6 +5,7 @@ A stage's folder holds `started.json` (what it is training), `checkpoints/`, and
 """
 
 import contextlib
+import math
 import os
 import shutil
 import sys
@@ -31,7 +32,7 @@ from modeling_memory import MemoryAutoencoder, MemoryEncoderDecoderForCausalLM, 
 from training.build import build_stage_model, count_parameters
 from training.checkpoints import last_complete_checkpoint
 from training.encoded import encode_once
-from training.objectives import SpecialTokens, targets_of
+from training.objectives import IGNORED, SpecialTokens, targets_of
 from training.recipe import OBJECTIVES, Recipe, StageRecipe
 from training.record import fingerprint, peak_memory_bytes, read_json, write_json
 from training.rows import ObjectiveCollator, TokenRows
@@ -144,7 +145,8 @@ class StageRunner:
         batch_rows = training.batch_size * training.gradient_accumulation_steps * self.state.num_processes
         order = seed if rows.seed is None else rows.seed
         train_rows = self._train_rows(stage, model, training.max_steps * batch_rows, order)
-        collate_check = collator([train_rows[0]])  # before the first step: a layout that does not fit says so here
+        # Before the first step: a layout that does not fit says so here.
+        first_batch = collator([train_rows[i] for i in range(training.batch_size)])
         if training.attention is not None:
             model.set_attn_implementation(training.attention)
         trainer = MemoryTrainer(
@@ -177,7 +179,7 @@ class StageRunner:
             )
         if self.state.is_main_process:
             self._save(trainer.accelerator.unwrap_model(trainer.model), stage, folder / "model")
-        targets = {name: int((targets_of(collate_check[name]) != -100).sum()) for name in objectives}
+        num_targets = {name: int((targets_of(first_batch[name]) != IGNORED).sum()) for name in objectives}
         num_rows = training.max_steps * batch_rows
         return {
             "kind": stage.kind,
@@ -187,7 +189,7 @@ class StageRunner:
             "steps": training.max_steps,
             "rows": num_rows,
             "text_tokens": num_rows * rows.row_length,
-            "targets": {name: count * num_rows // rows.every.get(name, 1) for name, count in targets.items()},
+            "targets": {name: count * num_rows // training.batch_size for name, count in num_targets.items()},
             "seconds": round(clock.seconds, 2),
             "sessions": clock.sessions,
             "resumed_at_step": resumed_at,
@@ -212,12 +214,21 @@ class StageRunner:
         rows, config = stage.data, model.config
         window_length = getattr(config, "window_length", None) or rows.window_length or rows.row_length
         chunk_length = getattr(config, "chunk_length", window_length)
+        if rows.vary_source:
+            lengths = max(1, (rows.source_length or rows.row_length) // window_length)
+            step = math.lcm(*(rows.every.get(name, 1) for name in objectives))
+            if stage.training.batch_size % (lengths * step):
+                raise ValueError(
+                    f"stages.{stage.name}.data.vary_source gives {lengths} lengths of source in turn, so "
+                    f"training.batch_size must be a multiple of {lengths * step}; it is {stage.training.batch_size}"
+                )
         return ObjectiveCollator(
             objectives,
             self.special_tokens,
             chunk_length=chunk_length,
             window_length=chunk_length if stage.kind == "autoencoder" else window_length,
             source_length=rows.source_length,
+            vary_source=rows.vary_source,
             split_windows=rows.window_length is not None,
             every=rows.every,
             memories_per_chunk=getattr(config, "memories_per_chunk", 1),
