@@ -10,8 +10,10 @@ def probe_lines(record: dict[str, Any], link: str) -> list[str]:
     models, recipe = record["metrics"]["models"], record["recipe"]
     lengths = list(models[0]["lengths"])
     lines = [
-        f"| model, state read, numbers per text | {' | '.join(f'{length} tokens' for length in lengths)} |",
-        "|---|" + "---:|" * len(lengths),
+        "| model, state read, numbers per text | at most | "
+        + " | ".join(f"{length} tokens" for length in lengths)
+        + " |",
+        "|---|" + "---:|" * (len(lengths) + 1),
     ]
     for model in models:
         for condition, suffix in CONDITIONS.items():
@@ -22,11 +24,14 @@ def probe_lines(record: dict[str, Any], link: str) -> list[str]:
             size = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
             what = f"{model['name']}, {model['position']}, {size}" if not suffix else f"{model['name']}{suffix}"
             shown = [_cell(cell, link if not suffix else None) for cell in cells]
-            lines.append(f"| {what} | {' | '.join(shown)} |")
+            most = min(1 - cell["unknown_test_tokens"] / cell["num_tokens"] for cell in cells)
+            lines.append(f"| {what} | {most:.0%} | {' | '.join(shown)} |")
     decoder, budget = recipe["decoder"], recipe["budget"]
     lines += [
         "",
-        "Token accuracy with its 95 % interval, and the information ratio against a uniform guess, on test texts. "
+        "Token accuracy with its 95 % interval, and the information ratio against a uniform guess, on test texts; "
+        "beside them the share of test tokens that occur more than once in the training texts, which bounds the "
+        "accuracy. "
         f"Decoder: {decoder['model_type'].replace('_', ' ')}, {decoder['num_hidden_layers']} layers of width "
         f"{decoder['hidden_size']}, {decoder['expansion']}, trained for {budget['steps']:,} steps of "
         f"{budget['batch_tokens']:,} tokens, the same for all; {record['seconds'] / 60:.0f} minutes in all.",

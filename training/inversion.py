@@ -180,14 +180,13 @@ class Inverter(nn.Module):
 
     def __init__(self, encoder: FrozenEncoder, decoder: VectorDecoder) -> None:
         super().__init__()
-        self.reader = encoder
         self.decoder = decoder
         table = encoder.body.get_input_embeddings()
         self.table = table if table.weight.requires_grad else None
 
     @property
-    def reads(self) -> bool:
-        """Whether texts must be read in every step, because the token table changes."""
+    def trains_table(self) -> bool:
+        """Whether texts must be read anew in every step, because the token table changes."""
         return self.table is not None
 
 
@@ -243,7 +242,7 @@ def invert(
         )
     model = Inverter(encoder.to(device), decoder).to(device)
     read = vectors or (lambda rows: read_all(encoder, rows.tokens))
-    known = None if model.reads else read(train)
+    known = None if model.trains_table else read(train)
     decoder.standardise(read(train.select(slice(0, 4096))).to(device) if known is None else known)
 
     def vectors_of(rows: TextRows, index: torch.Tensor, known: torch.Tensor | None) -> torch.Tensor:
@@ -261,7 +260,7 @@ def invert(
 
     losses = fit(model, loss_of_step, budget, checkpoint=checkpoint, label=label)
     with torch.no_grad():
-        known = None if model.reads else read(test)
+        known = None if model.trains_table else read(test)
         parts = []
         for index in torch.arange(len(test)).split(max(1, 8192 // length)):
             targets = test.tokens[index].to(device)
