@@ -95,20 +95,18 @@ def push_folder(
     with explained(repo_id, "asking who you are"):
         api.whoami()
     only_main = not (revision or branch or pull_request)
-    head, target = _find_head(api, repo_id, private=private, revision=revision, branch=branch, create=only_main)
+    head, found = _find_head(api, repo_id, private=private, revision=revision, branch=branch, create=only_main)
     with explained(repo_id, "listing its files"):
         remote = _remote_files(api, repo_id, head)
     local = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     deleted = tuple(name for name in remote if name not in local and _is_superseded(name, replaces))
     additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in local.items()]
-    upload_to = target if target is not None else MAIN
     with explained(repo_id, "uploading"):
         api.preupload_lfs_files(
-            repo_id, additions, revision=upload_to, create_pr=pull_request, free_memory=False, num_threads=4
+            repo_id, additions, revision=found or MAIN, create_pr=pull_request, free_memory=False, num_threads=4
         )
-    if target is None:
-        assert branch is not None
-        target = branch
+    target = found or branch or MAIN
+    if found is None and branch is not None:
         with explained(repo_id, f"making the branch {branch}"):
             api.create_branch(repo_id, branch=branch, revision=head)
     pinned, url = _commit(api, repo_id, deleted, additions, head, target, pull_request, message, replaces)
@@ -117,9 +115,7 @@ def push_folder(
     return Pushed(repo_id, pinned, url, deleted)
 
 
-def check_target(
-    repo_id: str, *, private: bool, revision: str | None, branch: str | None, pull_request: bool
-) -> None:
+def check_target(repo_id: str, *, private: bool, revision: str | None, branch: str | None, pull_request: bool) -> None:
     """Check what can be checked before anything is written.
 
     Raises:
@@ -169,11 +165,11 @@ def _commit(
         if pull_request or isinstance(error.__cause__, HfHubHTTPError):
             raise
         with explained(repo_id, "committing", outcome=unknown):
-            landed = api.repo_info(repo_id, revision=target).sha
-        if landed is None or landed == head:
+            landed: Any = api.repo_info(repo_id, revision=target)
+        if landed.sha == head:
             raise
-        check_same_files(additions, _remote_files(api, repo_id, landed), replaces)
-        return landed, f"{api.endpoint}/{repo_id}/commit/{landed}"
+        check_same_files(additions, _remote_files(api, repo_id, landed.sha), replaces)
+        return landed.sha, f"{api.endpoint}/{repo_id}/commit/{landed.sha}"
     if pull_request:
         assert commit.pr_revision is not None and commit.pr_url is not None
         return commit.pr_revision, commit.pr_url
@@ -236,7 +232,8 @@ def _find_head(
         return info.sha, MAIN
     try:
         with explained(repo_id, f"looking up {target}"):
-            return api.repo_info(repo_id, revision=target).sha, target
+            there: Any = api.repo_info(repo_id, revision=target)
+            return there.sha, target
     except PushError as error:
         if not isinstance(error.__cause__, RevisionNotFoundError):
             raise
@@ -276,14 +273,15 @@ def _explain(error: BaseException, repo_id: str, step: str) -> str:
     """
     while error.__cause__ is not None and not isinstance(error, HfHubHTTPError):
         error = error.__cause__
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+    response: Any = error.response if isinstance(error, HfHubHTTPError) else None
+    status = None if response is None else response.status_code
     if isinstance(error, LocalTokenNotFoundError):
         return "no token was found; log in with `hf auth login` or set HF_TOKEN to a token that may write"
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE forbids the network; unset it to push"
     if isinstance(error, RevisionNotFoundError):
         return f"{repo_id} lacks the revision"
-    if status == 401 and "whoami" in str(getattr(error.response, "url", "")):
+    if status == 401 and "whoami" in str(response.url):
         return "the Hub does not accept the token; log in with `hf auth login` or set HF_TOKEN to a valid one"
     if isinstance(error, RepositoryNotFoundError):
         return f"{repo_id} is not there, or your token may not see it; check the name"
