@@ -11,38 +11,45 @@ from modeling_memory import MemoryProcessor
 from tests.conftest import build_tiny_tokenizer
 from tests.memory_models import CHUNK, WINDOW, build_model
 from training.clean_process import Guard
-from training.hub_folder import PublishError, write_hub_folder
+from training.hub_folder import REPOSITORY, PublishError, write_hub_folder
 from training.verification import verify_hub_folder
 
+ATTACKS = {
+    "connection": "import socket; socket.create_connection(('127.0.0.1', 9))",
+    "write": "open('mark', 'w').close()",
+    "folder": "import os; os.mkdir('mark')",
+    "pickle": "import pickle; pickle.loads(pickle.dumps(pickle.PickleError))",
+    "torch pickle": "import io, torch; torch.load(io.BytesIO(PICKLED), weights_only=False)",
+    "process": "import subprocess; subprocess.run(['true'])",
+    "system": "import os; os.system('touch mark')",
+    "foreign code": "import sys; sys.path.insert(0, ''); import stranger; check_origins({'stranger'}, LIBRARIES)",
+}
 
-@pytest.mark.parametrize(
-    "attack",
-    [
-        "import socket; socket.create_connection(('127.0.0.1', 9))",
-        "open({mark!r}, 'w').close()",
-        "import pickle; pickle.loads(pickle.dumps(pickle.PickleError))",
-        "import subprocess; subprocess.run(['true'])",
-        "import sys; sys.path.insert(0, {folder!r}); import stranger",
-    ],
-    ids=["connection", "write", "pickle", "process", "foreign code"],
-)
-def test_a_guarded_process_stops_at_what_a_model_must_not_do(attack, tmp_path):
-    """The guard by itself, as it is armed before a folder is loaded."""
+
+def test_a_guarded_process_stops_at_what_a_model_must_not_do(tmp_path):
+    """The guard by itself, armed as it is before a folder is loaded; every attack is tried in one process."""
     (tmp_path / "stranger.py").write_text("")
-    attack = attack.format(mark=str(tmp_path / "mark"), folder=str(tmp_path))
-    code = (
-        "import sys, os, pathlib, torch, transformers\n"
-        "sys.path.insert(0, os.getcwd())\n"
-        "from training.clean_process import Guard, check_origins\n"
-        "before = set(sys.modules)\n"
-        f"sys.addaudithook(Guard([pathlib.Path({str(tmp_path / 'home')!r})]))\n"
-        f"{attack}\n"
-        "check_origins(set(sys.modules) - before, [pathlib.Path(os.__file__).parent])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode, done.stdout
-    last = done.stderr.strip().splitlines()[-1]
-    assert "loading must not do this" in last or "stranger was imported from" in last
+    code = f"""
+import io, os, pathlib, sys, torch
+sys.path.insert(0, {str(REPOSITORY)!r})
+from training.clean_process import Guard, check_origins
+LIBRARIES = [pathlib.Path(os.__file__).parent]
+buffer = io.BytesIO()
+torch.save({{"model": torch.nn.Linear(1, 1)}}, buffer)
+PICKLED = buffer.getvalue()
+import pickle, socket, subprocess
+sys.addaudithook(Guard([pathlib.Path("home")]))
+for name, attack in {ATTACKS!r}.items():
+    try:
+        exec(attack)
+    except (PermissionError, SystemExit) as error:
+        print(f"{{name}}: {{error}}")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    found = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert found.keys() == ATTACKS.keys(), done.stdout + done.stderr
+    for name, message in found.items():
+        assert ("stranger was imported from" if name == "foreign code" else "loading must not do this") in message
     assert not (tmp_path / "mark").exists()
 
 
@@ -69,13 +76,7 @@ def test_a_folder_whose_code_does_more_than_a_model_is_refused(tmp_path):
     processor = MemoryProcessor(build_tiny_tokenizer(), chunk_length=CHUNK, window_length=WINDOW)
     model = build_model()
     folder = write_hub_folder(model, processor, tmp_path / "hub")
-    mark = tmp_path / "mark"
     with (folder / "modeling_memory.py").open("a") as file:
-        file.write(f"\nopen({str(mark)!r}, 'w').close()\n".replace(str(tmp_path), str(tmp_path)))
-    with pytest.raises(PublishError, match="a place on this machine|loading must not do this: open"):
-        verify_hub_folder(folder, model)
-    text = (folder / "modeling_memory.py").read_text().replace(f"open({str(mark)!r}, 'w').close()", "")
-    (folder / "modeling_memory.py").write_text(text + "\nopen('left_behind.txt', 'w').close()\n")
+        file.write("\nopen('left_behind.txt', 'w').close()\n")
     with pytest.raises(PublishError, match="loading must not do this: open"):
         verify_hub_folder(folder, model)
-    assert not mark.exists()
