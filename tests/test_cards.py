@@ -129,6 +129,17 @@ def test_the_card_knows_all_text_that_ships(name):
         assert source["source"] in readme and source["licence"].split()[0] in readme.replace("Creative Commons", "CC")
 
 
+def test_files_tell_what_a_glob_pattern_hides():
+    record = {
+        "recipe": {"data": {"train": ["training/corpora/*/train.parquet", "mine/train.parquet"]}},
+        "inputs": {
+            "files": {"train": {"books/train.parquet": "1", "wikinews/train.parquet": "2", "mine/train.parquet": "3"}}
+        },
+    }
+    names = [source["name"].split(",")[0] for source in training_sources(record)]
+    assert names == ["train.parquet", "books", "English Wikinews"]
+
+
 def test_a_record_of_a_real_run_names_its_text():
     """The paths and names of a record that a run wrote, not of one made up for a test."""
     record = read_json(REPOSITORY / "benchmarks" / "results" / "quickstart.json")

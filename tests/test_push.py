@@ -181,6 +181,13 @@ def test_a_refused_commit_publishes_nothing(hub, folder):
     assert published(hub) == contents(folder) and not [line for line in hub.log if line.startswith("PUT")]
 
 
+def test_a_refused_pull_request_says_that_it_is_not_there(hub, folder):
+    push(hub, folder)
+    hub.fail = {"POST .*/commit/": (403, 1)}
+    with pytest.raises(PushError, match="your token may not write to me/model; nothing was published"):
+        push(hub, write(folder, "two"), pull_request=True)
+
+
 def test_a_commit_whose_answer_was_lost_is_found(hub, folder):
     hub.lose_answers = {"POST .*/commit/main": 1}
     pushed = push(hub, folder)

@@ -151,11 +151,15 @@ def training_sources(record: Mapping[str, Any]) -> list[dict[str, str]]:
     ['CC BY 2.5', 'not recorded']
     """
     known = parse_yaml(SOURCES.read_text(encoding="utf-8"), SOURCES.name)
+    patterns = list(record.get("recipe", {}).get("data", {}).get("train", []))
+    files = record.get("inputs", {}).get("files", {}).get("train", {})
     sources: dict[str, dict[str, str]] = {}
-    for pattern in record.get("recipe", {}).get("data", {}).get("train", []):
-        corpus = next((name for name in known if re.search(rf"(^|/){name}[/_]", pattern)), None)
-        unknown = {"name": Path(pattern).name, "licence": "not recorded", "source": "not recorded"}
-        sources[corpus or pattern] = known[corpus] if corpus else unknown
+    for name in [*patterns, *files]:  # a glob pattern may hide what the names of its files tell
+        corpus = next((corpus for corpus in known if re.search(rf"(^|/){corpus}[/_]", name)), None)
+        if corpus is not None:
+            sources[corpus] = known[corpus]
+        elif "*" not in name and not any(pattern.endswith(f"/{name}") for pattern in patterns):
+            sources[name] = {"name": Path(name).name, "licence": "not recorded", "source": "not recorded"}
     return list(sources.values())
 
 

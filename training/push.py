@@ -152,7 +152,7 @@ def _commit(
     """Commit, and return what to pin and where to look; an answer that got lost is looked for."""
     unknown = f"whether it arrived is not known: look at {repo_id} before you push again"
     try:
-        with explained(repo_id, "committing", outcome=unknown if pull_request else NOTHING):
+        with explained(repo_id, "committing", outcome=unknown if pull_request else NOTHING, refused=NOTHING):
             commit = api.create_commit(
                 repo_id,
                 [*(CommitOperationDelete(path_in_repo=name) for name in deleted), *additions],
@@ -251,8 +251,14 @@ def _remote_files(api: HfApi, repo_id: str, revision: str) -> dict[str, RepoFile
 
 
 @contextmanager
-def explained(repo_id: str, step: str, outcome: str = NOTHING) -> Iterator[None]:
+def explained(repo_id: str, step: str, outcome: str = NOTHING, refused: str = "") -> Iterator[None]:
     """Turn what the client raises into one line that says what to do.
+
+    Args:
+        repo_id (`str`): The repository.
+        step (`str`): What is being done.
+        outcome (`str`): What an error here means for what is on the Hub.
+        refused (`str`): The same, of an error by which the Hub said no; default: `outcome`.
 
     Raises:
         PushError: In place of every error but those of this module.
@@ -262,7 +268,8 @@ def explained(repo_id: str, step: str, outcome: str = NOTHING) -> Iterator[None]
     except (PushError, AssertionError):
         raise
     except Exception as error:  # the client raises a dozen unrelated classes, those of its HTTP library included
-        raise PushError(f"{_explain(error, repo_id, step)}; {outcome}") from error
+        said_no = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
+        raise PushError(f"{_explain(error, repo_id, step)}; {(said_no and refused) or outcome}") from error
 
 
 def _explain(error: BaseException, repo_id: str, step: str) -> str:
