@@ -59,6 +59,8 @@ def test_parameter_names_and_shapes_are_pinned(folder):
     states = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    if folder.name == "two_tokenizers":  # the library renames GPT-NeoX's head on saving and back on loading
+        states.pop("decoder.lm_head.weight"), saved.pop("decoder.embed_out.weight")
     assert states.keys() - saved.keys() == set(model.all_tied_weights_keys)
     assert {name: states[name] for name in saved} == saved
 
