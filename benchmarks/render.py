@@ -25,7 +25,8 @@ from matplotlib.ticker import PercentFormatter
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from training.figures import COLOURS, write_figures
+from benchmarks.instruments import capacity_lines, ceiling_lines, probe_lines
+from training.figures import COLOURS, write_ceiling_figure, write_figures, write_probe_figure
 from training.record import fingerprint, read_json
 from training.sample import sample_lines
 from training.strict_yaml import REPOSITORY, nearest
@@ -211,6 +212,40 @@ def use_table(record: Record, link: str) -> list[str]:
     return ["```text", *pick(record, "output").rstrip("\n").splitlines(), "```", "", source_line(record, link)]
 
 
+def kills_table(record: Record, link: str) -> list[str]:
+    """What a run was doing when it was killed, how often, and what that cost."""
+    metrics = pick(record, "metrics")
+    lines = ["| killed while | times |", "|---|---:|"]
+    lines += [f"| {moment} | {count} |" for moment, count in metrics["moments"].items()]
+    equal = "equal bit by bit" if metrics["weights_equal"] else "NOT equal"
+    sentence = (
+        f"[{metrics['kills']} kills]({link}) with SIGKILL at random moments of {metrics['runs']} runs; final weights "
+        f"of all stages {equal}; at most {metrics['most_steps_lost']} steps done again, with a checkpoint every "
+        f"{metrics['steps_between_checkpoints']}. "
+    )
+    return [*lines, "", sentence + source_line(record, link)]
+
+
+def switches_table(record: Record, link: str) -> list[str]:
+    """Speed of a training step by switch, and peak memory of the loss."""
+    steps, memory = pick(record, "metrics.steps"), pick(record, "metrics.loss_memory")
+    lines = [
+        "| training step, float32 unless said | tokens per second | times as fast (quartiles) |",
+        "|---|---:|---:|",
+    ]
+    for name, speed in steps["tokens_per_second"].items():
+        ratio = steps["times_as_fast"][name]
+        quartiles = f"{ratio['first_quartile']:.2f} to {ratio['third_quartile']:.2f}"
+        lines.append(f"| {name} | {speed:,.0f} | [{ratio['median']:.2f}]({link}) ({quartiles}) |")
+    whole, chunked = (memory[name]["bytes"] / 2**20 for name in ("whole", "chunked"))
+    sentence = (
+        f"The loss of {memory['tokens']:,} tokens over a vocabulary of {memory['vocab_size']:,}, both ways: "
+        f"[{whole:,.0f} MiB]({link}) with all logits, "
+        f"[{chunked:,.0f} MiB]({link}) with those of {memory['chunk']} tokens at a time. "
+    )
+    return [*lines, "", sentence + source_line(record, link)]
+
+
 @dataclass(frozen=True)
 class Table:
     """A table: the record it is made from, the function that makes it, the command that writes the record."""
@@ -220,14 +255,29 @@ class Table:
     command: str
 
 
+def _sourced(lines: Callable[[Record, str], list[str]]) -> Callable[[Record, str], list[str]]:
+    """Let a table end with where its numbers come from."""
+
+    def with_source(record: Record, link: str) -> list[str]:
+        *before, last = lines(record, link)
+        return [*before, f"{last} {source_line(record, link)}"]
+
+    return with_source
+
+
 _QUICKSTART = "python -m training.run configuration/recipes/quickstart.yaml"
 TABLES = {
     "quickstart": Table("quickstart", quickstart_table, _QUICKSTART),
     "quickstart_stages": Table("quickstart", quickstart_stages_table, _QUICKSTART),
     "quickstart_sample": Table("quickstart", quickstart_sample_table, _QUICKSTART),
     "use": Table("use", use_table, "python -m benchmarks.snippet use"),
+    "kills": Table("kills", kills_table, "python -m benchmarks.kills"),
+    "switches": Table("switches", switches_table, "python -m benchmarks.switches"),
     "speed": Table("speed", speed_table, "python -m benchmarks.speed"),
     "time_to_accuracy": Table("time_to_accuracy", time_to_accuracy_table, "python -m benchmarks.time_to_accuracy"),
+    "probe": Table("probe", _sourced(probe_lines), "python -m training.probe"),
+    "ceiling": Table("ceiling", _sourced(ceiling_lines), "python -m training.ceiling runs/quickstart/hub"),
+    "capacity": Table("capacity", _sourced(capacity_lines), "python -m training.ceiling"),
 }
 
 
@@ -391,7 +441,14 @@ def draw_time_to_accuracy(record: Record, folder: Path) -> list[str]:
     return save(figure, folder / "curves.png")
 
 
-DRAWINGS = {"quickstart": draw_quickstart, "speed": draw_speed, "time_to_accuracy": draw_time_to_accuracy}
+DRAWINGS = {
+    "quickstart": draw_quickstart,
+    "speed": draw_speed,
+    "time_to_accuracy": draw_time_to_accuracy,
+    "probe": lambda record, folder: [write_probe_figure(record, folder)],
+    "ceiling": lambda record, folder: [write_ceiling_figure(record, folder)],
+    "capacity": lambda record, folder: [write_ceiling_figure(record, folder)],
+}
 
 
 def tidy(panel: Any) -> None:

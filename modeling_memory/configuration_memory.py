@@ -295,6 +295,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
                 "chunk. "
                 "Lower it or lengthen the chunk."
             )
+        self._validate_types()
         for name, known in (
             ("pooling", POOLINGS),
             ("projector_type", PROJECTOR_TYPES),
@@ -327,6 +328,23 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
             )
         self._validate_layout()
         self._validate_tokens()
+
+    def _validate_types(self) -> None:
+        for name in ("projector_norm", "window_positions", "self_memory", "freeze_encoder", "freeze_decoder"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; expected True or False.")
+        for name in ("max_memories", "memory_token_id", "copy_token_id", "blank_token_id", "projector_hidden_size"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ValueError(f"`{name}` is {value!r}; expected an integer or None.")
+        for name in ("projector_noise", "initializer_range"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise ValueError(f"`{name}` is {value!r}; expected a number.")
+        if self.projector_hidden_size is not None and self.projector_hidden_size < 1:
+            raise ValueError(f"`projector_hidden_size` is {self.projector_hidden_size}; expected 1 or more.")
+        if self.initializer_range < 0:
+            raise ValueError(f"`initializer_range` is {self.initializer_range}; expected 0 or more.")
 
     def _validate_layout(self) -> None:
         if self.absent_memories != "mask" and self.memory_positions != "fixed":

@@ -8,6 +8,7 @@ from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.generation.logits_process import LogitsProcessorList
 
 from .memory_cache import MemoryCache
+from .memory_text import check_has_owner
 
 
 class MemoryGenerationMixin(GenerationMixin):
@@ -45,6 +46,8 @@ class MemoryGenerationMixin(GenerationMixin):
         Raises:
             ValueError: If an option cannot be right with memories, or a prompt is padded on the right.
         """
+        check_has_owner("context_attention_mask", context_attention_mask, "context_input_ids", context_input_ids)
+        check_has_owner("memory_mask", kwargs.get("memory_mask"), "memory_embeds", kwargs.get("memory_embeds"))
         if context_input_ids is not None:
             kwargs["memory_embeds"], kwargs["memory_mask"] = self._context_memories(
                 context_input_ids, context_attention_mask, kwargs.get("memory_embeds"), context_num_memories
@@ -60,6 +63,8 @@ class MemoryGenerationMixin(GenerationMixin):
             )
         rolling = self.config.self_memory and plain and rolling_memory is not False
         self._check_generation_options(generation_config, kwargs, rolling)
+        if plain and rolling_memory is False and self.config.self_memory:
+            self._check_cached(generation_config, kwargs)
         if has_memories and kwargs.get("memory_mask") is None:
             kwargs["memory_mask"] = torch.ones_like(kwargs["memory_embeds"][..., 0], dtype=torch.long)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
@@ -79,9 +84,10 @@ class MemoryGenerationMixin(GenerationMixin):
                 given = getattr(generation_config or self.generation_config, name, None)
             return given
 
-        if kwargs.get("assistant_model") is not None:
+        assistant = "assistant_model" if kwargs.get("assistant_model") is not None else "assistant_early_exit"
+        if kwargs.get("assistant_model") is not None or option("assistant_early_exit") is not None:
             raise ValueError(
-                "`assistant_model` was given, but an assistant does not see the memories and its rejected tokens "
+                f"`{assistant}` was given, but an assistant does not see the memories and its rejected tokens "
                 "cannot be taken "
                 "out of them. Generate without it."
             )
@@ -104,6 +110,16 @@ class MemoryGenerationMixin(GenerationMixin):
                 f"`cache_implementation` is {option('cache_implementation')!r}, but a text that folds into memories "
                 "needs its own "
                 "cache. Leave it out, or pass `rolling_memory=False` with a prompt of one window."
+            )
+
+    def _check_cached(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
+        use_cache = kwargs.get("use_cache")
+        if use_cache is None:
+            use_cache = getattr(generation_config or self.generation_config, "use_cache", None)
+        if use_cache is False:
+            raise ValueError(
+                "`rolling_memory` is False and so is `use_cache`, but with no cache every step reads all text and "
+                "folds its full windows. Leave one of them out."
             )
 
     def _check_padding_side(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:

@@ -93,6 +93,9 @@ class MemoryReadingMixin:
             check_view(self.config, cache.get_seq_length() + text.length - first_memory)
         if use_cache is None:
             use_cache = cache is not None or (not self.training and getattr(self.decoder.config, "use_cache", True))
+        if _is_checkpointing(self.decoder):
+            _check_empty(cache)
+            cache, use_cache = None, False
         fixed = self.config.memory_positions == "fixed"
         if memory_embeds is not None:
             memory_embeds, memory_mask = check_memories(self.config, text, memory_embeds, memory_mask)
@@ -154,12 +157,14 @@ class MemoryReadingMixin:
     ) -> Reading:
         """Read a text in which memories stand in the slots."""
         slots = text.input_ids == self.config.memory_token_id  # (B, T)
-        mask = text.mask()
         first_memory = self._first_memory(slots)
         if first_memory is not None:
             check_view(self.config, text.length - first_memory)
-        asked = self._markers(text.input_ids).cumsum(1) > 0  # (B, T)
-        places = self._places((mask * ~slots).cumsum(1) - 1, memory_mask, asked)
+        places = None
+        if self.window_positions is not None:  # otherwise the mask may be one of four dimensions, of a static cache
+            mask = text.mask()
+            asked = self._markers(text.input_ids, mask).cumsum(1) > 0  # (B, T)
+            places = self._places((mask * ~slots).cumsum(1) - 1, memory_mask, asked)
         embeds = self._embed(text.input_ids, places, slots)
         embeds = embeds.masked_scatter(slots[..., None], memory_embeds[memory_mask.bool()].to(embeds))
         own_cache = self._slot_cache(cache, use_cache)
@@ -409,7 +414,7 @@ class MemoryReadingMixin:
         if text.input_ids is not None:
             slots = text.input_ids == self.config.memory_token_id if self._has_slots else slots
             mask = mask * ~slots
-            asked = self._markers(text.input_ids).cumsum(1) > 0
+            asked = self._markers(text.input_ids, mask).cumsum(1) > 0
             embeds = self._embed(text.input_ids, self._places(mask.cumsum(1) - 1, memory_mask, asked), slots)
             if (slots & (mask.cumsum(1) > 0)).any():
                 raise ValueError(
@@ -526,8 +531,10 @@ class MemoryReadingMixin:
         start = torch.full_like(cache.window_fill, self.config.max_memories) if fixed else cache.memory_mask.sum(1)
         offsets = cache.window_fill[:, None] + mask.cumsum(1) - 1  # (B, Q)
         positions = start[:, None] + offsets
-        seen = cache.asked | self._markers(cache.window_input_ids).any(1)
-        asked = seen[:, None] | (self._markers(text.input_ids).cumsum(1) > 0)
+        columns_of_window = torch.arange(cache.window_input_ids.shape[1], device=mask.device)
+        filled = columns_of_window < cache.window_fill[:, None]
+        seen = cache.asked | self._markers(cache.window_input_ids, filled).any(1)
+        asked = seen[:, None] | (self._markers(text.input_ids, mask).cumsum(1) > 0)
         features, outputs = self._decode(
             columns=columns,
             **self._token_inputs(text.input_ids, self._places(offsets, cache.memory_mask, asked)),
@@ -576,14 +583,15 @@ class MemoryReadingMixin:
         window_length = windows.input_ids.shape[1]
         rank = (windows.index * window_length)[:, None] + torch.arange(window_length, device=windows.row.device)
         none = torch.full_like(windows.counts, windows.num_windows * window_length)
-        marked = self._markers(windows.input_ids) & windows.attention_mask.bool()
+        marked = self._markers(windows.input_ids, windows.attention_mask)
         rank = torch.where(marked, rank, none.max()).amin(1)  # (P,)
         return none.scatter_reduce(0, windows.row, rank, "amin")
 
-    def _markers(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Whether a token asks for what the memories hold: COPY or BLANK."""
+    def _markers(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Whether a token, not padding, asks for what the memories hold: COPY or BLANK."""
         markers = [self.config.copy_token_id, self.config.blank_token_id]
-        return sum((input_ids == marker for marker in markers if marker is not None), torch.zeros_like(input_ids)) > 0
+        marked = sum((input_ids == marker for marker in markers if marker is not None), torch.zeros_like(input_ids))
+        return (marked > 0) & mask.bool()
 
     def _places(self, rank: torch.Tensor, visible: torch.Tensor, asked: torch.Tensor) -> torch.Tensor | None:
         """Return places in the window `(B, T)` from ranks, -1 where a token is not told its place.
@@ -622,6 +630,15 @@ class MemoryReadingMixin:
 def _is_checkpointing(model: PreTrainedModel) -> bool:
     """Whether the library switches the model's cache off to recompute activations."""
     return model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def _check_empty(cache: Cache | None) -> None:
+    """Refuse a cache that holds a text: where activations are recomputed the library keeps none."""
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError(
+            f"A cache of {cache.get_seq_length()} columns was given, but activation checkpointing keeps none. Call "
+            "`model.eval()` or `model.gradient_checkpointing_disable()` first."
+        )
 
 
 def _mark_clear(cache: Cache | None) -> None:

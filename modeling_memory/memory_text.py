@@ -207,6 +207,12 @@ def check_clear(config: PreTrainedConfig, text: Text, cache: Cache | None) -> No
     )
 
 
+def check_has_owner(name: str, mask: torch.Tensor | None, owner_name: str, owner: torch.Tensor | None) -> None:
+    """Refuse a mask without what it masks: it would silently do nothing."""
+    if mask is not None and owner is None:
+        raise ValueError(f"`{name}` was given without `{owner_name}`. Give both or neither.")
+
+
 def check_same_shape(name: str, tensor: torch.Tensor | None, other_name: str, other: torch.Tensor) -> None:
     """Refuse a tensor whose shape is not that of another."""
     if tensor is not None and tensor.shape != other.shape:

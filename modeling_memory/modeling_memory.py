@@ -30,12 +30,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput
 
 # Unused names: transformers before 5.8 copies from a local folder only the files that this one imports itself.
-from .configuration_masked_mixer import MaskedMixerConfig  # noqa: F401
+from .configuration_masked_mixer import MaskedMixerConfig
 from .configuration_memory import AUTO_MAP, MemoryEncoderDecoderConfig, allot_memories, encoder_limit
 from .generation_memory import MemoryGenerationMixin
 from .memory_adapters import MemoryAdapterMixin, adapted_modules, inject_adapters, is_adapter
@@ -46,9 +47,9 @@ from .memory_pooling import PooledQueryPooling, QueryPooling, build_pooling
 from .memory_projector import MemoryProjector
 from .memory_reading import MemoryReadingMixin, pack_present, scatter_present
 from .memory_saving import PARTS, TRAINED, load_by_reference, save_by_reference
-from .memory_text import Text, check_ids, check_same_shape, is_compiling
+from .memory_text import Text, check_has_owner, check_ids, check_same_shape, is_compiling
 from .memory_windows import Windows  # noqa: F401
-from .modeling_masked_mixer import MaskedMixerModel  # noqa: F401
+from .modeling_masked_mixer import MaskedMixerForCausalLM
 
 
 @dataclass
@@ -93,6 +94,13 @@ class MemoryCausalLMOutputWithPast(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
     memory_embeds: torch.FloatTensor | None = None
     memory_mask: torch.LongTensor | None = None
+
+
+def build_decoder(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build a fresh causal LM; the package's own by name: in a folder of code the registry holds none of it."""
+    if config.model_type == MaskedMixerConfig.model_type:
+        return MaskedMixerForCausalLM._from_config(config)
+    return AutoModelForCausalLM.from_config(config)
 
 
 class MemoryPreTrainedModel(PreTrainedModel):
@@ -184,6 +192,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
         (Path(save_directory) / TRAINED).unlink(missing_ok=True)
         if not by_reference:
             super().save_pretrained(save_directory, *args, **kwargs)
+            _drop_stale_weights(save_directory)
             return
         save_by_reference(self, save_directory, self._bases if by_reference is True else dict(by_reference))
         # The library writes code, config and generation config; it is given no weights to write.
@@ -215,7 +224,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
         self.encoder = build_encoder(config.encoder) if encoder is None else encoder
         self.pooling = build_pooling(config.pooling, config.memories_per_chunk, config.encoder.hidden_size)
         self.projector = MemoryProjector(config)
-        self.decoder = AutoModelForCausalLM.from_config(config.decoder) if decoder is None else decoder
+        self.decoder = build_decoder(config.decoder) if decoder is None else decoder
         self.window_positions = None
         if config.window_positions:
             self.window_positions = nn.Embedding(config.window_length, config.decoder.hidden_size)
@@ -245,6 +254,17 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Replace the decoder's language modelling head."""
         self.decoder.set_output_embeddings(value)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Resize the decoder's table as the library does, and the encoder's with it if both read the same ids."""
+        table = super().resize_token_embeddings(*args, **kwargs)
+        encoder_rows = getattr(self.config.encoder, "vocab_size", None)
+        if self.config.self_memory and encoder_rows is not None and encoder_rows < table.weight.shape[0]:
+            self.encoder.resize_token_embeddings(
+                table.weight.shape[0], mean_resizing=kwargs.get("mean_resizing", True)
+            )
+        self.apply_freezing()
+        return table
 
     def apply_freezing(self) -> None:
         """Freeze the encoder and the decoder as `config.freeze_encoder` and `config.freeze_decoder` say.
@@ -329,6 +349,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
         vocabularies = getattr(encoder_config, "vocab_size", None), decoder_config.vocab_size
         config.setdefault("memory_token_id", decoder_config.vocab_size)  # just behind the table: no text uses it
         config.setdefault("self_memory", vocabularies[0] is not None and vocabularies[0] >= vocabularies[1])
+        encoder.requires_grad_(True)  # an autoencoder may have frozen it; here the joined config decides
         model = cls(
             cls.config_class(encoder=encoder_config, decoder=decoder_config, **config),
             encoder=encoder,
@@ -477,6 +498,8 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
         Returns:
             [`MemoryModelOutput`]: Hidden states in the columns of the text, memories and cache.
         """
+        check_has_owner("context_attention_mask", context_attention_mask, "context_input_ids", context_input_ids)
+        check_has_owner("memory_mask", memory_mask, "memory_embeds", memory_embeds)
         if context_input_ids is not None:
             memory_embeds, memory_mask = self._context_memories(
                 context_input_ids, context_attention_mask, memory_embeds, context_num_memories
@@ -617,6 +640,8 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
         trained,
         absent memories are masked, and each window has its own mask.
         """
+        check_has_owner("context_attention_mask", context_attention_mask, "context_input_ids", context_input_ids)
+        check_has_owner("memory_mask", memory_mask, "memory_embeds", memory_embeds)
         if context_input_ids is not None:
             memory_embeds, memory_mask = self._context_memories(
                 context_input_ids, context_attention_mask, memory_embeds, context_num_memories
@@ -681,7 +706,10 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
             raise ValueError(
                 "A loss needs the logits of all columns, but `logits_to_keep` was given. Leave one of them out."
             )
+        vocab_size = self.config.decoder.vocab_size
         if labels is None or shift_labels is not None:
+            if shift_labels is not None:
+                check_ids("The decoder", "shift_labels", shift_labels, vocab_size, shift_labels == -100)
             return shift_labels
         if self._has_slots and text.input_ids is not None and not is_compiling():
             wrong = (text.input_ids == self.config.memory_token_id) & (labels != -100)
@@ -692,9 +720,17 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
                     "slot holds no token "
                     "to learn: set its label to -100."
                 )
+        check_ids("The decoder", "labels", labels, vocab_size, labels == -100)
         if text.has_own_mask:  # the first token has nothing before it that could predict it
             labels = labels.masked_fill(text.mask().cumsum(1) == 1, -100)
         return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
+
+
+def _drop_stale_weights(folder: str | os.PathLike) -> None:
+    """Keep only the newer of sharded and unsharded weights: an older unsharded file would win on loading."""
+    paths = [os.path.join(folder, name) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
+    if all(os.path.isfile(path) for path in paths):
+        os.remove(min(paths, key=lambda path: os.stat(path).st_mtime_ns))
 
 
 def _kept_columns(logits_to_keep: int | torch.Tensor, text: Text) -> torch.Tensor | None:

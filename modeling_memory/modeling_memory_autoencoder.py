@@ -72,12 +72,16 @@ class Bottleneck(nn.Module):
         self.down = nn.Linear(width, bottleneck_size)
         self.up = nn.Linear(bottleneck_size, width)
 
-    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Map `(..., E)` to `(..., E)`."""
+    def narrow(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Map `(..., E)` to the narrow vectors in between, `(..., bottleneck_size)`, with noise in training."""
         narrow = self.down(vectors)
         if self.training and self.noise:
             narrow = narrow + torch.empty_like(narrow).uniform_(-self.noise, self.noise)
-        return self.up(narrow)
+        return narrow
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Map `(..., E)` to `(..., E)`."""
+        return self.up(self.narrow(vectors))
 
 
 class RepeatExpansion(nn.Module):
@@ -230,6 +234,12 @@ class MemoryAutoencoder(PreTrainedModel):
         (loaded[0] if isinstance(loaded, tuple) else loaded).apply_freezing()
         return loaded
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save as `PreTrainedModel.save_pretrained` does, without the places that the parts came from."""
+        for child in (self.config.encoder, self.config.decoder):
+            child._name_or_path = ""
+        super().save_pretrained(*args, **kwargs)
+
     def encode(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None) -> torch.FloatTensor:
         """Turn each chunk into its memory.
 
@@ -296,6 +306,7 @@ class MemoryAutoencoder(PreTrainedModel):
         Raises:
             ValueError: If both or neither of tokens and memories are given, or they are wrong.
         """
+        self._check_length(input_ids)
         return self.decode(self._memories(input_ids, attention_mask, memories)).argmax(-1)
 
     @can_return_tuple
@@ -327,11 +338,7 @@ class MemoryAutoencoder(PreTrainedModel):
         """
         given = input_ids if input_ids is not None else labels
         memories_given = memories is not None
-        if given is not None and given.dim() == 2 and given.shape[1] > self.config.chunk_length:
-            raise ValueError(
-                f"A row has {given.shape[1]} tokens, but this autoencoder writes chunks of {self.config.chunk_length} "
-                "(`chunk_length`). Cut the text into chunks."
-            )
+        self._check_length(given)
         memories = self._memories(input_ids, attention_mask, memories)
         logits = self.decode(memories)
         if given is not None:
@@ -352,6 +359,13 @@ class MemoryAutoencoder(PreTrainedModel):
                 logits, None, vocab_size=self.config.vocab_size, shift_labels=labels.contiguous(), **kwargs
             )
         return MemoryAutoencoderOutput(loss=loss, logits=logits, memories=memories)
+
+    def _check_length(self, token_ids: torch.Tensor | None) -> None:
+        if token_ids is not None and token_ids.dim() == 2 and token_ids.shape[1] > self.config.chunk_length:
+            raise ValueError(
+                f"A row has {token_ids.shape[1]} tokens, but this autoencoder writes chunks of "
+                f"{self.config.chunk_length} (`chunk_length`). Cut the text into chunks."
+            )
 
     def _memories(
         self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, memories: torch.Tensor | None

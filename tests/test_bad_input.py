@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaModel, MistralConfig
+from transformers import BartConfig, BartModel, LlamaModel, MistralConfig
 
 from modeling_memory import MemoryEncoderDecoderConfig, MemoryEncoderDecoderForCausalLM
 from tests.conftest import tiny_decoder_config, tiny_encoder_config
@@ -165,3 +165,49 @@ def test_a_decoder_without_a_head_or_a_cache():
     body = LlamaModel(tiny_decoder_config())
     with pytest.raises(ValueError, match="without a language modelling head"):
         MemoryEncoderDecoderForCausalLM.from_encoder_decoder_pretrained(body, body, chunk_length=4)
+
+
+def test_an_encoder_with_a_decoder_of_its_own():
+    bart = BartModel(
+        BartConfig(
+            vocab_size=96, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8, decoder_ffn_dim=8,
+            encoder_attention_heads=2, decoder_attention_heads=2,
+        )
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="'bart' model has an encoder and a decoder of its own"):
+        MemoryEncoderDecoderForCausalLM.from_encoder_decoder_pretrained(bart, build_model().decoder, chunk_length=4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"freeze_encoder": "no"}, "`freeze_encoder` is 'no'; expected True or False"),
+        ({"self_memory": 1}, "`self_memory` is 1; expected True or False"),
+        ({"max_memories": "8"}, "`max_memories` is '8'; expected an integer"),
+        ({"memory_token_id": 1.5}, "`memory_token_id` is 1.5; expected an integer"),
+        ({"copy_token_id": True}, "`copy_token_id` is True; expected an integer"),
+        ({"projector_type": "mlp", "projector_hidden_size": -3}, "`projector_hidden_size` is -3"),
+        ({"projector_noise": "1e-4"}, "`projector_noise` is '1e-4'; expected a number"),
+        ({"initializer_range": -1.0}, "`initializer_range` is -1.0"),
+    ],
+)
+def test_fields_of_another_type(fields, message):
+    with pytest.raises(ValueError, match=message):
+        config(**fields)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (
+            {"context_attention_mask": torch.ones(2, 1, CHUNK)},
+            "`context_attention_mask` .*without `context_input_ids`",
+        ),
+        ({"memory_mask": torch.ones(2, 1)}, "`memory_mask` .*without `memory_embeds`"),
+        ({"labels": torch.full((2, 3), 96)}, "0 to 95.*`labels` holds 96"),
+        ({"shift_labels": torch.full((2, 3), -1)}, "0 to 95.*`shift_labels` holds -1"),
+    ],
+)
+def test_inputs_that_nothing_would_read(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        build_model("llama")(random_ids(2, 3), **inputs)

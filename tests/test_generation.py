@@ -337,6 +337,7 @@ class TestRefusals:
             ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens"),
             ({"cache_implementation": "static"}, "cache_implementation"),
             ({"assistant_model": "itself"}, "assistant_model"),
+            ({"assistant_early_exit": 1}, "assistant_early_exit"),
             ({"rolling_memory": True, "memory_embeds": torch.zeros(1, 1, 32)}, "rolling_memory"),
         ],
     )
@@ -355,3 +356,33 @@ class TestRefusals:
     def test_empty_prompt(self):
         with pytest.raises(ValueError, match="at least one token"):
             build_model().generate(torch.zeros(1, 0, dtype=torch.long))
+
+
+def test_padding_that_looks_like_a_marker_tells_no_places():
+    model = build_model(window_positions=True, blank_token_id=0, pad_token_id=7)
+    prompt, mask = left_padded((6, 9))  # padding has the id 0, as a cache's room for the open window has
+    following = random_ids(2, 2 * WINDOW, seed=1)
+    text, text_mask = torch.cat([prompt, following], 1), torch.cat([mask, torch.ones_like(following)], 1)
+    expected = model(text, attention_mask=text_mask).logits[:, 9:]
+    cache, logits = model(prompt, attention_mask=mask).past_key_values, []
+    for column in range(following.shape[1]):
+        out = model(following[:, column : column + 1], past_key_values=cache)
+        cache, logits = out.past_key_values, [*logits, out.logits]
+    torch.testing.assert_close(torch.cat(logits, 1), expected, atol=ATOL, rtol=0)
+    slotted = torch.tensor([[0, 0, SLOT, SLOT, 8, 9]])
+    chunks = random_ids(1, 2, CHUNK)
+    padded = model(slotted, attention_mask=(slotted != 0).long(), context_input_ids=chunks).logits[:, 2:]
+    torch.testing.assert_close(padded, model(slotted[:, 2:], context_input_ids=chunks).logits, atol=ATOL, rtol=0)
+
+
+def test_a_static_cache_reads_slots_behind_padding():
+    model = build_model()
+    prompt = torch.tensor([[0, 0, SLOT, SLOT, 8, 9], [SLOT, SLOT, 7, 8, 9, 10]])
+    options = {"attention_mask": (prompt != 0).long(), "context_input_ids": random_ids(2, 2, CHUNK), **GREEDY}
+    static = model.generate(prompt, cache_implementation="static", disable_compile=True, max_new_tokens=9, **options)
+    assert torch.equal(static, model.generate(prompt, max_new_tokens=9, **options))
+
+
+def test_a_window_that_grows_on_needs_a_cache():
+    with pytest.raises(ValueError, match="`rolling_memory` is False.*no cache"):
+        build_model().generate(random_ids(1, 6), rolling_memory=False, use_cache=False, max_new_tokens=9, **GREEDY)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import BertConfig, LlamaConfig
+from transformers import AutoModel, BertConfig, LlamaConfig
 from transformers.trainer_utils import set_seed
 
 from modeling_memory.configuration_memory_autoencoder import MemoryAutoencoderConfig
@@ -72,6 +72,7 @@ TEXTS = [[5, 6, 7, 8, 9, 10], [12, 13, 14], [15, 16, 17, 18, 19]]
 VARIANTS = {
     "plain": {},
     "repeat": {"expansion": "repeat"},
+    "readout without layers": {"decoder": mixer(num_hidden_layers=0)},
     "wider decoder": {"decoder": mixer(12)},
     "narrower decoder, longer than wide": {"decoder": mixer(4)},
     "two memories": {"memories_per_chunk": 2},
@@ -408,3 +409,19 @@ def test_wrong_inputs_are_refused():
         if "labels" not in arguments and "7 tokens" not in message:
             with pytest.raises(ValueError, match=message):
                 model.reconstruct(**arguments)
+
+
+def test_the_saved_config_names_no_place_of_this_machine(tmp_path):
+    build_encoder(attention("bert")).save_pretrained(tmp_path / "encoder")
+    encoder = AutoModel.from_pretrained(tmp_path / "encoder")
+    config = MemoryAutoencoderConfig(encoder=encoder.config, decoder=mixer(), chunk_length=LENGTH)
+    MemoryAutoencoder(config, encoder=encoder).save_pretrained(tmp_path / "probe")
+    assert str(tmp_path) not in (tmp_path / "probe" / "config.json").read_text()
+
+
+def test_no_chunk_is_reconstructed_in_part():
+    model = MemoryAutoencoder(
+        MemoryAutoencoderConfig(encoder=attention("llama"), decoder=mixer(), chunk_length=LENGTH)
+    )
+    with pytest.raises(ValueError, match=f"has {LENGTH + 1} tokens.*chunks of {LENGTH}"):
+        model.reconstruct(torch.ones(1, LENGTH + 1, dtype=torch.long))

@@ -453,3 +453,20 @@ def test_markers_are_ordinary_tokens_of_both_tables():
     model = build_model("llama")
     text = torch.tensor([[7, 8, 9, 10, 11, 12, 13, 14, COPY, *([BLANK] * 7), 15]])
     assert_rows_equal(model(text).logits, memory_loop.read_texts(model, text))
+
+
+@pytest.mark.parametrize("fields", [{}, {"window_positions": True}, {"memory_positions": "fixed", "max_memories": 8}])
+def test_activation_checkpointing_keeps_no_cache(fields):
+    model = build_model(**fields).train()
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+    slotted = torch.cat([torch.full((2, 2), SLOT), random_ids(2, 5)], 1)
+    for inputs in (
+        {"input_ids": random_ids(2, 2 * WINDOW + 3)},
+        {"input_ids": slotted, "context_input_ids": random_ids(2, 2, CHUNK)},
+    ):
+        out = model(**inputs, use_cache=True)
+        assert out.past_key_values is None
+        assert torch.equal(out.logits, model(**inputs).logits)
+    cache = model.eval()(random_ids(2, 3), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="keeps none"):
+        model.train()(random_ids(2, 1), past_key_values=cache)

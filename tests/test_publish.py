@@ -2,7 +2,6 @@
 
 import ast
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import LlamaForCausalLM
+from transformers import CLIPTextConfig, CLIPTextModel, LlamaForCausalLM
 from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 from modeling_memory import (
@@ -26,41 +25,13 @@ from tests.conftest import (
     tiny_encoder_config,
 )
 from tests.memory_models import CHUNK, WINDOW, build_model
-from training import publish
-from training.publish import (
-    PublishError,
-    card_results,
-    check_files,
-    load_checkpoint,
-    render_card,
-    verify_hub_folder,
-    write_hub_folder,
-)
+from tests.records import RECORD
+from training import hub_folder, publish
+from training.hub_folder import PublishError, check_files, load_checkpoint, write_hub_folder
+from training.verification import verify_hub_folder
 
-PACKAGE = Path(publish.__file__).parents[1] / "modeling_memory"
+PACKAGE = hub_folder.REPOSITORY / "modeling_memory"
 HUB_FILES = sorted(path for path in PACKAGE.glob("*.py") if path.name != "__init__.py")
-RECORD = {
-    "run": {"recipe_name": "tiny", "command": "python -m training.run tiny.yaml", "status": "success"},
-    "code": {"commit": "abc", "dirty": False, "versions": {"torch": "2"}},
-    "inputs": {"files": {"train": {"training/corpora/books/train.parquet": "3d0c"}}},
-    "sample": {
-        "text": "the cat",
-        "num_tokens": 2,
-        "num_memories": 1,
-        "memory_width": 8,
-        "num_right": 1,
-        "memories": [{"norm": 1.5, "first": [0.1]}],
-        "tokens": [["the", True], [" dog", False]],
-    },
-    "metrics": {
-        "blank_copy": {
-            "memory": {"token_accuracy": 0.9512, "loss": 0.1234, "num_tokens": 100},
-            "no_memory": {"token_accuracy": 0.0312, "loss": 6.5},
-            "note": "text",
-        },
-        "speed": 3,
-    },
-}
 
 
 @pytest.fixture(scope="module")
@@ -105,18 +76,18 @@ def test_hub_files_import_only_what_every_user_has(path):
     assert set(get_relative_imports(path)) == relative
 
 
-@pytest.mark.parametrize("auto_map", publish.AUTO_MAPS.values(), ids=publish.AUTO_MAPS)
+@pytest.mark.parametrize("auto_map", hub_folder.AUTO_MAPS.values(), ids=hub_folder.AUTO_MAPS)
 def test_entry_files_name_all_files_that_they_need(auto_map):
     """Before 5.8 the library copies from a local folder what the entry's own file imports, and nothing behind it."""
-    for entry in {**auto_map, **publish.PROCESSOR_AUTO_MAP}.values():
+    for entry in {**auto_map, **hub_folder.PROCESSOR_AUTO_MAP}.values():
         path = PACKAGE / f"{entry.partition('.')[0]}.py"
         needed = {Path(file).stem for file in get_relative_import_files(path)}
         assert needed <= set(get_relative_imports(path)), path.name
 
 
-@pytest.mark.parametrize("auto_map", publish.AUTO_MAPS.values(), ids=publish.AUTO_MAPS)
+@pytest.mark.parametrize("auto_map", hub_folder.AUTO_MAPS.values(), ids=hub_folder.AUTO_MAPS)
 def test_auto_maps_name_classes_that_exist(auto_map):
-    for entry in {**auto_map, **publish.PROCESSOR_AUTO_MAP}.values():
+    for entry in {**auto_map, **hub_folder.PROCESSOR_AUTO_MAP}.values():
         file, _, name = entry.partition(".")
         tree = ast.parse((PACKAGE / f"{file}.py").read_text("utf-8"))
         assert name in {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
@@ -140,7 +111,7 @@ def test_the_folder_holds_all_that_loading_needs_and_nothing_else(folder):
     } <= files
     assert not any(name.endswith((".bin", ".pt", ".pyc")) or "training" in name for name in files)
     config = json.loads((folder / "config.json").read_text())
-    assert config["auto_map"] == publish.AUTO_MAPS["memory_encoder_decoder"]
+    assert config["auto_map"] == hub_folder.AUTO_MAPS["memory_encoder_decoder"]
     settings = json.loads((folder / "processor_config.json").read_text())
     assert settings["auto_map"] == {"AutoProcessor": "processing_memory.MemoryProcessor"}
 
@@ -156,12 +127,12 @@ def test_no_place_of_this_machine_is_published(model, processor, tmp_path):
     joined.config.decoder._name_or_path = str(parts / "decoder")
     processor.save_pretrained(parts)
     loaded = MemoryProcessor.from_pretrained(parts)
-    record = {**RECORD, "places": [f"{publish.REPOSITORY}/configuration/x.yaml", f"saved to {parts}/decoder."]}
-    record["run"] = {**RECORD["run"], "command": f"python {publish.REPOSITORY}/training/run.py"}
+    record = {**RECORD, "places": [f"{hub_folder.REPOSITORY}/configuration/x.yaml", f"saved to {parts}/decoder."]}
+    record["run"] = {**RECORD["run"], "command": f"python {hub_folder.REPOSITORY}/training/run.py"}
     folder = write_hub_folder(joined, loaded, tmp_path / "hub", record)
     for name in files_of(folder):
         content = (folder / name).read_bytes()
-        for place in (tmp_path, publish.REPOSITORY):
+        for place in (tmp_path, hub_folder.REPOSITORY):
             assert str(place).encode() not in content, name
     saved = json.loads((folder / "record.json").read_text())
     assert saved["places"][0] == "configuration/x.yaml"
@@ -188,7 +159,7 @@ def test_an_earlier_folder_leaves_nothing_behind(model, processor, tmp_path, mon
         for parameter in old.parameters():
             parameter.add_(1.0)
     write_hub_folder(old, processor, target, RECORD)
-    monkeypatch.setattr(publish, "MAX_SHARD_SIZE", "40KB")
+    monkeypatch.setattr(hub_folder, "MAX_SHARD_SIZE", "40KB")
     write_hub_folder(model, processor, target)
     files = files_of(target)
     assert "model.safetensors" not in files and "model.safetensors.index.json" in files
@@ -214,7 +185,7 @@ def test_a_failed_write_leaves_the_earlier_folder(model, processor, folder, monk
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(publish, "render_card", fail)
+    monkeypatch.setattr(hub_folder, "render_card", fail)
     with pytest.raises(OSError, match="disk full"):
         write_hub_folder(model, processor, folder)
     assert {name: (folder / name).read_bytes() for name in files_of(folder)} == before
@@ -229,65 +200,11 @@ def test_weights_of_two_dtypes_are_refused(processor, tmp_path):
 
 
 def test_other_models_and_missing_processors_are_refused(model, tmp_path):
-    with pytest.raises(ValueError, match="type 'llama'"):
-        write_hub_folder(LlamaForCausalLM(tiny_decoder_config()), None, tmp_path / "hub")
+    with pytest.raises(ValueError, match="type 'clip_text_model'"):
+        write_hub_folder(CLIPTextModel(CLIPTextConfig(hidden_size=8, num_attention_heads=2)), None, tmp_path / "hub")
     with pytest.raises(ValueError, match="expected a MemoryProcessor"):
         write_hub_folder(model, build_tiny_tokenizer(), tmp_path / "hub")
     assert not list(tmp_path.iterdir())
-
-
-def test_the_card_has_metadata_and_the_numbers_of_the_record(folder):
-    card = ModelCard.load(folder / "README.md")
-    assert card.data.library_name == "transformers" and card.data.license == "apache-2.0"
-    assert card.data.pipeline_tag == "text-generation" and card.data.model_name == "tiny"
-    assert [result.metric_value for result in card.data.eval_results] == [0.9512]
-    assert "| blank copy | memory | 95.12 % | - | 0.1234 | - |" in card.text
-    assert "| blank copy | no memory | 3.12 % | - | 6.5000 | - |" in card.text
-    assert "python -m training.run tiny.yaml" in card.text and "Commit `abc`" in card.text
-    assert "| books, editions of Standard Ebooks | public domain, CC0 1.0 |" in card.text
-    assert "1 of 2 tokens right" in card.text and "the[ dog]" in card.text
-    for section in ("does not", "Use", "Architecture", "Training data", "Results", "Reproduce", "Limits and privacy"):
-        assert re.search(rf"^## .*{section}", card.text, re.MULTILINE), section
-    assert "More Information Needed" not in card.text and "{{" not in card.text and "\n\n\n" not in card.text
-
-
-def test_a_card_without_a_record_claims_nothing(model):
-    card = render_card(model)
-    assert "nothing is claimed" in card.text and "%" not in card.text.partition("## Results")[2]
-    assert card.data.eval_results is None
-
-
-def test_the_card_takes_what_only_its_writer_knows(model):
-    source = {"name": "books", "licence": "CC0 1.0", "source": "standardebooks.org"}
-    context = {
-        "description": "A first one.",
-        "training_data": [source],
-        "base_models": ["me/decoder"],
-        "example": "Out.",
-    }
-    card = render_card(model, RECORD, context)
-    assert "| books | CC0 1.0 | standardebooks.org |" in card.text
-    assert "Standard Ebooks" not in card.text and "the[ dog]" not in card.text
-    assert card.data.base_model == ["me/decoder"]
-    assert card.data.eval_results[0].dataset_name == "books, test split (blank_copy)"
-    assert "A first one." in card.text and "\nOut.\n" in card.text
-    with pytest.raises(ValueError, match="does not know colour"):
-        render_card(model, RECORD, {"colour": "blue"})
-
-
-@pytest.mark.parametrize("name", sorted(path.name for path in (publish.REPOSITORY / "training" / "corpora").iterdir()))
-def test_the_card_knows_all_text_that_ships(name):
-    readme = (publish.REPOSITORY / "training" / "corpora" / name / "README.md").read_text("utf-8")
-    source = publish.SHIPPED_TEXT[name]
-    assert source["source"] in readme and source["licence"].split()[0] in readme.replace("Creative Commons", "CC")
-
-
-def test_card_results_skip_what_is_no_metric():
-    rows = card_results(RECORD)
-    assert [(row["suite"], row["condition"]) for row in rows] == [
-        ("blank_copy", "memory"),
-        ("blank_copy", "no_memory"),
-    ]
 
 
 @pytest.mark.parametrize(
@@ -348,8 +265,16 @@ def test_an_autoencoder_loads_in_a_clean_process(tmp_path):
     model = MemoryAutoencoder(config).eval()
     folder = write_hub_folder(model, build_tiny_tokenizer(), tmp_path / "hub")
     report = verify_hub_folder(folder, model)
-    assert report["folder"]["loaded"] == ["AutoConfig", "AutoModel"]
-    assert "`trust_remote_code=True`" in (folder / "README.md").read_text()
+    assert report["folder"]["loaded"] == ["AutoConfig", "AutoModel", "AutoTokenizer"]
+
+
+def test_a_decoder_of_the_library_loads_in_a_clean_process_without_code_of_ours(tmp_path):
+    """The card, record and tokenizer of a stage that is an ordinary language model."""
+    model = LlamaForCausalLM(tiny_decoder_config()).eval()
+    folder = write_hub_folder(model, build_tiny_tokenizer(), tmp_path / "hub", RECORD)
+    assert not list(folder.glob("*.py")) and "auto_map" not in (folder / "config.json").read_text()
+    report = verify_hub_folder(folder, model)
+    assert report["hub"]["loaded"] == ["AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoTokenizer"]
 
 
 @pytest.mark.slow
@@ -394,7 +319,7 @@ def test_the_command_publishes_and_verifies_a_checkpoint(model, processor, tmp_p
     [
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "is no valid JSON"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "type 'llama'"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "clip"}'), "type 'clip'"),
         (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors"),
         (lambda folder: (folder / "record.json").write_text("{"), "record.json is no valid JSON"),
         (lambda folder: (folder / "processor_config.json").unlink(), "expected a MemoryProcessor"),
@@ -408,8 +333,29 @@ def test_the_command_names_a_users_mistake_in_one_line(folder, tmp_path, capsys,
     assert not (tmp_path / "other").exists()
 
 
+def test_the_command_publishes_a_stage_with_its_own_numbers_and_tokenizer(tmp_path, monkeypatch):
+    """From the folder of a run: the record stands three folders up, and is cut to the stage."""
+    monkeypatch.setattr(publish, "verify_hub_folder", lambda folder, model: {"hub": {"loaded": ["AutoModel"]}})
+    run = tmp_path / "run"
+    checkpoint = run / "stages" / "decoder" / "model"
+    LlamaForCausalLM(tiny_decoder_config()).save_pretrained(checkpoint)
+    build_tiny_tokenizer().save_pretrained(checkpoint)
+    (run / "record.json").write_text(json.dumps(RECORD))
+    domains = tmp_path / "domains.json"
+    score = {"token_accuracy": 0.123, "num_tokens": 5}
+    measured = {"digits": {"description": "random digits", "metrics": {"clm": {"this_model": score}}}}
+    domains.write_text(json.dumps({"domains": measured}))
+    hub = tmp_path / "hub"
+    assert publish.main([str(checkpoint), "--to", str(hub), "--domains", str(domains)]) == 0
+    card = ModelCard.load(hub / "README.md").text
+    assert "| causal | validation split |" in card and "95.12" not in card
+    assert "| random digits | clm | this model | 12.30 % |" in card
+    assert "tokenizer.json" in files_of(hub)
+    assert json.loads((hub / "record.json").read_text())["published_stage"] == "decoder"
+
+
 def test_the_command_names_missing_shards_and_folders(model, processor, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(publish, "MAX_SHARD_SIZE", "40KB")
+    monkeypatch.setattr(hub_folder, "MAX_SHARD_SIZE", "40KB")
     folder = write_hub_folder(model, processor, tmp_path / "hub")
     sorted(folder.glob("model-*.safetensors"))[0].unlink()
     assert publish.main([str(folder), "--to", str(tmp_path / "other")]) == 2
@@ -423,6 +369,6 @@ def test_the_command_names_missing_shards_and_folders(model, processor, tmp_path
 def test_help_and_missing_arguments():
     command = [sys.executable, "-m", "training.publish"]
     help_text = subprocess.run(
-        [*command, "--help"], capture_output=True, text=True, cwd=publish.REPOSITORY, check=True
+        [*command, "--help"], capture_output=True, text=True, cwd=hub_folder.REPOSITORY, check=True
     )
     assert "--to FOLDER" in help_text.stdout

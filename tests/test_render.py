@@ -140,7 +140,50 @@ def use_record() -> dict[str, Any]:
     }
 
 
-RECORDS = {"use": use_record, "quickstart": quickstart_record, "speed": speed_record, "time_to_accuracy": time_record}
+def probe_record() -> dict[str, Any]:
+    def cell(accuracy: float) -> dict[str, Any]:
+        return condition(accuracy, information_ratio=0.5, numbers_per_text=64, unknown_test_tokens=128)
+
+    lengths = {length: {"embedding": cell(0.5), "shuffled": cell(0.04)} for length in ("8", "16")}
+    decoder = {"model_type": "masked_mixer", "hidden_size": 256, "num_hidden_layers": 2, "expansion": "unroll"}
+    return {
+        "run": RUN,
+        "code": CODE,
+        "hardware": HARDWARE,
+        "recipe": {"decoder": decoder, "budget": {"steps": 100, "batch_tokens": 1024}},
+        "metrics": {"models": [{"name": "some model", "position": "mean", "lengths": lengths}]},
+        "seconds": 120.0,
+    }
+
+
+def written(gain: float) -> dict[str, Any]:
+    return condition(0.9, gain_nats=gain, gain_nats_interval=[gain - 1, gain + 1], exact_match=0.5, num_texts=4,
+                     curve=[{"step": step, "loss": 1 / (step + 1)} for step in (0, 10)])  # fmt: skip
+
+
+def ceiling_record() -> dict[str, Any]:
+    parts = {name: written(gain) for name, gain in (("one_pass", 90.0), ("refined", 95.0), ("optimised", 99.0))}
+    result = {**parts, "ceiling": written(100.0), "percent_of_nats": 90.0, "percent_of_nats_interval": [88.0, 92.0]}
+    result |= {"num_vectors": 2, "objective": "blank_copy", "without": {"loss": 3.0}}
+    recipe = {"recipe": {"steps": 120}}
+    return {"run": RUN, "code": CODE, "hardware": HARDWARE, **recipe, "metrics": {"against_ceiling": result}}
+
+
+def capacity_record() -> dict[str, Any]:
+    result = {"num_vectors": 1, "by_length": {"8": written(20.0), "16": written(30.0)}}
+    recipe = {"recipe": {"steps": 250}}
+    return {"run": RUN, "code": CODE, "hardware": HARDWARE, **recipe, "metrics": {"capacity": result}}
+
+
+RECORDS = {
+    "use": use_record,
+    "quickstart": quickstart_record,
+    "speed": speed_record,
+    "time_to_accuracy": time_record,
+    "probe": probe_record,
+    "ceiling": ceiling_record,
+    "capacity": capacity_record,
+}
 
 
 @pytest.fixture
@@ -200,12 +243,18 @@ def test_pages_and_figures_are_made_from_the_records_and_checked(root: Path, cap
         "| float32, AdamW at 0.0005, plain loop | 1,000 | 1051 | 1.05 s | 61.0% |",
         "| recipe quickstart as shipped | 400 | 100 | 250 ms | 90.3% |",
         "[Record](benchmarks/results/speed.json): commit 0123456, 2 threads on Some CPU, 2026-01-02.",
+        "| some model, mean, 64 | 90% | [50.0%](benchmarks/results/probe.json) (49.9 to 50.1), 0.50 | "
+        "[50.0%](benchmarks/results/probe.json) (49.9 to 50.1), 0.50 |",
+        "| some model, another text's embedding | 90% | 4.0% (3.9 to 4.1), 0.50 | 4.0% (3.9 to 4.1), 0.50 |",
+        "| the encoder's, one pass | 90.0% | 50% | 1.0000 | 90.0 (89.0 to 91.0) |",
+        "| gain over none (nats a text) | 20.0 | 30.0 |",
         "  the[ dog]",
         "the output",
         "Before speed.",
         "The end.",
     ):
         assert line in readme.splitlines() or any(one.endswith(line) for one in readme.splitlines()), line
+    assert "reaches [90.0 %](benchmarks/results/ceiling.json) (88.0 to 92.0) of the ceiling's gain" in readme
     assert "More than [10.5 times](benchmarks/results/time_to_accuracy.json) faster to 90% of the" in readme
     assert "old" not in readme.split("\n") and "missed" not in readme
     assert "(../benchmarks/results/speed.json)" in (root / "docs" / "page.md").read_text()
@@ -217,6 +266,9 @@ def test_pages_and_figures_are_made_from_the_records_and_checked(root: Path, cap
         "quickstart_accuracy_by_position.png",
         "speed_scaling.png",
         "time_to_accuracy_curves.png",
+        "probe_accuracy.png",
+        "ceiling_curve.png",
+        "capacity_curve.png",
     }
     assert all((root / "docs" / "figures" / name).stat().st_size > 3000 for name in names)
 

@@ -180,6 +180,12 @@ def test_changed_recipe_is_refused_with_what_changed(short_recipe: Path, capsys:
     assert "tokenizer.vocab_size = 290, and now it is 280" in capsys.readouterr().err
 
 
+def test_sources_of_several_lengths_share_a_batch_evenly(short_recipe: Path, capsys: pytest.CaptureFixture[str]):
+    assert main([str(short_recipe), "stages.blank_copy.training.batch_size=3"]) == 2
+    message = "stages.blank_copy.data.vary_source gives 2 lengths of source in turn, so training.batch_size must be a"
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -1,12 +1,17 @@
 """What is saved is what is loaded: bit by bit, by every Auto class, with every buffer, and no path of a machine."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 from modeling_memory import (
+    MemoryAutoencoder,
+    MemoryAutoencoderConfig,
     MemoryEncoderDecoderConfig,
     MemoryEncoderDecoderForCausalLM,
     MemoryEncoderDecoderModel,
@@ -157,3 +162,51 @@ def test_a_fresh_model_has_no_meta_or_unset_tensor():
     assert all(p.is_meta for p in model.parameters())
     tensors = [name for module in model.modules() for name, v in vars(module).items() if isinstance(v, torch.Tensor)]
     assert not tensors
+
+
+def test_saving_in_shards_over_an_unsharded_model_leaves_no_stale_weights(tmp_path):
+    build_model().save_pretrained(tmp_path)
+    model = build_model()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.add_(1)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    loaded = MemoryEncoderDecoderForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+    model.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
+
+
+def test_the_encoder_of_a_frozen_autoencoder_learns_if_the_joined_model_says_so():
+    body = tiny_encoder_config("masked_mixer")
+    autoencoder = MemoryAutoencoder(
+        MemoryAutoencoderConfig(encoder=body, decoder=body, chunk_length=4, freeze_encoder=True)
+    )
+    for frozen in (True, False):
+        model = MemoryEncoderDecoderForCausalLM.from_encoder_decoder_pretrained(
+            autoencoder, build_model().decoder, freeze_encoder=frozen
+        )
+        assert {parameter.requires_grad for parameter in model.encoder.parameters()} == {not frozen}
+
+
+def test_resizing_the_tables_keeps_self_memory_and_loads(tmp_path):
+    model = build_model("llama")
+    model.resize_token_embeddings(101, mean_resizing=False)
+    assert (model.config.encoder.vocab_size, model.config.decoder.vocab_size) == (101, 101)
+    model.save_pretrained(tmp_path)
+    loaded = MemoryEncoderDecoderForCausalLM.from_pretrained(tmp_path)
+    input_ids = torch.cat([random_ids(1, 20), torch.tensor([[99, 100]]), random_ids(1, 9)], 1)
+    assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
+
+
+def test_a_masked_mixer_decoder_loads_where_the_package_is_not_installed(tmp_path):
+    mixer = tiny_encoder_config("masked_mixer")
+    config = MemoryEncoderDecoderConfig(encoder=mixer, decoder=mixer, chunk_length=4)
+    MemoryEncoderDecoderForCausalLM(config).save_pretrained(tmp_path / "model")
+    code = "import sys; from transformers import AutoModelForCausalLM as Auto; "
+    code += "print(type(Auto.from_pretrained(sys.argv[1], trust_remote_code=True).decoder).__name__)"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "model")],
+        cwd=tmp_path, env={**environment, "HF_HOME": str(tmp_path / "cache")}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.stdout.strip() == "MaskedMixerForCausalLM", run.stderr[-500:]

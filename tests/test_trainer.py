@@ -15,13 +15,13 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel, TrainerCallback
 
 from tests.conftest import VOCAB_SIZE, tiny_decoder_config
+from training.checkpoints import last_complete_checkpoint
 from training.objectives import IGNORED, SpecialTokens
 from training.recipe import TrainingRecipe
 from training.rows import ObjectiveCollator, TokenRows
 from training.trainer import (
     MemoryTrainer,
     NonFiniteLossError,
-    last_complete_checkpoint,
     run_objective,
     training_arguments,
 )
@@ -142,6 +142,22 @@ def test_every_gives_an_objective_only_its_rows_of_the_stream():
         assert torch.equal(torch.cat(halves), thin["copy"][name])
 
 
+def test_varied_sources_are_one_window_two_windows_in_turn():
+    items = [TokenRows(tokens(), row_length=ROW, num_items=4, seed=1)[i] for i in range(4)]
+    varied, by_length = collator(vary_source=True)(items), {}
+    for length in (4, 8):
+        build = ObjectiveCollator(list(OBJECTIVES), SPECIAL, chunk_length=4, window_length=4, source_length=length)
+        by_length[length] = build(items)
+    for name in ("input_ids", "attention_mask", "shift_labels"):
+        assert torch.equal(varied["causal"][name], by_length[8]["causal"][name])
+        filler = {"input_ids": SPECIAL.pad, "attention_mask": 0, "shift_labels": IGNORED}[name]
+        for row, length in enumerate((4, 8, 4, 8)):
+            alone = by_length[length]["copy"][name][row]
+            got = varied["copy"][name][row]
+            assert torch.equal(got[: len(alone)], alone)
+            assert (got[len(alone) :] == filler).all()
+
+
 def test_loss_and_accuracy_are_the_hand_computed_weighted_sums(tmp_path: Path):
     network = model()
     run = trainer(tmp_path, network=network, learning_rate=0.0, muon_learning_rate=0.0, max_steps=2, logging_steps=2)
@@ -217,17 +233,6 @@ def test_killed_and_resumed_run_is_bit_equal_to_a_straight_one(tmp_path: Path, o
         assert torch.equal(one, two), name
     losses = [[log["loss"] for log in run.state.log_history if "loss" in log] for run in (straight, resumed)]
     assert losses[0] == losses[1]
-
-
-def test_incomplete_checkpoints_are_passed_over(tmp_path: Path):
-    run = trainer(tmp_path, save_steps=2)
-    run.train()
-    assert last_complete_checkpoint(tmp_path).name == "checkpoint-4"
-    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"global_st')
-    assert last_complete_checkpoint(tmp_path).name == "checkpoint-2"
-    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
-    assert last_complete_checkpoint(tmp_path) is None
-    assert last_complete_checkpoint(tmp_path / "nowhere") is None
 
 
 def test_nonfinite_loss_names_step_and_rows_and_keeps_the_last_checkpoint(tmp_path: Path):

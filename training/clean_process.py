@@ -1,11 +1,12 @@
 """Load a Hub folder in a process that has nothing but transformers, and compare it with what its writer
-computed.
+computed, under a guard that ends the process at the first connection, pickle, child process or foreign write.
 
 `training.publish` runs this file by its path, isolated (`python -I`), and hands it a reference file. Only the
 standard library, torch, transformers and safetensors may be imported here.
 """
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.abc import MetaPathFinder
@@ -30,6 +31,54 @@ class HidingFinder(MetaPathFinder):
         if fullname.partition(".")[0] in HIDDEN_PACKAGES:
             raise ModuleNotFoundError(f"{fullname} is hidden: the Hub folder has to load without it", name=fullname)
         return None
+
+
+class Guard:
+    """An audit hook: what the loaded code does that a model has no reason to do ends in an error.
+
+    The library copies a repository's code into its modules cache, and Python compiles it there; nothing else may be
+    written. A hook cannot be taken off again, so it is armed once everything but the folder's code is imported.
+
+    Args:
+        writable (`Sequence[Path]`): Folders where writing is the library's business.
+    """
+
+    FORBIDDEN = ("socket.", "pickle.find_class", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork")
+    WRITING = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod",
+               "shutil.rmtree", "shutil.move")  # fmt: skip
+
+    def __init__(self, writable: Sequence[Path]) -> None:
+        self.writable = [str(folder.resolve()) + os.sep for folder in writable]
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """Look at one event of the interpreter."""
+        if event.startswith(self.FORBIDDEN):
+            # Asking for this machine's own name opens no connection.
+            if event != "socket.gethostname" and event != "socket.__new__":
+                self.refuse(event, arguments)
+        elif event == "open":
+            path, mode, flags = arguments
+            if isinstance(path, str | bytes | os.PathLike) and _writes(mode, flags):
+                self.check(event, path)
+        elif event in self.WRITING:
+            self.check(event, arguments[0])
+
+    def check(self, event: str, path: Any) -> None:
+        """Refuse to write anywhere but in the library's own places."""
+        place = os.path.abspath(os.fsdecode(path))
+        if place != os.devnull and not f"{place}{os.sep}".startswith(tuple(self.writable)):
+            self.refuse(event, (place,))
+
+    @staticmethod
+    def refuse(event: str, arguments: tuple[Any, ...]) -> None:
+        """Raise, with the event and what it was about."""
+        raise PermissionError(f"loading must not do this: {event} {', '.join(map(repr, arguments[:2]))}")
+
+
+def _writes(mode: Any, flags: Any) -> bool:
+    if isinstance(mode, str):
+        return any(letter in mode for letter in "wax+")
+    return bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)) if isinstance(flags, int) else False
 
 
 def compute(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -75,6 +124,9 @@ def main(source: str, reference: Path, packages: Path) -> dict[str, Any]:
         expected = group({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
     torch.set_num_threads(settings["threads"])
     trusted: dict[str, Any] = {"trust_remote_code": True}
+    libraries = {Path(transformers.__file__).parents[1], Path(torch.__file__).parents[1], Path(os.__file__).parent}
+    before = set(sys.modules)
+    sys.addaudithook(Guard([Path(os.environ["HF_HOME"]), Path(os.environ["HF_MODULES_CACHE"])]))
 
     config = AutoConfig.from_pretrained(source, **trusted)
     loading = {**trusted, "attn_implementation": settings["attn_implementation"], "output_loading_info": True}
@@ -94,7 +146,8 @@ def main(source: str, reference: Path, packages: Path) -> dict[str, Any]:
         compare("the processor's", batch, expected["inputs/processor"])
     for name, item in loaded.items():
         where = type(item).__module__
-        check(where.startswith("transformers_modules."), f"{name} came from {where}, not from the folder")
+        home = "transformers_modules." if settings["remote_code"] else "transformers."
+        check(where.startswith(home), f"{name} came from {where}, not from {home.rstrip('.')}")
     if settings["text"] is not None:
         tokenizer = AutoTokenizer.from_pretrained(source, **trusted)
         batch = {"input_ids": tokenizer(settings["text"], return_tensors="pt")["input_ids"]}
@@ -103,12 +156,22 @@ def main(source: str, reference: Path, packages: Path) -> dict[str, Any]:
     for case in cases:
         outputs = compute(model, expected[f"inputs/{case}"])
         compare(f"the model's ({case})", outputs, expected[f"outputs/{case}"])
+    check_origins(set(sys.modules) - before, [*libraries, Path(os.environ["HF_MODULES_CACHE"])])
     return {
         "module": type(model).__module__,
         "transformers": transformers.__version__,
         "loaded": sorted(loaded) + ["AutoTokenizer"] * (settings["text"] is not None),
         "cases": cases,
     }
+
+
+def check_origins(names: Sequence[str] | set[str], places: Sequence[Path]) -> None:
+    """Stop unless every module that was imported while loading is the library's, Python's or the folder's."""
+    roots = tuple(str(place.resolve()) + os.sep for place in places)
+    for name in sorted(names):
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if file is not None:
+            check(os.path.realpath(file).startswith(roots), f"{name} was imported from {file}")
 
 
 def check(truth: bool, message: str) -> None:

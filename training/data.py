@@ -6,29 +6,24 @@ are cut from it: whole rows for training, all tokens with a mask for evaluation.
 
 import array
 import copy
-import gzip
 import hashlib
-import json
 import os
 import tempfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from training.sources import read_file
 from training.tokenizer import tokenizer_checksum
 
 logger = logging.get_logger(__name__)
 
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
 BATCH_CHARACTERS = 4_000_000
 CACHE_FORMAT = 1
 
@@ -111,7 +106,7 @@ def load_texts(files: Iterable[str | Path], text_column: str = "text") -> list[s
 
     Args:
         files (`Iterable[str or Path]`): `.parquet`, `.jsonl` (one object a line) or `.txt` (one document), the latter
-            two also with `.gz`.
+            two also with `.gz` or `.zst`.
         text_column (`str`): Column or field that holds a document's text.
 
     Returns:
@@ -120,30 +115,10 @@ def load_texts(files: Iterable[str | Path], text_column: str = "text") -> list[s
     Raises:
         ValueError: If a file is missing, of another kind, damaged, lacks the column, or if there is no text at all.
     """
-    texts: list[str] = []
-    for file in [Path(name) for name in files]:
-        if not file.is_file():
-            raise ValueError(
-                f"{file} is no file. Correct the path in the recipe's data section, or build the file first."
-            )
-        before = len(texts)
-        try:
-            texts.extend(text for text in _read(file, text_column) if text.strip())
-        except (
-            OSError,
-            EOFError,
-            zlib.error,
-            UnicodeDecodeError,
-            pyarrow.ArrowInvalid,
-        ) as error:
-            raise ValueError(
-                f"{file} cannot be read as UTF-8 text in its format: {error}. Replace the damaged file."
-            ) from error
-        if len(texts) == before:
-            raise ValueError(f"{file} holds no text. Leave it out, or check the column {text_column!r}.")
-    if not texts:
+    paths = [Path(name) for name in files]
+    if not paths:
         raise ValueError("no files were given; name at least one text file.")
-    return texts
+    return [text for path in paths for text in read_file(path, text_column)]
 
 
 def file_checksums(files: Iterable[str | Path]) -> dict[str, str]:
@@ -197,7 +172,7 @@ def check_splits(
     for name, texts in (("test", test), ("validation", validation), ("train", train)):
         own: set[str] = set()
         for text in texts:
-            for kind, piece in _pieces(text, min_line_length):
+            for kind, piece in shared_pieces(text, min_line_length):
                 if piece in seen:
                     start = piece if len(piece) <= 80 else piece[:80] + "..."
                     raise ValueError(
@@ -287,49 +262,7 @@ def count_bytes(texts: Iterable[str]) -> int:
     return sum(len(text.encode()) for text in texts)
 
 
-def _read(file: Path, text_column: str) -> Iterator[str]:
-    name = file.name.removesuffix(".gz")
-    if name.endswith(".parquet") and name == file.name:
-        return _read_parquet(file, text_column)
-    if not name.endswith((".jsonl", ".txt")):
-        raise ValueError(f"{file} has no known ending; known: {', '.join(SUFFIXES)}. Convert it to one of these.")
-    content = file.read_bytes()
-    if name != file.name:
-        content = gzip.decompress(content)
-    text = content.decode("utf-8-sig")
-    return iter([text]) if name.endswith(".txt") else _read_json_lines(file, text, text_column)
-
-
-def _read_parquet(file: Path, text_column: str) -> Iterator[str]:
-    columns = pyarrow.parquet.read_schema(file).names
-    if text_column not in columns:
-        raise ValueError(f"{file} has the columns {', '.join(columns)}, but no {text_column!r}. Set text_column.")
-    for row, text in enumerate(pyarrow.parquet.read_table(file, columns=[text_column])[text_column].to_pylist()):
-        yield _checked_text(text, f"{file}, row {row}", text_column)
-
-
-def _read_json_lines(file: Path, content: str, text_column: str) -> Iterator[str]:
-    for number, line in enumerate(content.split("\n"), start=1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}, line {number} is no JSON object: {error}. Correct the line.") from error
-            if not isinstance(record, dict) or text_column not in record:
-                fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                raise ValueError(f"{file}, line {number} has {fields}, but no {text_column!r}. Set text_column.")
-            yield _checked_text(record[text_column], f"{file}, line {number}", text_column)
-
-
-def _checked_text(text: object, where: str, text_column: str) -> str:
-    if not isinstance(text, str):
-        raise ValueError(
-            f"{where}: {text_column!r} is {text!r}, expected text. Remove the row or name another column."
-        )
-    return text
-
-
-def _pieces(text: str, min_line_length: int) -> Iterator[tuple[str, str]]:
+def shared_pieces(text: str, min_line_length: int) -> Iterator[tuple[str, str]]:
     """Yield what must not occur in two splits: the document and its long lines."""
     yield "document", text.strip()
     for line in text.splitlines():

@@ -3,9 +3,10 @@
 ```bash
 python -m training.evaluate runs/quickstart/hub --suite blank_copy --suite copy --limit 64
 python -m training.evaluate runs/quickstart/stages/autoencoder/model --suite retention --text notes.txt
+python -m training.evaluate runs/quickstart/hub --suite fidelity --domain news=training/corpora/wikinews/test.parquet
 ```
 
-What each suite asks is described in `training/suites.py`.
+What each suite asks is described in `training/suites.py`, and in `training/fidelity.py`.
 """
 
 import argparse
@@ -24,13 +25,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from training.build import count_parameters
 from training.data import file_checksums, load_texts, tokenise_documents
+from training.fidelity import evaluate_fidelity, text_lines
 from training.inputs import byte_lengths_of
 from training.publish import load_checkpoint
 from training.recipe import resolve_files
 from training.record import describe_code, describe_hardware, peak_memory_bytes, read_json, write_record
-from training.strict_yaml import portable_path
+from training.strict_yaml import portable_path, portable_word
 from training.suites import SUITES, Evaluation, default_length, evaluate_suite, results_table, spread_rows
 from training.tokenizer import special_tokens_of, tokenizer_checksum
+
+FIDELITY = "fidelity"
 
 
 def evaluate(
@@ -76,7 +80,10 @@ def evaluate(
     metrics = {}
     for suite in suites:
         rows = spread_rows(tokens, row_length=length or default_length(evaluation, suite), limit=limit)
-        metrics[suite] = evaluate_suite(evaluation, suite, rows, baselines)
+        if suite == FIDELITY:
+            metrics[suite] = evaluate_fidelity(evaluation, tokenizer, rows)
+        else:
+            metrics[suite] = evaluate_suite(evaluation, suite, rows, baselines)
     return metrics
 
 
@@ -127,7 +134,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", help="folder of a model (runs/<name>/hub), or a Hub repository")
     parser.add_argument(
-        "--suite", action="append", required=True, choices=SUITES, help="what to measure; may be given several times"
+        "--suite",
+        action="append",
+        required=True,
+        choices=(*SUITES, FIDELITY),
+        help="what to measure; may be given several times",
+    )
+    parser.add_argument(
+        "--domain", action="append", default=[], metavar="NAME=FILE", help="fidelity: other text to measure it on"
     )
     parser.add_argument("--limit", type=int, default=256, metavar="N", help="most rows of a suite (default 256)")
     parser.add_argument(
@@ -174,6 +188,14 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         batch_size=options.batch_size,
         baselines=baselines,
     )
+    other = dict(_domain(word) for word in options.domain)
+    if other and FIDELITY not in options.suite:
+        raise ValueError("--domain is for --suite fidelity; add the suite or leave the domain out")
+    for name, file in other.items():
+        rest = {"limit": options.limit, "length": options.length, "batch_size": options.batch_size}
+        found = evaluate(model, tokenizer, load_texts([file]), [FIDELITY], **rest)
+        metrics[f"{FIDELITY}, {name}"] = found[FIDELITY]
+    files = [*files, *other.values()]
     record = {
         "run": {
             "recipe_name": None,
@@ -197,8 +219,18 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
     path = Path(options.record or f"results/scratch/evaluation-{created_at:%Y%m%d-%H%M%S}.json")
     write_record(path, record)
     print(results_table(metrics))
+    for suite, result in metrics.items():
+        if "text" in result.get("memory", {}):
+            print("\n".join([f"{suite}:", *text_lines(result["memory"]["text"])]))
     print(f"record: {path}")
     return record
+
+
+def _domain(word: str) -> tuple[str, Path]:
+    name, equals, file = word.partition("=")
+    if not (name and equals and file):
+        raise ValueError(f"--domain {word}: expected NAME=FILE, e.g. news=training/corpora/wikinews/test.parquet")
+    return name, resolve_files([file], "--domain")[0]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -207,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     transformers.utils.logging.disable_progress_bar()
     try:
-        run(options, shlex.join(["python", "-m", "training.evaluate", *map(portable_path, words)]))
+        run(options, shlex.join(["python", "-m", "training.evaluate", *map(portable_word, words)]))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -109,6 +109,10 @@ def _tidy(panel: Axes, suffix: str) -> None:
         panel.yaxis.set_major_formatter(PercentFormatter(1.0))
     else:
         panel.set_ylim(bottom=0, auto=True)  # the other panels of the row may still raise the top
+    _tidy_axes(panel)
+
+
+def _tidy_axes(panel: Axes) -> None:
     panel.grid(alpha=0.3, linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)
     if panel.get_legend_handles_labels()[0]:
@@ -119,3 +123,90 @@ def _save(figure: Any, path: Path) -> str:
     figure.savefig(path, dpi=150, metadata={"Software": None})
     plt.close(figure)
     return path.name
+
+
+def write_probe_figure(record: dict[str, Any], folder: Path) -> str:
+    """Draw what a probe found: tokens that come back against the length, and by position in the longest texts.
+
+    Args:
+        record (`dict`): Of `python -m training.probe`.
+        folder (`Path`): Where the PNG file goes.
+
+    Returns:
+        `str`: Its name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    models = record["metrics"]["models"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    styles = {"embedding": ("o-", 1.6), "untrained": ("s--", 1.0), "shuffled": ("^:", 1.0)}
+    for colour, model in zip(COLOURS, models, strict=False):
+        lengths = [int(length) for length in model["lengths"]]
+        for condition, (style, width) in styles.items():
+            cells = [cells.get(condition) for cells in model["lengths"].values()]
+            if None in cells:
+                continue
+            values = [cell["token_accuracy"] for cell in cells]
+            bounds = list(zip(*(cell["token_accuracy_interval"] for cell in cells), strict=True))
+            below = [value - low for value, low in zip(values, bounds[0], strict=True)]
+            above = [high - value for value, high in zip(values, bounds[1], strict=True)]
+            label = model["name"] if condition == "embedding" else None
+            left.errorbar(lengths, values, yerr=[below, above], fmt=style, color=colour, label=label, capsize=2,
+                          linewidth=width, markersize=4)  # fmt: skip
+            curve = cells[-1]["token_accuracy_by_position"]
+            right.plot(range(1, len(curve) + 1), curve, style[1:], color=colour, linewidth=width)
+    for condition, (style, width) in list(styles.items())[1:]:
+        left.plot([], [], style, color="grey", linewidth=width, markersize=4, label=f"{condition} (control)")
+    left.set_xscale("log", base=2)
+    left.set_xticks(lengths, [str(length) for length in lengths])
+    left.set_xlabel("tokens of the text")
+    left.set_ylabel("tokens written back from the frozen embedding")
+    left.set_title("by length", fontsize=10)
+    right.set_xlabel("position in the text")
+    right.set_title(f"by position, {lengths[-1]} tokens", fontsize=10)
+    for panel in (left, right):
+        _tidy(panel, "token_accuracy")
+    return _save(figure, folder / "accuracy.png")
+
+
+def write_ceiling_figure(record: dict[str, Any], folder: Path) -> str:
+    """Draw the way to the ceiling: tokens right and gain left to make, by optimiser step; or what fits, by length.
+
+    Args:
+        record (`dict`): Of `python -m training.ceiling`.
+        folder (`Path`): Where the PNG file goes.
+
+    Returns:
+        `str`: Its name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    figure, panel = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    metrics = record["metrics"]
+    if "against_ceiling" in metrics:
+        result = metrics["against_ceiling"]
+        labels = {"refined": "from the encoder's memories", "optimised": "from random vectors"}
+        for colour, (name, label) in zip(COLOURS, labels.items(), strict=False):
+            curve = result[name]["curve"]
+            values = [[point[key] for point in curve] for key in ("step", "loss")]
+            panel.plot(*values, "o-", color=colour, label=label, markersize=3, linewidth=1.4)
+        for name, style in (("one_pass", "--"), ("without", ":")):
+            label = name.replace("_", " ").replace("without", "without memories")
+            panel.axhline(result[name]["loss"], color="grey", linestyle=style, linewidth=1, label=label)
+        panel.set_yscale("log")
+        panel.set_xlabel("optimiser steps on the memories of one text")
+        panel.set_ylabel("nats per token of the text")
+        _tidy_axes(panel)
+    else:
+        by_length = metrics["capacity"]["by_length"]
+        lengths = [int(length) for length in by_length]
+        for colour, (key, label) in zip(
+            COLOURS, (("token_accuracy", "tokens"), ("exact_match", "texts without an error")), strict=False
+        ):
+            values = [by_length[str(length)][key] for length in lengths]
+            panel.plot(lengths, values, "o-", color=colour, label=label, markersize=4, linewidth=1.4)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(lengths, [str(length) for length in lengths])
+        vectors = metrics["capacity"]["num_vectors"]
+        panel.set_xlabel(f"tokens of the text, in {vectors} optimised vector{'' if vectors == 1 else 's'}")
+        panel.set_ylabel("written back by the frozen decoder")
+        _tidy(panel, "token_accuracy")
+    return _save(figure, folder / "curve.png")

@@ -1,5 +1,6 @@
 """What every stage of a run reads: the tokenizer, and the three splits as streams of tokens."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,13 @@ import torch
 from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from training.data import check_splits, file_checksums, load_texts, tokenise_documents
+from training.data import check_splits, tokenise_documents
 from training.objectives import SpecialTokens
-from training.recipe import Recipe, resolve_files
+from training.recipe import Recipe, resolve_documents
 from training.record import fingerprint, read_json, write_json
+from training.sources import take_bytes
 from training.stages import check_same, replace_folder
+from training.token_stream import TokenStream, source_checksums
 from training.tokenizer import special_tokens_of, token_byte_lengths, tokenizer_checksum, train_tokenizer
 
 SPLITS = ("train", "validation", "test")
@@ -25,7 +28,8 @@ class Inputs:
     Attributes:
         tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
         special_tokens (`SpecialTokens`): Ids of its special tokens.
-        tokens (`dict[str, torch.Tensor]`): Split -> its stream of tokens.
+        tokens (`dict[str, torch.Tensor]`): Split -> its tokens; of a streaming recipe without the train split.
+        stream (`TokenStream`, *optional*): The train split of a streaming recipe.
         byte_lengths (`torch.LongTensor`, *optional*): Bytes of each token, of a byte-level tokenizer.
         description (`dict`): For the record: files with checksums, counts, the tokenizer.
         fingerprint (`str`): Differs whenever text or tokenizer do.
@@ -37,6 +41,7 @@ class Inputs:
     byte_lengths: torch.Tensor | None
     description: dict[str, Any]
     fingerprint: str
+    stream: TokenStream | None = None
 
 
 def prepare_inputs(recipe: Recipe, folder: Path, state: PartialState) -> Inputs:
@@ -53,21 +58,30 @@ def prepare_inputs(recipe: Recipe, folder: Path, state: PartialState) -> Inputs:
         ValueError: If a file is missing or damaged, splits overlap, or the folder holds another recipe's tokenizer.
     """
     data = recipe.data
-    files = {split: resolve_files(getattr(data, split), f"data.{split}") for split in SPLITS}
+    sources = {split: resolve_documents(getattr(data, split), data.text_column, f"data.{split}") for split in SPLITS}
+    whole = [split for split in SPLITS if split != "train" or not data.streaming]
+    stream = None
     with state.main_process_first():
-        texts = {split: load_texts(files[split], data.text_column) for split in SPLITS}
-        check_splits(*(texts[split] for split in SPLITS))
-        tokenizer = _tokenizer(recipe, folder / "tokenizer", texts["train"], files)
-        streams = {split: tokenise_documents(tokenizer, texts[split], cache_folder=folder) for split in SPLITS}
-    tokens = {split: stream.tokens for split, stream in streams.items()}
-    if data.max_train_tokens is not None:
+        texts = {split: list(sources[split].read()) for split in whole}
+        check_splits(texts.get("train", []), texts["validation"], texts["test"])
+        checksums = {split: source_checksums(source) for split, source in sources.items()}
+        sample = texts["train"] if "train" in texts else sources["train"].read()
+        tokenizer = _tokenizer(recipe, folder / "tokenizer", sample, checksums["train"])
+        streams = {split: tokenise_documents(tokenizer, texts[split], cache_folder=folder) for split in whole}
+        if data.streaming:
+            held_out = [*texts["validation"], *texts["test"]]
+            stream = TokenStream(sources["train"], tokenizer, folder, held_out=held_out, limit=data.max_train_tokens)
+            stream.reach(1)
+    tokens = {split: streamed.tokens for split, streamed in streams.items()}
+    if data.max_train_tokens is not None and not data.streaming:
         tokens["train"] = tokens["train"][: data.max_train_tokens]
     description = {
-        "files": {split: file_checksums(files[split]) for split in SPLITS},
-        "tokens": {split: tokens[split].numel() for split in SPLITS},
-        "documents": {split: stream.num_documents for split, stream in streams.items()},
-        "bytes": {split: stream.num_bytes for split, stream in streams.items()},
+        "files": checksums,
+        "tokens": {split: tokens[split].numel() for split in whole},
+        "documents": {split: streamed.num_documents for split, streamed in streams.items()},
+        "bytes": {split: streamed.num_bytes for split, streamed in streams.items()},
         "tokenizer": {"entries": len(tokenizer), "checksum": tokenizer_checksum(tokenizer)},
+        **({} if stream is None else {"stream": stream.identity}),
     }
     return Inputs(
         tokenizer,
@@ -76,6 +90,7 @@ def prepare_inputs(recipe: Recipe, folder: Path, state: PartialState) -> Inputs:
         byte_lengths_of(tokenizer),
         description,
         fingerprint(description),
+        stream,
     )
 
 
@@ -88,17 +103,20 @@ def byte_lengths_of(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor | None:
 
 
 def _tokenizer(
-    recipe: Recipe, folder: Path, texts: list[str], files: dict[str, list[Path]]
+    recipe: Recipe, folder: Path, texts: Iterable[str], checksums: dict[str, str]
 ) -> PreTrainedTokenizerBase:
     """Load the run's tokenizer, training it first if the recipe says so and it is not there yet."""
     settings = recipe.tokenizer
     if settings.path is not None:
         return AutoTokenizer.from_pretrained(settings.path)
-    asked = {"tokenizer": recipe.to_mapping()["tokenizer"], "files": file_checksums(files["train"])}
+    asked = {"tokenizer": recipe.to_mapping()["tokenizer"], "files": checksums}
     before = read_json(folder / "asked.json")
     check_same(before, asked, folder)
     if before is None:
-        tokenizer = train_tokenizer(texts, settings.vocab_size, max_bytes=settings.max_train_bytes)
+        max_bytes = settings.max_train_bytes
+        if recipe.data.streaming and max_bytes is not None:  # the beginning of the text; more of it is not read yet
+            texts, max_bytes = take_bytes(texts, max_bytes), None
+        tokenizer = train_tokenizer(texts, settings.vocab_size, max_bytes=max_bytes)
         replace_folder(folder, lambda part: _save(tokenizer, asked, part))
     return AutoTokenizer.from_pretrained(folder)
 

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from training.sources import HUB, Documents, HubDataset
 from training.strict_yaml import (
     REPOSITORY,
     apply_override,
@@ -37,13 +38,20 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """Text files of the three splits; glob patterns, relative to the current directory or the repository."""
+    """Text of the three splits: glob patterns, relative to the current directory or the repository, or datasets of the
+    Hub as `hub:ID@COMMIT:CONFIG:SPLIT`.
+
+    With `streaming` the train split is tokenised as far as it is read and never held in memory; rows are shuffled
+    within blocks of `shuffle_rows`.
+    """
 
     train: list[str]
     validation: list[str]
     test: list[str]
     text_column: str = "text"
     max_train_tokens: int | None = None
+    streaming: bool = False
+    shuffle_rows: int = 4096
 
 
 @dataclass(frozen=True)
@@ -59,20 +67,24 @@ class TokenizerRecipe:
 class RowsRecipe:
     """How a stage cuts the token stream: lengths in text tokens.
 
-    `source_length` (default `row_length`) is how much of a row the copy objectives take as their source.
+    `source_length` (default `row_length`) is how much of a row the copy objectives take as their source; with
+    `vary_source` the rows of a batch take one window, two, ... up to it in turn.
     `window_length` is for `causal_lm` only: the decoder then reads each window of the row by itself, which
     makes it the no-memory baseline of a memory model with that window; default is the whole row.
     Stages with equal `seed` (default: the recipe's) and lengths read the same rows in the same order.
+    `encode_once` keeps a frozen encoder's states of the train split on disk and trains from them; slots layout only.
     `every` gives an objective only every n-th row of a batch: `{causal: 4}` rehearses on a quarter of the rows.
     """
 
     row_length: int
     source_length: int | None = None
+    vary_source: bool = False
     window_length: int | None = None
     layout: Literal["self", "slots"] = "self"
     marker: Literal["token", "none"] = "token"
     seed: int | None = None
     every: dict[str, int] = field(default_factory=dict)
+    encode_once: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +106,10 @@ class TrainingRecipe:
     warmup: float = 0.02
     decay: float = 0.3
     bf16: bool = True
+    gradient_checkpointing: bool = False
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None
+    loss_chunk: int | None = None
+    num_workers: int = 0
     logging_steps: int = 50
     eval_steps: int | None = None
     eval_rows: int = 128
@@ -240,6 +256,21 @@ def resolve_files(patterns: list[str], path: str = "files") -> list[Path]:
     return files
 
 
+def resolve_documents(patterns: list[str], text_column: str, path: str = "files") -> Documents:
+    """Expand file names and glob patterns, each in sorted order, and datasets of the Hub, into a source of documents.
+
+    Raises:
+        ValueError: If a pattern matches no file, or a dataset has no revision.
+    """
+    parts: list[Path | HubDataset] = []
+    for pattern in patterns or [""]:
+        found = (
+            [HubDataset.parse(pattern)] if pattern.startswith(HUB) else resolve_files([pattern] * bool(pattern), path)
+        )
+        parts.extend(found)
+    return Documents(tuple(parts), text_column)
+
+
 def check_recipe(recipe: Recipe) -> None:
     """Check what needs more than one field: names, references, objectives and lengths.
 
@@ -250,6 +281,12 @@ def check_recipe(recipe: Recipe) -> None:
         raise ValueError(f"name is {recipe.name!r}; it becomes a folder: use letters, digits, '-', '_' and '.'")
     if not recipe.stages:
         raise ValueError("stages is empty; a recipe needs at least one stage")
+    _check_positive(recipe.data.shuffle_rows, "data.shuffle_rows")
+    if recipe.data.streaming and recipe.tokenizer.path is None and recipe.tokenizer.max_train_bytes is None:
+        raise ValueError(
+            "data.streaming reads text only as far as it is needed, so tokenizer.max_train_bytes must say on how much "
+            "of it the tokenizer is trained; or name a finished tokenizer in tokenizer.path"
+        )
     earlier: dict[str, StageRecipe] = {}
     for stage in recipe.stages:
         path = f"stages.{stage.name}"
@@ -260,6 +297,12 @@ def check_recipe(recipe: Recipe) -> None:
         _check_references(stage, earlier, path)
         _check_objectives(stage, path)
         _check_training(stage, path)
+        if stage.data.encode_once and (
+            stage.kind != "memory" or stage.data.layout != "slots" or recipe.data.streaming
+        ):
+            raise ValueError(
+                f"{path}.data.encode_once is for memory stages with data.layout: slots, and not with data.streaming"
+            )
         earlier[stage.name] = stage
     for key in ("no_memory", "full_context", "autoencoder"):
         kinds = ("autoencoder",) if key == "autoencoder" else ("causal_lm",)
@@ -332,8 +375,11 @@ def _check_training(stage: StageRecipe, path: str) -> None:
         "logging_steps",
         "eval_rows",
         "save_total_limit",
+        "loss_chunk",
     ):
         _check_positive(getattr(training, key), f"{path}.training.{key}")
+    if training.num_workers < 0:
+        raise ValueError(f"{path}.training.num_workers is {training.num_workers}, expected 0 or more")
     for key in ("row_length", "source_length", "window_length"):
         _check_positive(getattr(rows, key), f"{path}.data.{key}")
     for name, step in rows.every.items():

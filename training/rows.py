@@ -6,7 +6,10 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from training.encoded import EncodedChunks
 from training.objectives import IGNORED, SpecialTokens, build_batch
+
+COPIES = ("copy", "blank_copy")
 
 
 class TokenRows(Dataset):
@@ -22,17 +25,33 @@ class TokenRows(Dataset):
         row_length (`int`): Tokens per row.
         num_items (`int`): Length of the dataset.
         seed (`int`, *optional*): Seed of the order; `None` reads in order.
+        encoded (`EncodedChunks`, *optional*): States of the stream's chunks. Rows then begin with a chunk, and an
+            item has a third part, the states of its chunks `(chunks, K, E)`.
 
     Raises:
-        ValueError: If the stream is shorter than one row.
+        ValueError: If the stream is shorter than one row, or rows are not whole chunks of `encoded`.
     """
 
-    def __init__(self, tokens: torch.Tensor, *, row_length: int, num_items: int, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        tokens: torch.Tensor,
+        *,
+        row_length: int,
+        num_items: int,
+        seed: int | None = None,
+        encoded: EncodedChunks | None = None,
+    ) -> None:
         if tokens.numel() < row_length:
             raise ValueError(
                 f"the text has {tokens.numel()} tokens, fewer than one row of {row_length}; give more text or "
                 "shorten data.row_length"
             )
+        if encoded is not None and row_length % encoded.chunk_length:
+            raise ValueError(
+                f"data.row_length is {row_length}, but with data.encode_once rows are whole chunks of "
+                f"{encoded.chunk_length}"
+            )
+        self.encoded = encoded
         self.tokens = tokens
         self.row_length = row_length
         self.num_items = num_items
@@ -47,9 +66,18 @@ class TokenRows(Dataset):
         """Whole rows in one pass."""
         return self.tokens.numel() // self.row_length
 
-    def __getitem__(self, index: int) -> tuple[int, torch.Tensor]:
+    def padded_to(self, multiple: int) -> "TokenRows":
+        """Return the same rows with items that count for nothing behind them, up to a multiple of `multiple`.
+
+        Whole batches on every process: otherwise accelerate fills the last ones with rows that were scored before.
+        """
+        num_items = -(-self.num_items // multiple) * multiple
+        return TokenRows(self.tokens, row_length=self.row_length, num_items=num_items, seed=self.seed)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
         number, start = self._locate(index)
-        return number, self.tokens[start : start + self.row_length].long()
+        item = number, self.tokens[start : start + self.row_length].long()
+        return item if self.encoded is None else (*item, self.encoded.of(start, self.row_length))
 
     def _locate(self, index: int) -> tuple[int, int]:
         """Return the number and the first token of an item's row."""
@@ -62,7 +90,9 @@ class TokenRows(Dataset):
         if self._pass is None or self._pass[0] != passed:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + passed)
             slack = self.tokens.numel() - per_pass * self.row_length
-            offset = int(torch.randint(min(slack, self.row_length) + 1, (), generator=generator)) if passed else 0
+            grid = 1 if self.encoded is None else self.encoded.chunk_length
+            steps = min(slack, self.row_length) // grid
+            offset = grid * int(torch.randint(steps + 1, (), generator=generator)) if passed else 0
             self._pass = (passed, offset, torch.randperm(per_pass, generator=generator))
         _, offset, order = self._pass
         number = int(order[place])
@@ -78,6 +108,8 @@ class ObjectiveCollator:
         chunk_length (`int`): Tokens per chunk.
         window_length (`int`): Tokens per window. With `split_windows` each window becomes a row of its own.
         source_length (`int`, *optional*): Tokens at the start of a row that the copy objectives copy.
+        vary_source (`bool`): Whether the copy objectives' rows have sources of 1, 2, ... windows in turn, up to
+            `source_length`, so that a model learns to give back few memories as well as many.
         split_windows (`bool`): Whether the model reads each window by itself. Targets stay those of the whole row:
             the last token of a window is asked for the first of the next, as a memory model is.
         every (`dict[str, int]`, *optional*): Objective -> n, for which it takes every n-th row of a batch only.
@@ -92,6 +124,7 @@ class ObjectiveCollator:
         chunk_length: int,
         window_length: int,
         source_length: int | None = None,
+        vary_source: bool = False,
         split_windows: bool = False,
         every: Mapping[str, int] | None = None,
         **options: Any,
@@ -101,29 +134,37 @@ class ObjectiveCollator:
         self.chunk_length = chunk_length
         self.window_length = window_length
         self.source_length = source_length
+        self.vary_source = vary_source
         self.split_windows = split_windows
         self.every = every or {}
         self.options = options
 
-    def __call__(self, items: list[tuple[int, torch.Tensor]]) -> dict[str, Any]:
-        rows = torch.tensor([number for number, _ in items])
-        tokens = torch.stack([row for _, row in items])  # (B, n)
+    def __call__(self, items: list[tuple[Any, ...]]) -> dict[str, Any]:
+        rows = torch.tensor([item[0] for item in items])
+        tokens = torch.stack([item[1] for item in items])  # (B, n)
+        states = torch.stack([item[2] for item in items]) if len(items[0]) > 2 else None  # (B, C, K, E)
         batches: dict[str, Any] = {"rows": rows}
         for objective in self.objectives:
             step = self.every.get(objective, 1)
             batches[objective] = self.collate(objective, tokens[::step], rows[::step])
+            if states is not None:
+                batches[objective] = with_states(batches[objective], states[::step])
         return batches
 
     def collate(
         self, objective: str, tokens: torch.Tensor, rows: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """Build the batch of one objective from rows `(B, n)`; rows with a negative number get no target."""
+        source: dict[str, Any] = {"source_length": self.source_length}
+        if self.vary_source and objective in COPIES:
+            tokens, mask = self._varied_sources(tokens)
+            source = {"attention_mask": mask}
         batch = build_batch(
             objective,
             tokens,
             window_length=self.window_length,
             chunk_length=self.chunk_length,
-            source_length=self.source_length,
+            **source,
             tokens_ids=self.special_tokens,
             mixed_with_causal="causal" in self.objectives,
             **self.options,
@@ -142,3 +183,25 @@ class ObjectiveCollator:
             if wanted.any() and wanted.sum() <= 0.75 * wanted.numel():
                 batch["columns"] = wanted.nonzero()[:, 0]
         return batch
+
+    def _varied_sources(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cut rows `(B, n)` to sources of 1, 2, ... windows in turn; return them with their mask."""
+        longest = self.source_length or tokens.shape[1]
+        num_windows = torch.arange(tokens.shape[0], device=tokens.device) % (longest // self.window_length) + 1
+        columns = torch.arange(longest, device=tokens.device)
+        return tokens[:, :longest], (columns < num_windows[:, None] * self.window_length).long()
+
+
+def with_states(batch: dict[str, torch.Tensor], states: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Put the encoder's ready states in the place of the context of a batch in the slots layout.
+
+    Args:
+        batch (`dict`): With `context_input_ids` `(B, C, L)`, the first chunks of each row.
+        states (`torch.Tensor` of shape `(B, chunks, K, E)`): States of all chunks of each row.
+
+    Returns:
+        The batch with `memory_states` `(B, C * K, E)`.
+    """
+    num_chunks = batch["context_input_ids"].shape[1]
+    rest = {name: tensor for name, tensor in batch.items() if not name.startswith("context_")}
+    return {**rest, "memory_states": states[:, :num_chunks].flatten(1, 2)}

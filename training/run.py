@@ -4,11 +4,13 @@
 python -m training.run debug_cpu
 python -m training.run configuration/recipes/quickstart.yaml seed=1 stages.decoder.training.max_steps=100
 accelerate launch -m training.run configuration/recipes/quickstart.yaml
+python -m training.run debug_cpu --grid 'seed=[0, 1, 2]'      # a queue of runs, see training/grid.py
 ```
 """
 
 import argparse
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ import transformers
 from accelerate import PartialState
 
 from training.figures import write_figures
+from training.grid import run_grid
 from training.inputs import Inputs, prepare_inputs
 from training.publish import PublishError, verify_hub_folder, write_hub_folder
 from training.recipe import Recipe, load_recipe
@@ -36,7 +39,8 @@ from training.record import (
 )
 from training.sample import regenerate, sample_lines
 from training.stages import StageRunner, processor_for
-from training.strict_yaml import portable_path
+from training.stopping import StoppedError, stop_at_once
+from training.strict_yaml import portable_path, portable_word
 from training.suites import Evaluation, default_length, evaluate_suite, results_table, spread_rows
 from training.trainer import NonFiniteLossError
 
@@ -76,7 +80,7 @@ class Run:
             self.folder / "stages",
             tokenizer=inputs.tokenizer,
             special_tokens=inputs.special_tokens,
-            train_tokens=inputs.tokens["train"],
+            train_tokens=inputs.tokens["train"] if inputs.stream is None else inputs.stream,
             validation_tokens=inputs.tokens["validation"],
             inputs=inputs.fingerprint,
         )
@@ -245,14 +249,17 @@ def _without_series(stages: dict[str, Any]) -> dict[str, Any]:
     return {name: {key: value for key, value in stage.items() if key != "series"} for name, stage in stages.items()}
 
 
-def _portable_override(override: str) -> str:
-    """Write an override without an absolute path, for the record.
-
-    >>> _portable_override("output_dir=/somewhere/else/mine")
-    'output_dir=mine'
-    """
-    key, equals, value = override.partition("=")
-    return f"{key}{equals}{portable_path(value)}" if value else override
+def _main_grid(options: argparse.Namespace) -> int:
+    folder = Path(options.to or "runs/grid")
+    try:
+        table = run_grid(options.recipe, options.overrides, options.grid, folder, processes=options.processes)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on with what is missing", file=sys.stderr)
+        return 130
+    return 1 if any(row["status"] == "failed" for row in table["rows"]) else 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -269,20 +276,32 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="key=value",
         help="replace a value of the recipe: dotted key, stages by name, value as YAML; e.g. output_dir=runs/mine",
     )
+    parser.add_argument(
+        "--grid",
+        action="append",
+        default=[],
+        metavar="key=[a, b]",
+        help="run the recipe for each value, with several of these for all combinations; ends with one table",
+    )
+    parser.add_argument("--processes", type=int, metavar="N", help="grid: runs at a time (default: one a core)")
+    parser.add_argument("--to", metavar="FOLDER", help="grid: where runs and table go (default: runs/grid)")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 2 for a user's mistake, 1 for a run that failed."""
     options = build_parser().parse_args(arguments)
+    if options.grid:
+        return _main_grid(options)
     words = [
         "python",
         "-m",
         "training.run",
         portable_path(options.recipe),
-        *map(_portable_override, options.overrides),
+        *map(portable_word, options.overrides),
     ]
     transformers.utils.logging.disable_progress_bar()
+    before = signal.signal(signal.SIGTERM, stop_at_once)
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         Run(recipe, shlex.join(words)).run()
@@ -292,9 +311,17 @@ def main(arguments: list[str] | None = None) -> int:
     except (NonFiniteLossError, PublishError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"error: {error}; what was finished is kept, and the same command goes on from there", file=sys.stderr)
+        return 1
+    except StoppedError as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -4,8 +4,11 @@ A stage's folder holds `started.json` (what it is training), `checkpoints/`, and
 `stage.json`. Each is written beside its place and renamed, so that what is there is whole.
 """
 
+import contextlib
+import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,15 +16,29 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from accelerate.utils import broadcast_object_list
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from modeling_memory import MemoryAutoencoder, MemoryEncoderDecoderForCausalLM, MemoryProcessor
 from training.build import build_stage_model, count_parameters
-from training.objectives import SpecialTokens, targets_of
+from training.checkpoints import last_complete_checkpoint
+from training.encoded import encode_once
+from training.objectives import IGNORED, SpecialTokens, targets_of
 from training.recipe import OBJECTIVES, Recipe, StageRecipe
 from training.record import fingerprint, peak_memory_bytes, read_json, write_json
 from training.rows import ObjectiveCollator, TokenRows
-from training.trainer import MemoryTrainer, last_complete_checkpoint, training_arguments
+from training.stopping import StoppedError
+from training.token_stream import StreamedRows, TokenStream
+from training.trainer import MemoryTrainer, training_arguments
 
 MODEL_CLASSES = {
     "autoencoder": MemoryAutoencoder,
@@ -38,7 +55,7 @@ class StageRunner:
         folder (`Path`): Where each stage gets a folder of its name.
         tokenizer (`PreTrainedTokenizerBase`): The run's tokenizer, with one entry more than the tables have rows.
         special_tokens (`SpecialTokens`): Ids of its special tokens.
-        train_tokens (`torch.Tensor` of shape `(num_tokens,)`): Train split.
+        train_tokens (`torch.Tensor` of shape `(num_tokens,)`, or `TokenStream`): Train split.
         validation_tokens (`torch.Tensor` of shape `(num_tokens,)`): Validation split.
         inputs (`str`): Fingerprint of tokenizer and text; a stage trained on others is not continued.
     """
@@ -50,7 +67,7 @@ class StageRunner:
         *,
         tokenizer: PreTrainedTokenizerBase,
         special_tokens: SpecialTokens,
-        train_tokens: torch.Tensor,
+        train_tokens: torch.Tensor | TokenStream,
         validation_tokens: torch.Tensor,
         inputs: str,
     ) -> None:
@@ -61,6 +78,7 @@ class StageRunner:
         self.train_tokens = train_tokens
         self.validation_tokens = validation_tokens
         self.inputs = inputs
+        self.stopped = False
         self.state = PartialState(cpu=recipe.use_cpu)
 
     @property
@@ -94,6 +112,10 @@ class StageRunner:
         if self.state.is_main_process:
             write_json(folder / "stage.json", result)
         self.state.wait_for_everyone()
+        if self.stopped:
+            raise StoppedError(
+                f"stopped by SIGTERM; stage {stage.name} is done, and the same command goes on behind it"
+            )
         return result
 
     def describe(self, stage: StageRecipe) -> dict[str, Any]:
@@ -101,6 +123,7 @@ class StageRunner:
         mapping = self.recipe.to_mapping()
         index = [other.name for other in self.recipe.stages].index(stage.name)
         sources = {*stage.from_.values(), *filter(None, [stage.warm_start.tables_from])}
+        del mapping["stages"][index]["training"]["num_workers"]  # rows are the same whoever reads them
         return {
             "stage": mapping["stages"][index],
             "seed": self.recipe.seed + index,
@@ -120,13 +143,12 @@ class StageRunner:
         )
         collator = self._collator(stage, model, list(objectives))
         batch_rows = training.batch_size * training.gradient_accumulation_steps * self.state.num_processes
-        train_rows = TokenRows(
-            self.train_tokens,
-            row_length=rows.row_length,
-            num_items=training.max_steps * batch_rows,
-            seed=seed if rows.seed is None else rows.seed,
-        )
-        collate_check = collator([train_rows[0]])  # before the first step: a layout that does not fit says so here
+        order = seed if rows.seed is None else rows.seed
+        train_rows = self._train_rows(stage, model, training.max_steps * batch_rows, order)
+        # Before the first step: a layout that does not fit says so here.
+        first_batch = collator([train_rows[i] for i in range(training.batch_size)])
+        if training.attention is not None:
+            model.set_attn_implementation(training.attention)
         trainer = MemoryTrainer(
             model,
             training_arguments(
@@ -143,16 +165,22 @@ class StageRunner:
             data_collator=collator,
             label=stage.name,
         )
-        checkpoint = last_complete_checkpoint(folder / "checkpoints")
-        started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        seconds = time.perf_counter() - started
+        checkpoint = self._checkpoint(folder / "checkpoints")
         resumed_at = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+        clock = StageClock(folder / "sessions.json", resumed_at, keeps=self.state.is_main_process)
+        trainer.add_callback(clock)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        clock.keep(trainer.state.global_step)
+        self.stopped = trainer.stopped
+        if trainer.stopped and trainer.state.global_step < training.max_steps:
+            raise StoppedError(
+                f"stopped by SIGTERM in stage {stage.name} after step {trainer.state.global_step} of "
+                f"{training.max_steps}, with a checkpoint; the same command goes on from there"
+            )
         if self.state.is_main_process:
             self._save(trainer.accelerator.unwrap_model(trainer.model), stage, folder / "model")
-        targets = {name: int((targets_of(collate_check[name]) != -100).sum()) for name in objectives}
+        num_targets = {name: int((targets_of(first_batch[name]) != IGNORED).sum()) for name in objectives}
         num_rows = training.max_steps * batch_rows
-        session_tokens = (training.max_steps - resumed_at) * batch_rows * rows.row_length
         return {
             "kind": stage.kind,
             "objectives": objectives,
@@ -161,10 +189,11 @@ class StageRunner:
             "steps": training.max_steps,
             "rows": num_rows,
             "text_tokens": num_rows * rows.row_length,
-            "targets": {name: count * num_rows // rows.every.get(name, 1) for name, count in targets.items()},
-            "seconds": round(seconds, 2),
+            "targets": {name: count * num_rows // training.batch_size for name, count in num_targets.items()},
+            "seconds": round(clock.seconds, 2),
+            "sessions": clock.sessions,
             "resumed_at_step": resumed_at,
-            "text_tokens_per_second": round(session_tokens / max(seconds, 1e-9), 1),
+            "text_tokens_per_second": round(num_rows * rows.row_length / max(clock.seconds, 1e-9), 1),
             "peak_memory_bytes": peak_memory_bytes(),
             "series": [
                 {key: value for key, value in log.items() if isinstance(value, int | float)}
@@ -172,16 +201,34 @@ class StageRunner:
             ],
         }
 
+    def _checkpoint(self, folder: Path) -> Path | None:
+        """Find the checkpoint to go on from; the main process looks, and all take the same."""
+        found: list[str | None] = [None]
+        if self.state.is_main_process:
+            checkpoint = last_complete_checkpoint(folder, say=lambda text: print(f"warning: {text}", file=sys.stderr))
+            found = [None if checkpoint is None else str(checkpoint)]
+        broadcast_object_list(found)
+        return None if found[0] is None else Path(found[0])
+
     def _collator(self, stage: StageRecipe, model: PreTrainedModel, objectives: list[str]) -> ObjectiveCollator:
         rows, config = stage.data, model.config
         window_length = getattr(config, "window_length", None) or rows.window_length or rows.row_length
         chunk_length = getattr(config, "chunk_length", window_length)
+        if rows.vary_source:
+            lengths = max(1, (rows.source_length or rows.row_length) // window_length)
+            step = math.lcm(*(rows.every.get(name, 1) for name in objectives))
+            if stage.training.batch_size % (lengths * step):
+                raise ValueError(
+                    f"stages.{stage.name}.data.vary_source gives {lengths} lengths of source in turn, so "
+                    f"training.batch_size must be a multiple of {lengths * step}; it is {stage.training.batch_size}"
+                )
         return ObjectiveCollator(
             objectives,
             self.special_tokens,
             chunk_length=chunk_length,
             window_length=chunk_length if stage.kind == "autoencoder" else window_length,
             source_length=rows.source_length,
+            vary_source=rows.vary_source,
             split_windows=rows.window_length is not None,
             every=rows.every,
             memories_per_chunk=getattr(config, "memories_per_chunk", 1),
@@ -189,12 +236,24 @@ class StageRunner:
             marker=rows.marker,
         )
 
+    def _train_rows(
+        self, stage: StageRecipe, model: PreTrainedModel, num_items: int, seed: int
+    ) -> TokenRows | StreamedRows:
+        length, tokens = stage.data.row_length, self.train_tokens
+        if isinstance(tokens, TokenStream):
+            shuffle_rows = self.recipe.data.shuffle_rows
+            return StreamedRows(tokens, row_length=length, num_items=num_items, seed=seed, shuffle_rows=shuffle_rows)
+        encoded = None
+        if stage.data.encode_once:
+            with self.state.main_process_first():
+                bf16 = stage.training.bf16
+                encoded = encode_once(model, tokens, self.folder / "encoded", bf16=bf16, device=self.state.device)
+        return TokenRows(tokens, row_length=length, num_items=num_items, seed=seed, encoded=encoded)
+
     def _validation_rows(self, stage: StageRecipe) -> TokenRows:
         training, length = stage.training, stage.data.row_length
         tokens = self.validation_tokens[: training.eval_rows * length]
-        together = training.batch_size * self.state.num_processes
-        num_rows = tokens.numel() // length
-        return TokenRows(tokens, row_length=length, num_items=-(-num_rows // together) * together)
+        return TokenRows(tokens, row_length=length, num_items=tokens.numel() // length)
 
     def _save(self, model: PreTrainedModel, stage: StageRecipe, folder: Path) -> None:
         """Write the finished model with its tokenizer or processor, empty folder first."""
@@ -206,6 +265,52 @@ class StageRunner:
             processor_for(model, self.tokenizer).save_pretrained(folder)
         else:
             self.tokenizer.save_pretrained(folder)
+
+
+class StageClock(TrainerCallback):
+    """Seconds of a stage over all its sessions, also of those that were killed, up to their last log.
+
+    Args:
+        path (`Path`): One entry a session: the step it began at, the last step it told of, its seconds.
+        resumed_at (`int`): The step that this session begins at.
+        keeps (`bool`): Whether this process writes the file.
+    """
+
+    def __init__(self, path: Path, resumed_at: int, *, keeps: bool) -> None:
+        self.path = path
+        self.keeps = keeps
+        self.earlier: list[dict[str, Any]] = read_json(path) or []
+        self.resumed_at = resumed_at
+        self.started = time.perf_counter()
+
+    @property
+    def sessions(self) -> int:
+        """Sessions so far, this one included."""
+        return len(self.earlier) + 1
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all sessions so far."""
+        return sum(entry["seconds"] for entry in self.earlier) + time.perf_counter() - self.started
+
+    def keep(self, step: int) -> None:
+        """Write down how long this session has taken; a full disk is no reason to stop."""
+        entry = {
+            "from_step": self.resumed_at,
+            "to_step": step,
+            "seconds": round(time.perf_counter() - self.started, 3),
+        }
+        if self.keeps:
+            with contextlib.suppress(OSError):
+                write_json(self.path, [*self.earlier, entry])
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep the time at each log."""
+        self.keep(state.global_step)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep the time with each checkpoint."""
+        self.keep(state.global_step)
 
 
 def processor_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> MemoryProcessor:

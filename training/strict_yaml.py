@@ -209,6 +209,18 @@ def portable_path(path: str | Path) -> str:
     return Path(path).name
 
 
+def portable_word(word: str) -> str:
+    """Write a word of a command line, `PATH` or `key=PATH`, without an absolute path, for a record.
+
+    >>> [portable_word(word) for word in ("output_dir=/somewhere/else/mine", "/somewhere/else/mine", "seed=1")]
+    ['output_dir=mine', 'mine', 'seed=1']
+    """
+    key, equals, value = word.partition("=")
+    if key.startswith("/") or not value:
+        return portable_path(word)
+    return f"{key}={portable_path(value)}"
+
+
 def portable_paths(value: Any) -> Any:
     """Apply `portable_path` to every absolute path among the strings of plain data."""
     if isinstance(value, dict):

@@ -138,6 +138,7 @@ def evaluate_suite(
     suite: str,
     rows: torch.Tensor,
     baselines: Mapping[str, PreTrainedModel] | None = None,
+    period: int | None = None,
 ) -> dict[str, Any]:
     """Run one suite.
 
@@ -148,6 +149,8 @@ def evaluate_suite(
             an autoencoder: chunks).
         baselines (`Mapping[str, PreTrainedModel]`, *optional*): For `clm`: the decoders trained without memory
             (`"no_memory"`) and with full context (`"full_context"`).
+        period (`int`, *optional*): Length that accuracies by position repeat at. Default: the chunk, for `clm` the
+            window.
 
     Returns:
         `dict`: Condition -> metrics with counts and intervals; `"memory"` is the model as it is meant to be used.
@@ -174,7 +177,8 @@ def evaluate_suite(
         source = rows[:, : evaluation.window_length] if suite == "retention" else rows
         objective = "copy" if suite == "copy" else "blank_copy"
         scores = _over_batches(evaluation, source, lambda e, own, other: _copy_conditions(e, objective, own, other))
-    period = evaluation.window_length if suite == "clm" else evaluation.chunk_length
+    if period is None:
+        period = evaluation.window_length if suite == "clm" else evaluation.chunk_length
     remembered = scores["memory"].targets.shape[1] if suite != "clm" else rows.shape[1] - evaluation.window_length
     num_memories = remembered // evaluation.chunk_length * getattr(evaluation.model.config, "memories_per_chunk", 1)
     with_memory = ("memory", "wrong_memory")
@@ -200,21 +204,8 @@ def summarise(evaluation: Evaluation, scores: Scores, period: int, num_memories:
         period (`int`): Length that positions repeat at: chunk or window.
         num_memories (`int`): Memory vectors of a row, whose own bits are reported beside the text's.
     """
-    correct, total = int(scores.correct.sum()), scores.correct.numel()
-    loss = scores.losses.double().mean().item()
-    positions = range(min(period, scores.correct.shape[1]))
-    result = {
-        "token_accuracy": correct / total,
-        "token_accuracy_interval": list(wilson_interval(correct, total)),
-        "loss": loss,
-        "loss_interval": list(bootstrap_interval(scores.losses.double().mean(1))),
-        "information_ratio": information_ratio(loss, evaluation.vocab_size, convention="uniform"),
-        "information_ratio_paper": information_ratio(loss, evaluation.vocab_size, convention="paper"),
-        "num_rows": scores.correct.shape[0],
-        "num_tokens": total,
-        "num_correct": correct,
-        "token_accuracy_by_position": [scores.correct[:, i::period].double().mean().item() for i in positions],
-    }
+    result = summarise_scores(scores, evaluation.vocab_size, period)
+    loss, total = result["loss"], result["num_tokens"]
     if evaluation.byte_lengths is not None:
         num_bytes = int(evaluation.byte_lengths[scores.targets].sum())
         result["num_bytes"] = num_bytes
@@ -223,6 +214,31 @@ def summarise(evaluation: Evaluation, scores: Scores, period: int, num_memories:
             bits = num_memories * scores.correct.shape[0] * evaluation.bits_per_memory
             result["bits_per_byte_with_memory"] = bits_per_byte(loss, total, num_bytes, memory_bits=bits)
     return result
+
+
+def summarise_scores(scores: Scores, vocab_size: int, period: int) -> dict[str, Any]:
+    """Turn scored tokens of any model into metrics with counts and 95 % intervals.
+
+    Args:
+        scores (`Scores`): What was scored.
+        vocab_size (`int`): Rows of the token table (V).
+        period (`int`): Length that positions repeat at.
+    """
+    correct, total = int(scores.correct.sum()), scores.correct.numel()
+    loss = scores.losses.double().mean().item()
+    positions = range(min(period, scores.correct.shape[1]))
+    return {
+        "token_accuracy": correct / total,
+        "token_accuracy_interval": list(wilson_interval(correct, total)),
+        "loss": loss,
+        "loss_interval": list(bootstrap_interval(scores.losses.double().mean(1))),
+        "information_ratio": information_ratio(loss, vocab_size, convention="uniform"),
+        "information_ratio_paper": information_ratio(loss, vocab_size, convention="paper"),
+        "num_rows": scores.correct.shape[0],
+        "num_tokens": total,
+        "num_correct": correct,
+        "token_accuracy_by_position": [scores.correct[:, i::period].double().mean().item() for i in positions],
+    }
 
 
 def share_of_gap(memory: float, no_memory: float, full_context: float) -> float | None:
@@ -324,6 +340,38 @@ def _clm_behind_another_text(evaluation: Evaluation, batch: Batch, other: torch.
 
 
 @torch.no_grad()
+def write_freely(evaluation: Evaluation, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Let a model write texts back by itself: an autoencoder in one pass, a memory model behind COPY by `generate`.
+
+    Args:
+        evaluation (`Evaluation`): The model and how to feed it.
+        rows (`torch.LongTensor` of shape `(R, H)`): Texts. Those with an end-of-text token are passed over, since
+            `generate` would stop there; at most `num_generated_rows` are written.
+
+    Returns:
+        The texts that were taken and what was written of them, both `(r, H)`; -100 behind an early end.
+    """
+    eos = evaluation.special_tokens.eos
+    usable = rows if eos is None else rows[(rows != eos).all(1)]
+    usable = usable[: evaluation.num_generated_rows]
+    text_length = rows.shape[1]
+    outputs = [usable[:0]]
+    for (own,) in _batches(evaluation.batch_size, usable) if len(usable) else ():
+        if evaluation.model.config.model_type == "memory_autoencoder":
+            chunks = own.reshape(-1, evaluation.chunk_length).to(evaluation.model.device)
+            outputs.append(evaluation.model.reconstruct(chunks).reshape(own.shape).cpu())
+            continue
+        batch = evaluation.build("copy", own)
+        prompt = {name: tensor.to(evaluation.model.device) for name, tensor in batch.items() if name != "shift_labels"}
+        for name in ("input_ids", "attention_mask"):  # the source or its slots, then COPY alone
+            prompt[name] = prompt[name][:, : prompt[name].shape[1] - text_length + 1]
+        written = evaluation.model.generate(**prompt, max_new_tokens=text_length, do_sample=False)
+        written = written[:, prompt["input_ids"].shape[1] :].cpu()
+        outputs.append(torch.nn.functional.pad(written, (0, text_length - written.shape[1]), value=IGNORED))
+    return usable, torch.cat(outputs)
+
+
+@torch.no_grad()
 def free_running_copy(evaluation: Evaluation, rows: torch.Tensor) -> dict[str, Any]:
     """Let the model write the source behind COPY by itself and compare.
 
@@ -337,22 +385,9 @@ def free_running_copy(evaluation: Evaluation, rows: torch.Tensor) -> dict[str, A
         `dict`: `exact_match` (share of rows regenerated without an error) with interval and count, and
         `generated_token_accuracy`. Empty if every row has an end inside.
     """
-    eos = evaluation.special_tokens.eos
-    usable = rows if eos is None else rows[(rows != eos).all(1)]
-    usable = usable[: evaluation.num_generated_rows]
+    usable, predicted = write_freely(evaluation, rows)
     if len(usable) == 0:
         return {}
-    text_length = rows.shape[1]
-    outputs = []
-    for (own,) in _batches(evaluation.batch_size, usable):
-        batch = evaluation.build("copy", own)
-        prompt = {name: tensor.to(evaluation.model.device) for name, tensor in batch.items() if name != "shift_labels"}
-        for name in ("input_ids", "attention_mask"):  # the source or its slots, then COPY alone
-            prompt[name] = prompt[name][:, : prompt[name].shape[1] - text_length + 1]
-        written = evaluation.model.generate(**prompt, max_new_tokens=text_length, do_sample=False)
-        written = written[:, prompt["input_ids"].shape[1] :].cpu()
-        outputs.append(torch.nn.functional.pad(written, (0, text_length - written.shape[1]), value=IGNORED))
-    predicted = torch.cat(outputs)
     exact = int(exact_match(predicted, usable).sum())
     return {
         "exact_match": exact / len(usable),

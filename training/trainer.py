@@ -6,9 +6,10 @@ give the same gradients, whatever their label counts. Token accuracies and per-o
 same kind of sums, never as means of batch means.
 """
 
-import json
+import shutil
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import (
     PreTrainedModel,
@@ -28,10 +30,15 @@ from transformers import (
     TrainingArguments,
 )
 
+from training.checkpoints import PART, WRITE_ERRORS, commit, frozen_names, last_complete_checkpoint, rotate, save_split
+from training.chunked_loss import check_head, chunked_cross_entropy, without_head
 from training.objectives import IGNORED, combine_losses, targets_of
 from training.optimizer import build_optimizer
 from training.recipe import TrainingRecipe
+from training.record import peak_memory_bytes
 from training.rows import TokenRows
+from training.stopping import StopSignal
+from training.token_stream import StreamedRows
 
 SCHEDULES = {
     "warmup_stable_decay": "warmup_stable_decay",
@@ -39,8 +46,6 @@ SCHEDULES = {
     "cosine": "cosine",
     "constant": "constant_with_warmup",
 }
-
-CHECKPOINT_FILES = ("config.json", "optimizer.pt", "scheduler.pt")
 
 
 class NonFiniteLossError(RuntimeError):
@@ -59,8 +64,8 @@ def run_objective(model: nn.Module, batch: Mapping[str, torch.Tensor], **kwargs:
     Returns:
         The sum of the token losses (a scalar with gradient), the logits `(B, columns, V)` and their targets.
     """
-    inputs = {name: tensor for name, tensor in batch.items() if name not in ("shift_labels", "columns", "labels")}
     own = model.module if hasattr(model, "module") else model
+    inputs = model_inputs(own, batch)
     if "labels" in batch:
         outputs = model(**inputs, labels=batch["labels"], num_items_in_batch=1, **kwargs)
         return outputs.loss, outputs.logits, batch["labels"]
@@ -75,6 +80,40 @@ def run_objective(model: nn.Module, batch: Mapping[str, torch.Tensor], **kwargs:
     return loss, logits, targets
 
 
+def model_inputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Return the arguments of a model's `forward` in a batch; ready encoder states are projected to memories."""
+    inputs = {name: tensor for name, tensor in batch.items() if name not in ("shift_labels", "columns", "labels")}
+    if "memory_states" in inputs:
+        inputs["memory_embeds"] = model.projector(inputs.pop("memory_states").to(model.decoder.dtype))
+    return inputs
+
+
+def run_objective_chunked(
+    model: nn.Module, batch: Mapping[str, torch.Tensor], chunk: int, *, judge: bool = True
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run a model on the batch of one objective without ever holding all its logits.
+
+    Args:
+        model (`nn.Module`): The model, possibly wrapped for several processes.
+        batch (`Mapping`): As for [`run_objective`].
+        chunk (`int`): Tokens whose logits exist at once.
+        judge (`bool`): Whether to count right tokens.
+
+    Returns:
+        The sum of the token losses (a scalar with gradient), the number of right tokens and the number of targets.
+    """
+    own = model.module if hasattr(model, "module") else model
+    inputs = model_inputs(own, batch)
+    targets = targets_of(batch)
+    if "columns" in batch:
+        targets = targets[:, batch["columns"]]
+        inputs["logits_to_keep"] = batch["columns"]
+    with without_head(own) as head:
+        states = model(**inputs, **({} if "labels" in batch else {"use_cache": False})).logits
+    loss_sum, correct = chunked_cross_entropy(head, states, targets, chunk, judge=judge)
+    return loss_sum, correct, (targets != IGNORED).sum()
+
+
 class MemoryTrainer(Trainer):
     """`Trainer` over batches of `{objective: inputs}`.
 
@@ -83,10 +122,13 @@ class MemoryTrainer(Trainer):
         args (`TrainingArguments`): From [`training_arguments`].
         objectives (`dict[str, float]`): Objective -> weight.
         training (`TrainingRecipe`): Optimizer, learning rates and their multipliers, bf16.
-        train_dataset (`TokenRows`): Rows in training order.
-        eval_dataset (`TokenRows`, *optional*): Validation rows.
+        train_dataset (`TokenRows` or `StreamedRows`): Rows in training order.
+        eval_dataset (`TokenRows`, *optional*): Validation rows, any number of them: each counts once.
         data_collator (`Callable`): Turns rows into `{objective: inputs}` plus `"rows"`, their numbers.
         label (`str`): What progress lines are headed by.
+
+    After SIGTERM `train` saves a checkpoint at the end of the step and returns with `stopped` set. A checkpoint that
+    cannot be written, for lack of space say, is reported, and training goes on; the last good one is kept.
 
     Raises:
         NonFiniteLossError: From `train`, naming step, objective and rows; checkpoints that exist are kept, and no
@@ -102,23 +144,67 @@ class MemoryTrainer(Trainer):
         *,
         objectives: dict[str, float],
         training: TrainingRecipe,
-        train_dataset: TokenRows,
+        train_dataset: TokenRows | StreamedRows,
         eval_dataset: TokenRows | None = None,
         data_collator: Any,
         label: str = "",
     ) -> None:
+        if eval_dataset is not None:
+            eval_dataset = eval_dataset.padded_to(args.per_device_eval_batch_size * args.world_size)
         super().__init__(
             model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=data_collator
         )
         self.objectives = objectives
         self.training = training
+        self._check_sharding(data_collator)
+        if training.gradient_checkpointing:
+            checkpoint_activations(self.model)
         # `compute_loss` divides by the targets of the whole accumulated batch itself.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
+        self.stopped = False
+        self._signal = StopSignal()
         self._sums: dict[str, torch.Tensor] = {}
+        self._tokens_since = (0, time.perf_counter())
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(StageProgress(label))
+        self.add_callback(StopWhenAsked(self))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer.train` does; SIGTERM ends it after the step, with a checkpoint."""
+        with StopSignal() as self._signal:
+            return super().train(*args, **kwargs)
+
+    def _check_sharding(self, collator: Any) -> None:
+        """Refuse what sharded parameters cannot do.
+
+        Raises:
+            ValueError: If windows share a memory prefix whose cache is all that leads back to it (the layers gather
+                their parameters for the backward pass when a gradient reaches their *output*), or Muon would be given
+                flattened pieces of matrices.
+        """
+        if self.is_deepspeed_enabled and self.training.optimizer == "muon":
+            raise ValueError("DeepSpeed flattens matrices and Muon needs them whole; set training.optimizer: adamw")
+        if self.training.loss_chunk is not None:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    "training.loss_chunk needs the whole output head; leave it out with FSDP or DeepSpeed"
+                )
+            batches = collator([self.train_dataset[0]])
+            for name in self.objectives:
+                batch = {key: tensor.to(self.args.device) for key, tensor in batches[name].items()}
+                check_head(self.model, model_inputs(self.model, batch))
+        folds = getattr(self.model.config, "window_length", None) is not None
+        layout = getattr(collator, "options", {}).get("layout", "self")
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharded and getattr(self.train_dataset, "encoded", None) is not None:
+            raise ValueError("data.encode_once needs a whole projector; leave it out with FSDP or DeepSpeed")
+        if sharded and folds and layout == "self" and not self.training.gradient_checkpointing:
+            raise ValueError(
+                "with sharded parameters (FSDP, DeepSpeed) windows cannot share the cache of their memories; set "
+                "training.gradient_checkpointing: true, or data.layout: slots"
+            )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the recipe's optimizer over the trainable parameters."""
@@ -150,12 +236,13 @@ class MemoryTrainer(Trainer):
     ) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
         """Collect the micro-batches of one step and count each objective's targets over the global batch."""
         batches = list(islice(epoch_iterator, num_batches))
-        counts = torch.stack(
-            [sum((targets_of(batch[name]) != IGNORED).sum() for batch in batches) for name in self.objectives]
-        ).to(device)
+        sums = [sum((targets_of(batch[name]) != IGNORED).sum() for batch in batches) for name in self.objectives]
+        # The wish to stop travels with the counts: all processes leave after the same step.
+        counts = torch.stack([*sums, torch.tensor(int(self._signal.asked))]).to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
-        return batches, dict(zip(self.objectives, counts, strict=True))
+            self.stopped = bool(counts[-1])
+        return batches, dict(zip(self.objectives, counts[:-1], strict=True))
 
     def compute_loss(
         self,
@@ -169,15 +256,15 @@ class MemoryTrainer(Trainer):
         measured = next_step % self.args.logging_steps == 0 or next_step == 1
         loss_sums = {}
         for name in self.objectives:
-            loss_sums[name], logits, targets = run_objective(model, inputs[name])
-            self._count(name, loss_sums[name], logits, targets, measured=measured)
+            loss_sums[name] = self._measure(name, model, inputs[name], judge=measured)
         total = combine_losses(loss_sums, num_items_in_batch, self.objectives)
         self._check_finite(total, inputs["rows"])
-        if self.args.world_size > 1:
-            # Gradients are averaged over processes; and every parameter takes part, or a process would wait for it.
-            unused = sum(p.sum() for p in self.model.parameters() if p.requires_grad) * 0.0
-            total = total * self.args.world_size + unused
-        return total
+        tokens, since = self._tokens_since
+        self._tokens_since = tokens + inputs["rows"].numel() * self.train_dataset.row_length, since
+        if isinstance(model, DistributedDataParallel):
+            # Every parameter takes part, or a process would wait for it; sharded models count for themselves.
+            total = total + sum(p.sum() for p in self.model.parameters() if p.requires_grad) * 0.0
+        return total * self.args.world_size  # gradients are averaged over processes
 
     @torch.no_grad()
     def prediction_step(
@@ -187,21 +274,26 @@ class MemoryTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             for name in self.objectives:
-                self._count(f"eval_{name}", *run_objective(model, inputs[name]), measured=True)
+                self._measure(f"eval_{name}", model, inputs[name], judge=True)
         return None, None, None
 
-    def _count(
-        self, key: str, loss_sum: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, *, measured: bool
-    ) -> None:
-        """Add loss sum, number of targets, correct tokens and tokens judged. Accuracy is judged on logged steps only:
-        the argmax over a vocabulary costs a CPU several per cent of a step.
+    def _measure(self, key: str, model: nn.Module, batch: dict[str, torch.Tensor], *, judge: bool) -> torch.Tensor:
+        """Return an objective's sum of token losses; add it, its targets, right tokens and tokens judged to the sums.
+
+        Accuracy is judged on logged steps only: the argmax over a vocabulary costs a CPU several per cent of a step.
         """
-        present = targets != IGNORED
-        count = present.sum()
-        correct = ((logits.detach().argmax(-1) == targets) & present).sum() if measured else torch.zeros_like(count)
-        judged = count if measured else torch.zeros_like(count)
+        chunk = self.training.loss_chunk
+        if chunk is None:
+            loss_sum, logits, targets = run_objective(model, batch)
+            present = targets != IGNORED
+            count = present.sum()
+            correct = ((logits.detach().argmax(-1) == targets) & present).sum() if judge else torch.zeros_like(count)
+        else:
+            loss_sum, correct, count = run_objective_chunked(model, batch, chunk, judge=judge)
+        judged = count if judge else torch.zeros_like(count)
         sums = torch.stack([loss_sum.detach().double(), count.double(), correct.double(), judged.double()])
         self._sums[key] = self._sums[key] + sums if key in self._sums else sums
+        return loss_sum
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each objective's loss and token accuracy from sums over all steps since the last log."""
@@ -213,12 +305,28 @@ class MemoryTrainer(Trainer):
             if self.args.world_size > 1:
                 sums = self.accelerator.reduce(sums, reduction="sum")
             loss_sum, count, correct, judged = sums.tolist()
+            if not count:  # no row had a target
+                continue
             logs[f"{prefix}{name}_loss"] = loss_sum / count
             if judged:
                 logs[f"{prefix}{name}_token_accuracy"] = correct / judged
         if prefix and all(f"eval_{name}_loss" in logs for name in self.objectives):
             logs["eval_loss"] = sum(weight * logs[f"eval_{name}_loss"] for name, weight in self.objectives.items())
+        tokens, since = self._tokens_since
+        if tokens and not prefix:
+            now = time.perf_counter()
+            logs["text_tokens_per_second"] = round(tokens * self.args.world_size / (now - since), 1)
+            logs["peak_memory_bytes"] = peak_memory_bytes()["process"]
+            self._tokens_since = 0, now
         super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as `Trainer.evaluate` does; its time is not counted in the tokens per second of training."""
+        started = time.perf_counter()
+        metrics = super().evaluate(*args, **kwargs)
+        tokens, since = self._tokens_since
+        self._tokens_since = tokens, since + time.perf_counter() - started
+        return metrics
 
     def _check_finite(self, loss: torch.Tensor, rows: torch.Tensor) -> None:
         """Stop all processes when one of them has a loss that is no finite number."""
@@ -233,15 +341,81 @@ class MemoryTrainer(Trainer):
                 "if it fails at the same rows, look at their text"
             )
 
+    def _get_output_dir(self, trial: Any) -> str:
+        """Return where a checkpoint is written before it is put in its place."""
+        return str(Path(super()._get_output_dir(trial)) / PART)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint, unless its weights are spoilt: the last good one must survive the rotation."""
+        """Write a checkpoint beside its place and rename it; the last good one stays until the new one is whole."""
         for name, parameter in self.model.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise NonFiniteLossError(
                     f"{name} is not finite after step {self.state.global_step}; no checkpoint was written and the "
                     "earlier one is kept. Lower the learning rate or lengthen the warm-up"
                 )
-        super()._save_checkpoint(model, trial)
+        part = Path(self._get_output_dir(trial))
+        if self.args.should_save:
+            shutil.rmtree(part, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        name = f"checkpoint-{self.state.global_step}"
+        fault = self._attempt(lambda: super(MemoryTrainer, self)._save_checkpoint(model, trial))
+        if fault is None:
+            fault = self._attempt(lambda: self._commit(part / name, part.parent / name))
+        if fault is not None and self.args.should_save:
+            shutil.rmtree(part, ignore_errors=True)
+            kept = last_complete_checkpoint(part.parent)
+            remedy = f"{kept.name} is kept" if kept is not None else "there is no earlier one"
+            tqdm.write(
+                f"warning: {name} could not be written ({fault}); {remedy}. Training goes on: free space on the disk",
+                file=sys.stderr,
+            )
+
+    def _attempt(self, write: Callable[[], None]) -> str | None:
+        """Write something on all processes; return what went wrong on any of them, on all of them."""
+        fault = None
+        try:
+            write()
+        except NonFiniteLossError:
+            raise
+        except WRITE_ERRORS as error:
+            fault = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if self.args.world_size > 1:
+            failed = torch.tensor(float(fault is not None), device=self.args.device)
+            if self.accelerator.reduce(failed, reduction="sum"):
+                fault = fault or "another process failed"
+        return fault
+
+    def _commit(self, part: Path, final: Path) -> None:
+        if self.args.should_save:
+            commit(part, final, self.state.global_step)
+            rotate(final.parent, self.args.save_total_limit or 1)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save the model, its frozen weights as a link to those that were written with the first checkpoint."""
+        own = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        whole = self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(own, PreTrainedModel)
+        if output_dir is None or whole or not frozen_names(own):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            save_split(own, Path(output_dir), Path(self.args.output_dir))
+
+
+class StopWhenAsked(TrainerCallback):
+    """Ends training after the step in which SIGTERM arrived, with a checkpoint and without another evaluation."""
+
+    def __init__(self, trainer: MemoryTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask the Trainer to save and to stop; processes agree on the step beforehand."""
+        trainer = self.trainer
+        if args.world_size == 1:
+            trainer.stopped = trainer._signal.asked
+        if trainer.stopped:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
 
 
 class StageProgress(TrainerCallback):
@@ -287,6 +461,12 @@ class StageProgress(TrainerCallback):
             self.bar = None
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let a model compute its activations again in the backward pass; the method's name changed within the library."""
+    new = getattr(model, "activation_checkpointing_enable", None)
+    (model.gradient_checkpointing_enable if new is None else new)({"use_reentrant": False})
+
+
 def progress_line(label: str, step: int, max_steps: int, logs: Mapping[str, float]) -> str:
     """Write one log as one line; empty if it holds no objective's loss.
 
@@ -294,6 +474,8 @@ def progress_line(label: str, step: int, max_steps: int, logs: Mapping[str, floa
     'decoder 50/200 | causal 3.200 30.1%'
     >>> progress_line("decoder", 50, 200, {"eval_causal_loss": 3.1, "eval_causal_token_accuracy": 0.3})
     'decoder 50/200 validation | causal 3.100 30.0%'
+    >>> progress_line("copy", 5, 9, {"copy_loss": 1.0, "text_tokens_per_second": 4321.0, "peak_memory_bytes": 2**30})
+    'copy 5/9 | copy 1.000 | 4,321 tokens/s, 1.0 GiB'
     """
     prefix = "eval_" if any(key.startswith("eval_") for key in logs) else ""
     parts = []
@@ -304,6 +486,9 @@ def progress_line(label: str, step: int, max_steps: int, logs: Mapping[str, floa
             parts.append(f"{name} {value:.3f}" + ("" if accuracy is None else f" {accuracy:.1%}"))
     if not parts:
         return ""
+    if "text_tokens_per_second" in logs:
+        memory = logs.get("peak_memory_bytes", 0) / 2**30
+        parts.append(f"{logs['text_tokens_per_second']:,.0f} tokens/s, {memory:.1f} GiB")
     return " | ".join([f"{label} {step}/{max_steps}" + (" validation" if prefix else ""), *parts])
 
 
@@ -340,6 +525,7 @@ def training_arguments(
         save_total_limit=training.save_total_limit,
         train_sampling_strategy="sequential",  # `TokenRows` is in training order already
         remove_unused_columns=False,
+        dataloader_num_workers=training.num_workers,
         dataloader_pin_memory=not use_cpu and torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
@@ -352,20 +538,3 @@ def training_arguments(
     # dimension, chunks and windows alike.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
-
-
-def last_complete_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint of a folder that was written to its end, or `None`.
-
-    The Trainer writes `trainer_state.json` last, so a run killed while saving leaves a folder without it.
-    """
-    found: list[tuple[int, Path]] = []
-    for checkpoint in folder.glob("checkpoint-*"):
-        try:
-            step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-        except (OSError, ValueError, KeyError):
-            continue
-        complete = all((checkpoint / name).is_file() for name in CHECKPOINT_FILES)
-        if complete and any(checkpoint.glob("*.safetensors")):
-            found.append((int(step), checkpoint))
-    return max(found)[1] if found else None

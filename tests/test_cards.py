@@ -1,0 +1,203 @@
+"""Cards say what the record says, in metadata that the Hub's client reads, with a snippet that runs."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from huggingface_hub import ModelCard
+from transformers import LlamaForCausalLM
+
+from modeling_memory import MaskedMixerForCausalLM, MemoryAutoencoder, MemoryAutoencoderConfig, MemoryProcessor
+from tests.conftest import build_tiny_tokenizer, tiny_decoder_config, tiny_encoder_config
+from tests.memory_models import CHUNK, WINDOW, build_model
+from tests.records import RECORD
+from training.cards import SECTIONS, card_results, check_card, render_card, stage_record, training_sources
+from training.hub_folder import write_hub_folder
+from training.record import read_json
+from training.strict_yaml import REPOSITORY
+
+MODELS = ("memory", "autoencoder", "mixer", "decoder")
+
+
+def build(kind):
+    """A tiny model of a kind and what is saved beside it."""
+    tokenizer = build_tiny_tokenizer()
+    if kind == "memory":
+        return build_model(), MemoryProcessor(tokenizer, chunk_length=CHUNK, window_length=WINDOW)
+    if kind == "autoencoder":
+        body = tiny_encoder_config()
+        config = MemoryAutoencoderConfig(encoder=body, decoder=body, chunk_length=CHUNK)
+        return MemoryAutoencoder(config).eval(), tokenizer
+    if kind == "mixer":
+        return MaskedMixerForCausalLM(tiny_encoder_config()).eval(), tokenizer
+    return LlamaForCausalLM(tiny_decoder_config()).eval(), tokenizer
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("memory")[0]
+
+
+def test_metadata_and_numbers_are_those_of_the_record(model):
+    card = ModelCard(str(render_card(model, RECORD)))
+    data = card.data
+    assert (data.library_name, data.license, data.language) == ("transformers", "apache-2.0", "en")
+    assert data.pipeline_tag == "text-generation" and data.model_name == "tiny" and "custom_code" in data.tags
+    assert [result.metric_value for result in data.eval_results] == [0.9876, 0.9512]
+    assert data.eval_results[1].dataset_name == "books, editions of Standard Ebooks, test split (blank_copy)"
+    assert data.eval_results[1].dataset_revision == "27b2"
+    assert "| blank copy | memory | 95.12 % | 94.00 % to 96.00 % | - | 0.1234 | - | 16,384 |" in card.text
+    assert "| blank copy | no memory | 3.12 % | - | - | 6.5000 | - | - |" in card.text
+    assert "| clm | memory | - | - | - | 3.0000 | 1.500 | - |" in card.text
+    assert "python -m training.run tiny.yaml" in card.text and "Commit `abc`" in card.text
+    assert "| books, editions of Standard Ebooks | public domain, CC0 1.0 |" in card.text
+    assert "| train | train.parquet | `3d0c` |" in card.text
+    assert "| copy | 1,000 | 64,000 | 8 | 1.00 GiB |" in card.text and "(some CPU, 2 threads)" in card.text
+    assert "1 of 2 tokens right" in card.text and "the[ dog]" in card.text
+    assert "memories are as sensitive as the text" in card.text
+
+
+@pytest.mark.parametrize("record", [None, RECORD], ids=["no record", "record"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_card_has_all_sections_and_no_holes(kind, record):
+    card = render_card(build(kind)[0], record)
+    headings = re.findall(r"^## (.+)$", card.text, re.MULTILINE)
+    assert headings == list(SECTIONS)
+    assert "More Information Needed" not in card.text and "{{" not in card.text and "\n\n\n" not in card.text
+    for heading, body in zip(headings, re.split(r"^## .+$", card.text, flags=re.MULTILINE)[1:], strict=True):
+        assert body.strip(), heading
+
+
+def test_a_card_without_a_record_claims_nothing(model):
+    card = render_card(model)
+    assert "nothing is claimed" in card.text and "%" not in card.text.partition("## Results")[2]
+    assert card.data.eval_results is None
+
+
+def test_limits_are_measured_or_said_not_to_be(model):
+    assert "was not measured; nothing is claimed" in render_card(model, RECORD).text
+    score = {"token_accuracy": 0.123, "token_accuracy_interval": [0.1, 0.2], "num_tokens": 4096}
+    measured = {"digits": {"description": "random digits", "metrics": {"blank_copy": {"memory": score}}}}
+    card = render_card(model, {**RECORD, "domains": measured})
+    assert "| random digits | blank copy | memory | 12.30 % | 10.00 % to 20.00 % | 4,096 |" in card.text
+    assert "not measured" not in card.text
+    assert len(card.data.eval_results) == 2  # other text is no result of the training text's test split
+
+
+def test_the_card_takes_what_only_its_writer_knows(model):
+    context = {
+        "description": "A first one.",
+        "training_data": [{"name": "tales", "licence": "CC0 1.0", "source": "here", "hub": "me/tales"}],
+        "base_models": ["me/decoder"],
+        "example": "Out.",
+    }
+    card = render_card(model, RECORD, context)
+    assert "| tales | CC0 1.0 | here |" in card.text
+    assert "Standard Ebooks" not in card.text and "the[ dog]" not in card.text
+    assert card.data.base_model == ["me/decoder"] and card.data.datasets == ["me/tales"]
+    assert "A first one." in card.text and "\nOut.\n" in card.text
+    with pytest.raises(ValueError, match="does not know colour"):
+        render_card(model, RECORD, {"colour": "blue"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("license: apache-2.0\n", ""), "lacks license"),
+        (lambda text: text.replace("pipeline_tag: text-generation", "pipeline_tag: magic"), "'magic'"),
+        (lambda text: text.replace("value: 0.9512", "value: .nan"), "token_accuracy is nan"),
+        (lambda text: text.replace("## Privacy", "## Else"), "no section Privacy"),
+        (lambda text: text + "{{ left }}", "still holds '{{'"),
+        (lambda text: text.replace("license: apache-2.0", "license: apache-2.0\nbase_model: a//b"), "a//b"),
+    ],
+)
+def test_a_card_that_the_hub_would_not_take_is_refused(model, change, message):
+    card = render_card(model, RECORD)
+    check_card(card)
+    with pytest.raises(ValueError, match=message):
+        check_card(ModelCard(change(str(card))))
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (REPOSITORY / "training" / "corpora").iterdir()))
+def test_the_card_knows_all_text_that_ships(name):
+    readme = (REPOSITORY / "training" / "corpora" / name / "README.md").read_text("utf-8")
+    for path in (f"training/corpora/{name}/train.parquet", f"../data/{name}_train-00000-of-00004.parquet"):
+        (source,) = training_sources({"recipe": {"data": {"train": [path]}}})
+        assert source["source"] in readme and source["licence"].split()[0] in readme.replace("Creative Commons", "CC")
+
+
+def test_files_tell_what_a_glob_pattern_hides():
+    record = {
+        "recipe": {"data": {"train": ["training/corpora/*/train.parquet", "mine/train.parquet"]}},
+        "inputs": {
+            "files": {"train": {"books/train.parquet": "1", "wikinews/train.parquet": "2", "mine/train.parquet": "3"}}
+        },
+    }
+    names = [source["name"].split(",")[0] for source in training_sources(record)]
+    assert names == ["train.parquet", "books", "English Wikinews"]
+
+
+def test_a_record_of_a_real_run_names_its_text():
+    """The paths and names of a record that a run wrote, not of one made up for a test."""
+    record = read_json(REPOSITORY / "benchmarks" / "results" / "quickstart.json")
+    assert [source["name"] for source in training_sources(record)] == ["books, editions of Standard Ebooks"]
+    for stage in record["stages"]:
+        card = render_card(build("memory")[0], stage_record(record, stage))
+        checksums = re.findall(r"`([0-9a-f]{64})`", card.text)
+        assert checksums == [digest for files in record["inputs"]["files"].values() for digest in files.values()]
+        assert card.data.eval_results, stage
+
+
+def test_a_stage_has_its_own_numbers_and_those_of_nobody_else():
+    cut = stage_record(RECORD, "autoencoder")
+    assert cut["metrics"] == {"retention": RECORD["metrics"]["autoencoder"]}
+    assert list(cut["stages"]) == ["autoencoder"] and cut["sample"] is None
+    cut = stage_record(RECORD, "decoder")
+    assert cut["metrics"] == {"causal": {"validation_split": {"loss": 3.5}}}
+    assert list(cut["stages"]) == ["autoencoder", "decoder"]
+    cut = stage_record(RECORD, "no_memory")
+    assert cut["metrics"] == {"clm": {"this_model": RECORD["metrics"]["clm"]["no_memory_model"]}}
+    cut = stage_record(RECORD, "copy")
+    assert cut["metrics"] == RECORD["metrics"] and cut["sample"] == RECORD["sample"] and len(cut["stages"]) == 3
+    with pytest.raises(ValueError, match="no stage 'magic'; it has autoencoder, decoder, copy, no_memory"):
+        stage_record(RECORD, "magic")
+    card = render_card(build("decoder")[0], stage_record(RECORD, "decoder"))
+    assert "| causal | validation split | - | - | - | 3.5000 |" in card.text and "95.12" not in card.text
+
+
+def test_card_results_skip_what_is_no_metric():
+    rows = card_results(RECORD)
+    assert [(row["suite"], row["condition"]) for row in rows] == [
+        ("autoencoder", "memory"),
+        ("blank_copy", "memory"),
+        ("blank_copy", "no_memory"),
+        ("clm", "memory"),
+        ("clm", "no_memory_model"),
+    ]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_snippet_runs_as_it_stands(kind, tmp_path):
+    """In an empty process beside the folder, which has the name that the card gives it."""
+    model, processor = build(kind)
+    folder = write_hub_folder(model, processor, tmp_path / "me" / "tiny", None, {"model_name": "me/tiny"})
+    snippet = re.search(r"^```python\n(.*?)^```$", ModelCard.load(folder / "README.md").text, re.MULTILINE | re.DOTALL)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    hidden = "import sys; sys.modules['modeling_memory'] = None\n"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", hidden + snippet[1]],
+        cwd=tmp_path,
+        env={**environment, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_a_second_card_is_the_same(model):
+    assert str(render_card(model, RECORD)) == str(render_card(model, json.loads(json.dumps(RECORD))))

@@ -1,0 +1,60 @@
+"""Other domains are measured as the test split is, and end up in the card's limits."""
+
+import json
+
+import pytest
+from huggingface_hub import ModelCard
+
+from modeling_memory import MemoryProcessor
+from tests.conftest import build_tiny_tokenizer
+from tests.memory_models import CHUNK, WINDOW, build_model
+from training import domains, publish
+from training.domains import DESCRIPTIONS, LETTERS, made_up_texts
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    folder = tmp_path / "checkpoint"
+    build_model().save_pretrained(folder)
+    MemoryProcessor(build_tiny_tokenizer(), chunk_length=CHUNK, window_length=WINDOW).save_pretrained(folder)
+    return folder
+
+
+def test_made_up_texts_are_what_they_say_and_repeatable():
+    for name, letters in (("digits", "0123456789"), ("random_strings", LETTERS)):
+        texts = made_up_texts(name, 3)
+        assert [len(text) for text in texts] == [2000] * 3 and len(set(texts)) == 3
+        assert set("".join(texts)) == set(letters)
+        assert texts == made_up_texts(name, 3) != made_up_texts(name, 3, seed=1)
+
+
+def test_measured_domains_reach_the_card(checkpoint, tmp_path, monkeypatch, capsys):
+    text = tmp_path / "sea.txt"
+    text.write_text("a man in the sand and the sea " * 40)
+    record = tmp_path / "domains.json"
+    arguments = [str(checkpoint), "--to", str(record), "--text", f"sea={text}", "--limit", "4", "--batch-size", "4"]
+    assert domains.main(arguments) == 0
+    saved = json.loads(record.read_text())
+    assert list(saved["domains"]) == [*DESCRIPTIONS, "sea"] and str(tmp_path) not in record.read_text()
+    for domain in saved["domains"].values():
+        conditions = domain["metrics"]["blank_copy"]
+        assert {"memory", "wrong_memory", "no_memory"} <= set(conditions)
+        assert conditions["memory"]["num_tokens"] == 4 * 2 * WINDOW
+    monkeypatch.setattr(publish, "verify_hub_folder", lambda folder, model: {"hub": {"loaded": ["AutoModel"]}})
+    assert publish.main([str(checkpoint), "--to", str(tmp_path / "hub"), "--domains", str(record)]) == 0
+    card = ModelCard.load(tmp_path / "hub" / "README.md").text
+    assert "| random digits | blank copy | memory |" in card and "| sea | blank copy | wrong memory |" in card
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text", "sea"], "expected NAME=FILE"),
+        (["--text", "sea=nowhere.txt"], "no file matches 'nowhere.txt'"),
+        (["--limit", "0"], "--limit must be 2 or more"),
+    ],
+)
+def test_mistakes_are_named(checkpoint, tmp_path, capsys, arguments, message):
+    assert domains.main([str(checkpoint), "--to", str(tmp_path / "domains.json"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "domains.json").exists()

@@ -1,0 +1,179 @@
+"""Measure what a model holds of text unlike its training text: random strings, digits, other domains and languages.
+
+```bash
+python -m training.domains runs/quickstart/hub --to domains.json --text "encyclopedia=wikipedia_test.parquet"
+python -m training.publish runs/quickstart/hub --to ~/my-model --domains domains.json
+```
+
+Every domain is asked what the model's own test split is asked, with the same controls; the card shows it under limits.
+"""
+
+import argparse
+import random
+import shlex
+import string
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from training.data import file_checksums, load_texts
+from training.evaluate import evaluate, load_model
+from training.recipe import resolve_files
+from training.record import describe_code, describe_hardware, write_record
+from training.strict_yaml import portable_path
+from training.suites import results_table
+
+LETTERS = string.ascii_letters + string.digits + string.punctuation
+DESCRIPTIONS = {
+    "random_strings": "random strings of letters, digits and signs",
+    "digits": "random digits",
+}
+
+
+def made_up_texts(domain: str, num_texts: int, length: int = 2000, seed: int = 0) -> list[str]:
+    """Return texts of characters drawn at random: nothing in one part of them tells anything about another.
+
+    Args:
+        domain (`str`): `random_strings` or `digits`.
+        num_texts (`int`): How many.
+        length (`int`): Characters of each.
+        seed (`int`): Equal seeds give equal texts.
+
+    >>> made_up_texts("digits", 1, 8), len(made_up_texts("random_strings", 2, 100)[1])
+    (['85444066'], 100)
+    """
+    draw = random.Random(f"{domain} {seed}")
+    characters = string.digits if domain == "digits" else LETTERS
+    return ["".join(draw.choices(characters, k=length)) for _ in range(num_texts)]
+
+
+def measure_domains(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Mapping[str, Sequence[str]],
+    *,
+    limit: int = 256,
+    length: int | None = None,
+    batch_size: int = 32,
+) -> dict[str, dict[str, Any]]:
+    """Measure a model on made-up text and on given texts.
+
+    Args:
+        model (`PreTrainedModel`): A memory autoencoder or a memory encoder-decoder with one tokenizer.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        texts (`Mapping[str, Sequence[str]]`): Description of a domain -> its documents.
+        limit (`int`): Most rows of a suite.
+        length (`int`, *optional*): Tokens of a row; default: that of the suite.
+        batch_size (`int`): Rows per forward call.
+
+    Returns:
+        `dict`: Domain -> `description` and `metrics` (suite -> condition -> metrics).
+
+    Raises:
+        ValueError: If a text is too short for a row.
+    """
+    suites = ["retention"] if model.config.model_type == "memory_autoencoder" else ["blank_copy"]
+    row = length or getattr(model.config, "window_length", model.config.chunk_length)
+    enough = max(2, -(-limit * row // 500))  # a character of a random string is a token or nearly one
+    domains = {
+        **{name: (text, made_up_texts(name, enough)) for name, text in DESCRIPTIONS.items()},
+        **{name: (name, list(documents)) for name, documents in texts.items()},
+    }
+    return {
+        name: {
+            "description": description,
+            "metrics": evaluate(
+                model, tokenizer, documents, suites, limit=limit, length=length, batch_size=batch_size
+            ),
+        }
+        for name, (description, documents) in domains.items()
+    }
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.domains", description="Measure what a model holds of text unlike its training text."
+    )
+    parser.add_argument("model", help="folder of a memory autoencoder or a memory model, or a Hub repository")
+    parser.add_argument("--to", required=True, metavar="FILE", help="where the record goes")
+    parser.add_argument(
+        "--text", action="append", default=[], metavar="NAME=FILE", help="other text to ask about; several are fine"
+    )
+    parser.add_argument("--limit", type=int, default=256, metavar="N", help="most rows of a domain (default 256)")
+    parser.add_argument("--length", type=int, metavar="N", help="tokens of a row (default: by suite)")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows at a time (default 32)")
+    return parser
+
+
+def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
+    """Measure as the command line says; return the record."""
+    created_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    named = {}
+    for given in options.text:
+        name, equals, pattern = given.partition("=")
+        if not (name and equals and pattern):
+            raise ValueError(f"--text is {given!r}; expected NAME=FILE, for example encyclopedia=wikipedia.parquet")
+        named[name] = resolve_files([pattern], f"--text {name}")
+    if options.limit < 2 or options.batch_size < 1 or (options.length is not None and options.length < 1):
+        raise ValueError("--limit must be 2 or more, --length and --batch-size 1 or more")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer, _ = load_model(options.model)
+    domains = measure_domains(
+        model.to(device),
+        tokenizer,
+        {name: load_texts(files) for name, files in named.items()},
+        limit=options.limit,
+        length=options.length,
+        batch_size=options.batch_size,
+    )
+    record = {
+        "run": {"recipe_name": None, "command": command, "created_at": created_at, "status": "success"},
+        "code": describe_code(),
+        "hardware": describe_hardware(device),
+        "inputs": {
+            "model": portable_path(options.model),
+            "files": {name: file_checksums(files) for name, files in named.items()},
+        },
+        "recipe": {"limit": options.limit, "length": options.length, "batch_size": options.batch_size},
+        "metrics": {},
+        "domains": domains,
+    }
+    write_record(Path(options.to).expanduser(), record)
+    for name, domain in domains.items():
+        print(f"{name}: {domain['description']}\n{results_table(domain['metrics'])}\n")
+    print(f"record: {options.to}")
+    return record
+
+
+def _portable(word: str) -> str:
+    """Write an argument without an absolute path, for the record.
+
+    >>> _portable("news=/somewhere/else/news.txt")
+    'news=news.txt'
+    """
+    name, equals, path = word.rpartition("=")
+    return f"{name}{equals}{portable_path(path)}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    words = sys.argv[1:] if arguments is None else arguments
+    options = build_parser().parse_args(arguments)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        run(options, shlex.join(["python", "-m", "training.domains", *map(_portable, words)]))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,328 @@
+"""Hub folders: what is in them, written whole or not at all, and read back."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import modeling_memory
+from modeling_memory.processing_memory import MemoryProcessor
+from training.cards import render_card
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CODE = Path(modeling_memory.__file__).resolve().parent
+MAX_SHARD_SIZE = "4GB"
+
+AUTO_MAPS = {
+    "memory_encoder_decoder": {
+        "AutoConfig": "configuration_memory.MemoryEncoderDecoderConfig",
+        "AutoModel": "modeling_memory.MemoryEncoderDecoderModel",
+        "AutoModelForCausalLM": "modeling_memory.MemoryEncoderDecoderForCausalLM",
+    },
+    "memory_autoencoder": {
+        "AutoConfig": "configuration_memory_autoencoder.MemoryAutoencoderConfig",
+        "AutoModel": "modeling_memory_autoencoder.MemoryAutoencoder",
+    },
+    "masked_mixer": {
+        "AutoConfig": "configuration_masked_mixer.MaskedMixerConfig",
+        "AutoModel": "modeling_masked_mixer.MaskedMixerModel",
+        "AutoModelForCausalLM": "modeling_masked_mixer.MaskedMixerForCausalLM",
+    },
+}
+PROCESSOR_AUTO_MAP = {"AutoProcessor": "processing_memory.MemoryProcessor"}
+
+# Pieces of a vocabulary may look like paths.
+VOCABULARY_FILES = re.compile(r"(tokenizer\.json|vocab\.json|merges\.txt|vocab\.txt|\.model)$")
+TOKENIZER_FILES = (
+    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|vocab\.txt|"
+    r"[\w.-]+\.model|chat_template\.jinja"
+)
+ALLOWED_FILES = re.compile(
+    r"README\.md|LICENSE|record\.json|config\.json|generation_config\.json|processor_config\.json|"
+    r"model\.safetensors|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json|"
+    rf"(configuration|modeling|memory|generation|processing)_\w+\.py|(encoder_tokenizer/)?({TOKENIZER_FILES})"
+)
+
+
+class PublishError(RuntimeError):
+    """A folder that does not load back as it was written."""
+
+
+def auto_map_of(model_type: str) -> dict[str, str]:
+    """The `auto_map` of a model of this package; empty for the library's own causal LMs, which need none.
+
+    Raises:
+        ValueError: If the model is neither.
+    """
+    if model_type in AUTO_MAPS:
+        return AUTO_MAPS[model_type]
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return {}
+    raise ValueError(
+        f"The model is of type {model_type!r}; expected one of {', '.join(AUTO_MAPS)}, or a causal LM of the library. "
+        "Publish others with their own `push_to_hub`."
+    )
+
+
+def is_causal_lm(model_type: str) -> bool:
+    """Whether `AutoModelForCausalLM` loads such a model."""
+    return "AutoModelForCausalLM" in AUTO_MAPS[model_type] if model_type in AUTO_MAPS else True
+
+
+def write_hub_folder(
+    model: PreTrainedModel,
+    processor: Any,
+    folder: str | os.PathLike,
+    record: Mapping[str, Any] | None = None,
+    card_context: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a model as a Hub folder that loads without this package.
+
+    The folder is written beside its place and renamed, so that it is always whole and no file of an earlier
+    one survives in it (an old `model.safetensors` would win over new shards).
+
+    Args:
+        model (`PreTrainedModel`): One of this package's models, its floating-point weights of one dtype.
+        processor (`MemoryProcessor`, tokenizer or `None`): Saved beside it; a memory encoder-decoder needs
+            its own.
+        folder (`str` or `os.PathLike`): The place. An earlier Hub folder there is replaced; anything else is
+            not.
+        record (`dict`, *optional*): Record of the run; its numbers go into the card, and it is saved beside
+            it.
+        card_context (`dict`, *optional*): What only the writer knows, as in [`training.cards.render_card`].
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        ValueError: If the model is none of this package's, its dtypes differ, it lacks its processor, or the
+            place holds something else.
+    """
+    target = Path(folder).expanduser().resolve()
+    _check_publishable(model, processor)
+    _check_replaceable(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        model.save_pretrained(staging, max_shard_size=MAX_SHARD_SIZE)
+        if processor is not None:
+            processor.save_pretrained(staging)
+        auto_map = auto_map_of(model.config.model_type)
+        _edit_json(staging / "config.json", lambda config: _without_paths(config, auto_map))
+        if isinstance(processor, MemoryProcessor):
+            auto_map = {**auto_map, **PROCESSOR_AUTO_MAP}
+            _edit_json(
+                staging / "processor_config.json", lambda settings: {**settings, "auto_map": PROCESSOR_AUTO_MAP}
+            )
+        _copy_code(auto_map, staging)
+        shutil.copyfile(REPOSITORY / "LICENSE", staging / "LICENSE")
+        if record is not None:
+            record = _portable(record)
+            text = json.dumps(record, indent=1, ensure_ascii=False)
+            (staging / "record.json").write_text(text + "\n", encoding="utf-8")
+        render_card(model, record, {**_prompts(model, processor), **(card_context or {})}).save(staging / "README.md")
+        check_files(staging)
+        staging.chmod(0o755)
+        _replace(target, staging)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def check_files(folder: Path) -> None:
+    """Check the files of a Hub folder: allowed names, code for every `auto_map`, one layout of weights, no
+    paths.
+
+    Raises:
+        PublishError: Naming the file.
+    """
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    foreign = [name for name in names if not ALLOWED_FILES.fullmatch(name)]
+    if foreign:
+        raise PublishError(f"{', '.join(foreign)} must not be published")
+    if "model.safetensors" in names and "model.safetensors.index.json" in names:
+        raise PublishError("both model.safetensors and shards are there; the single file would win on loading")
+    for name in ("config.json", "processor_config.json"):
+        if name in names:
+            settings = json.loads((folder / name).read_text(encoding="utf-8"))
+            for entry in settings.get("auto_map", {}).values():
+                if f"{entry.partition('.')[0]}.py" not in names:
+                    raise PublishError(f"{name} refers to {entry}, whose file is not there")
+    places = [*_places(), str(folder.parent)]
+    for name in names:
+        if name.endswith(".safetensors") or VOCABULARY_FILES.search(name):
+            continue
+        text = (folder / name).read_text(encoding="utf-8")
+        for place in places:
+            if re.search(re.escape(place) + r"""[/"'\s]""", text):
+                raise PublishError(f"{name} contains {place}, a place on this machine")
+
+
+def load_checkpoint(folder: str | os.PathLike) -> tuple[PreTrainedModel, Any]:
+    """Load a model of this package and its processor from a folder.
+
+    Args:
+        folder (`str` or `os.PathLike`): A checkpoint or a Hub folder.
+
+    Returns:
+        The model, and its [`MemoryProcessor`] or `None`.
+
+    Raises:
+        ValueError: If the folder is incomplete or holds another kind of model.
+    """
+    folder = Path(folder).expanduser()
+    check_complete(folder)
+    config = AutoConfig.from_pretrained(folder)
+    auto_class = AutoModelForCausalLM if is_causal_lm(config.model_type) else AutoModel
+    model = auto_class.from_pretrained(folder)
+    processor = MemoryProcessor.from_pretrained(folder) if (folder / "processor_config.json").exists() else None
+    return model, processor
+
+
+def load_processor(folder: str | os.PathLike) -> Any:
+    """Load what stands beside a model: its [`MemoryProcessor`], else its tokenizer, else `None`."""
+    folder = Path(folder).expanduser()
+    if (folder / "processor_config.json").exists():
+        return MemoryProcessor.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer_config.json").exists() else None
+
+
+def _prompts(model: PreTrainedModel, processor: Any) -> dict[str, str]:
+    """What the card's snippet says to the model: its COPY token, if it has one."""
+    token_id = getattr(model.config, "copy_token_id", None)
+    if token_id is None or not isinstance(processor, MemoryProcessor):
+        return {}
+    return {"copy_token": processor.tokenizer.convert_ids_to_tokens(token_id)}
+
+
+def check_complete(folder: Path) -> None:
+    """Check that a folder holds a config of this package and all its weights.
+
+    Raises:
+        ValueError: Naming what is missing.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; give the folder of a checkpoint")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} has no config.json; give the folder of a checkpoint") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / 'config.json'} is no valid JSON ({error}); the checkpoint is damaged") from error
+    try:
+        auto_map_of(str(config.get("model_type")))
+    except ValueError as error:
+        raise ValueError(f"{folder} cannot be published. {error}") from error
+    if (folder / "model.safetensors").is_file():
+        return
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        raise ValueError(f"{folder} has no model.safetensors; the checkpoint is incomplete: save it again")
+    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+    if missing:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}; the checkpoint is incomplete: save it again")
+
+
+def _check_publishable(model: PreTrainedModel, processor: Any) -> None:
+    auto_map_of(model.config.model_type)
+    if model.config.model_type == "memory_encoder_decoder" and not isinstance(processor, MemoryProcessor):
+        raise ValueError(
+            f"The processor is a {type(processor).__name__}; expected a MemoryProcessor, without which "
+            f"nobody can build the model's inputs."
+        )
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if len(dtypes) > 1:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise ValueError(
+            f"The weights are of several dtypes ({names}); on loading, one of them would win. Cast the model "
+            f"first, for example by `model.float()`."
+        )
+
+
+def _check_replaceable(target: Path) -> None:
+    """An empty or missing place, or an earlier Hub folder: nothing else may be overwritten."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ValueError(f"{target} is a file; give the name of a folder")
+    names = [path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()]
+    foreign = [name for name in names if not ALLOWED_FILES.fullmatch(name)]
+    if foreign or (names and "config.json" not in names):
+        raise ValueError(
+            f"{target} holds something else than a Hub folder ({(foreign or names)[0]}); give an empty or a new folder"
+        )
+
+
+def _replace(target: Path, staging: Path) -> None:
+    """Put a finished folder in its place."""
+    if not target.exists():
+        staging.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+    target.rename(old / target.name)
+    try:
+        staging.rename(target)
+    except OSError:
+        (old / target.name).rename(target)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _copy_code(auto_map: Mapping[str, str], folder: Path) -> None:
+    """Copy the files of the classes in `auto_map` and all that they import, flat."""
+    roots = {f"{entry.partition('.')[0]}.py" for entry in auto_map.values()}
+    files = {CODE / root for root in roots}
+    for root in roots:
+        files.update(Path(name) for name in get_relative_import_files(CODE / root))
+    for path in files:
+        shutil.copyfile(path, folder / path.name)
+
+
+def _edit_json(path: Path, edit: Any) -> None:
+    edited = edit(json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(json.dumps(edited, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _without_paths(config: dict[str, Any], auto_map: Mapping[str, str]) -> dict[str, Any]:
+    """A saved config with the full `auto_map`, and without the places its parts were loaded from."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: strip(inner) for key, inner in value.items() if key not in ("_name_or_path", "auto_map")}
+        return value
+
+    return {**strip(config), **({"auto_map": dict(auto_map)} if auto_map else {})}
+
+
+def _portable(value: Any) -> Any:
+    """Plain data without paths of this machine: those in the repository become relative, others a file name."""
+    if isinstance(value, Mapping):
+        return {key: _portable(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_portable(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    value = value.replace(f"{REPOSITORY}/", "")
+    return re.sub(r"(?<![\w:/])/(?:[^/\s\"']+/)+[^/\s\"']*", _last_part_if_local, value)
+
+
+def _last_part_if_local(match: re.Match[str]) -> str:
+    path = match.group()
+    local = Path(path).exists() or any(path.startswith(f"{place}/") for place in _places())
+    return Path(path).name if local else path
+
+
+def _places() -> list[str]:
+    """Folders of this machine that nobody else needs to know of."""
+    places = {str(REPOSITORY), str(Path.cwd()), str(Path.home()), tempfile.gettempdir()}
+    return sorted(place for place in places if len(place) > 1)

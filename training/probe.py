@@ -1,0 +1,437 @@
+"""Measure how much of its input a model's embedding holds: freeze the model, train a decoder on its vectors, count.
+
+```bash
+python -m training.probe sentence-transformers/all-MiniLM-L6-v2 --lengths 8,16,32,64
+python -m training.probe mine=runs/quickstart/stages/autoencoder/model other=some/model@mean --text notes.txt
+```
+
+| condition | vectors that a text is written back from | says |
+|---|---|---|
+| embedding | its own, of the model as given | what comes back |
+| untrained | its own, of the same architecture with fresh weights | what any such network lets through |
+| shuffled | another text's, in training too | what is guessed from the language alone |
+
+Every model, length and condition is a cell of its own, kept in a file; a second call does only what is missing.
+Source: Badger 2026, arXiv 2602.13466, information retention of frozen models.
+"""
+
+import argparse
+import hashlib
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from training.data import file_checksums, load_texts
+from training.figures import write_probe_figure
+from training.fit import Budget
+from training.frozen import POSITIONS, UNTRAINED, FrozenEncoder, TextRows, cut_rows, load_encoder, read_all
+from training.inversion import DecoderSize, invert
+from training.recipe import resolve_files
+from training.record import (
+    describe_code,
+    describe_hardware,
+    fingerprint,
+    peak_memory_bytes,
+    read_json,
+    write_json,
+    write_record,
+)
+from training.strict_yaml import portable_path, portable_word
+
+CONDITIONS = ("embedding", "untrained", "shuffled")
+TABLES = ("frozen", "replaced")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How models are probed.
+
+    Attributes:
+        train (`list[str]`): Documents that decoders are trained on.
+        test (`list[str]`): Other documents, which are counted.
+        lengths (`tuple[int, ...]`): Tokens of a text, by each model's own tokenizer.
+        conditions (`tuple[str, ...]`): Of `CONDITIONS`.
+        size (`DecoderSize`): The decoder, the same for all models.
+        budget (`Budget`): Its training, the same for all models.
+        train_tokens (`int`): Most tokens of text to train on; read as often as the budget asks.
+        test_tokens (`int`): Most tokens of text to count.
+        table (`str`): `"frozen"`: the model as it is. `"replaced"`: with a new token table, trained with the decoder.
+    """
+
+    train: list[str] = field(repr=False)
+    test: list[str] = field(repr=False)
+    lengths: tuple[int, ...] = (8, 16, 32, 64)
+    conditions: tuple[str, ...] = CONDITIONS
+    size: DecoderSize = DecoderSize()
+    budget: Budget = Budget()
+    train_tokens: int = 131_072
+    test_tokens: int = 16_384
+    table: str = "frozen"
+
+    def settings(self) -> dict[str, Any]:
+        """Everything but text and model that decides the numbers."""
+        names = ("train_tokens", "test_tokens", "table")
+        return {name: getattr(self, name) for name in names} | {
+            "decoder": asdict(self.size),
+            "budget": asdict(self.budget),
+        }
+
+
+def probe(
+    models: dict[str, str], setting: Probe, folder: Path, *, device: torch.device | None = None, **loading: Any
+) -> list[dict[str, Any]]:
+    """Probe models.
+
+    Args:
+        models (`dict[str, str]`): Name in the table -> what [`load_encoder`] takes.
+        setting (`Probe`): How.
+        folder (`Path`): Where finished cells, vectors and checkpoints are kept.
+        device (`torch.device`, *optional*): Where to compute.
+        loading: Further arguments of [`load_encoder`].
+
+    Returns:
+        `list`: For each model its name, sizes, and `lengths`: length -> condition -> metrics.
+
+    Raises:
+        ValueError: If a model, a length or the text does not fit; all are checked before the first training.
+    """
+    device = device or torch.device("cpu")
+    for name, place in models.items():
+        encoder = load_encoder(place, seed=setting.budget.seed, **loading)
+        for length in setting.lengths:
+            try:
+                encoder.num_vectors(length)
+                cut_rows(encoder.tokenizer, setting.train, length, limit=2)
+                cut_rows(encoder.tokenizer, setting.test, length, limit=2)
+            except ValueError as error:
+                raise ValueError(f"{name}, length {length}: {error}") from error
+    results = []
+    for name, place in models.items():
+        results.append(_probe_model(name, place, setting, folder, device, loading))
+    return results
+
+
+def _probe_model(
+    name: str, place: str, setting: Probe, folder: Path, device: torch.device, loading: dict[str, Any]
+) -> dict[str, Any]:
+    trained = load_encoder(place, seed=setting.budget.seed, **loading).to(device)
+    encoders = {"trained": trained}
+    lengths: dict[str, dict[str, Any]] = {}
+    for length in setting.lengths:
+        train = cut_rows(trained.tokenizer, setting.train, length, max(2, setting.train_tokens // length))
+        test = cut_rows(trained.tokenizer, setting.test, length, max(2, setting.test_tokens // length))
+        conditions = lengths.setdefault(str(length), {})
+        for condition in setting.conditions:
+            if condition == "untrained" and place.startswith(UNTRAINED):
+                continue
+            which = "untrained" if condition == "untrained" else "trained"
+            if which not in encoders:
+                encoders[which] = load_encoder(UNTRAINED + place, seed=setting.budget.seed, **loading).to(device)
+            encoder = encoders[which]
+            if setting.table == "replaced":
+                encoder = encoder.with_fresh_table(setting.budget.seed).to(device)
+            conditions[condition] = _cell(name, encoder, condition, train, test, setting, folder, device)
+    return {
+        "name": name,
+        "model": portable_path(place),
+        "model_type": trained.body.config.model_type,
+        "position": trained.position,
+        "width": trained.width,
+        "vocab_size": trained.vocab_size,
+        "parameters": sum(parameter.numel() for parameter in trained.body.parameters()),
+        "weights": weights_checksum(trained.body),
+        "lengths": lengths,
+    }
+
+
+def _cell(
+    name: str,
+    encoder: FrozenEncoder,
+    condition: str,
+    train: TextRows,
+    test: TextRows,
+    setting: Probe,
+    folder: Path,
+    device: torch.device,
+) -> dict[str, Any]:
+    length = train.tokens.shape[1]
+    read_by = {
+        "weights": weights_checksum(encoder.body),
+        "position": encoder.position,
+        "chunk_length": encoder.chunk_length,
+        "bottleneck": encoder.bottleneck and weights_checksum(encoder.bottleneck),
+    }
+    texts = {"train": _checksum(train.tokens), "test": _checksum(test.tokens)}
+    asked = {"encoder": read_by, "texts": texts, "shuffled": condition == "shuffled", **setting.settings()}
+    file = folder / "cells" / f"{fingerprint(asked)}.json"
+    before = read_json(file)
+    if before is not None:
+        return before["result"]
+
+    def vectors(rows: TextRows) -> torch.Tensor:
+        kept = folder / "vectors" / f"{fingerprint({**read_by, 'tokens': _checksum(rows.tokens)})}.safetensors"
+        if kept.is_file():
+            return load_file(kept)["vectors"]
+        read = read_all(encoder, rows.tokens)
+        if setting.table == "frozen":
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"vectors": read}, kept.with_suffix(".part"))
+            kept.with_suffix(".part").replace(kept)
+        return read
+
+    started = time.perf_counter()
+    checkpoint = file.with_suffix(".checkpoint")
+    label = f"{name}, {length} tokens, {condition}"
+    result = invert(
+        encoder,
+        train,
+        test,
+        setting.size,
+        setting.budget,
+        shuffled=condition == "shuffled",
+        checkpoint=checkpoint,
+        vectors=vectors,
+        device=device,
+        label=label,
+    )
+    result["seconds"] = round(time.perf_counter() - started, 1)
+    write_json(file, {"label": label, "asked": asked, "result": result})
+    checkpoint.unlink(missing_ok=True)
+    print(f"{label}: {result['token_accuracy']:.1%} of the tokens, {result['loss']:.3f} nats", flush=True)
+    return result
+
+
+def weights_checksum(module: torch.nn.Module) -> str:
+    """Return a digest of a module's weights, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _checksum(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(str(tuple(tensor.shape)).encode() + tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def split_texts(texts: Sequence[str], share: float = 0.1) -> tuple[list[str], list[str]]:
+    r"""Split documents into training and test: the last documents, or the end of a single one, are the test.
+
+    >>> split_texts(["a", "b", "c"], share=0.3)
+    (['a', 'b'], ['c'])
+    >>> split_texts(["one line\nand another\nand a third\n"], share=0.3)
+    (['one line\nand another\n'], ['and a third\n'])
+    """
+    if len(texts) > 1:
+        num_test = max(1, round(share * len(texts)))
+        return list(texts[:-num_test]), list(texts[-num_test:])
+    cut = round((1 - share) * len(texts[0]))
+    cut = texts[0].rfind("\n", 0, cut) + 1 or cut
+    return [texts[0][:cut]], [texts[0][cut:]]
+
+
+def results_table(models: Sequence[dict[str, Any]]) -> str:
+    """Lay results out: a line for each model and condition, token accuracy and information ratio by length."""
+    lengths = list(models[0]["lengths"])
+    head = "".join(f"{length + ' tokens':>24}" for length in lengths)
+    lines = ["token accuracy (95 % interval), information ratio against uniform", f"{'':<36}{head}"]
+    for model in models:
+        for condition in CONDITIONS:
+            cells = [model["lengths"][length].get(condition) for length in lengths]
+            if any(cell is None for cell in cells):
+                continue
+            text = "".join(
+                f"{cell['token_accuracy']:>9.1%} ±{_half(cell):.1%}{cell['information_ratio']:>8.2f}".rjust(24)
+                for cell in cells
+            )
+            lines.append(f"{model['name'] + ', ' + condition:<36}{text}")
+    return "\n".join(lines)
+
+
+def _half(cell: dict[str, Any]) -> float:
+    low, high = cell["token_accuracy_interval"]
+    return (high - low) / 2
+
+
+def named_models(given: Sequence[str]) -> dict[str, str]:
+    """Read `NAME=MODEL` or `MODEL`.
+
+    Raises:
+        ValueError: If two models have one name.
+
+    >>> named_models(["mine=runs/x/model@mean", "some/bert"])
+    {'mine': 'runs/x/model@mean', 'some/bert': 'some/bert'}
+    """
+    models: dict[str, str] = {}
+    for word in given:
+        name, equals, place = word.partition("=")
+        name, place = (name, place) if equals else (portable_path(word), word)
+        if name in models:
+            raise ValueError(f"two models are called {name!r}; name them apart: NAME=MODEL")
+        models[name] = place
+    return models
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Read lengths: `8,16,32`."""
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = (0,)
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers above 0 with commas between, such as 8,16")
+    return found
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Read controls: `untrained,shuffled`, or `none`."""
+    chosen = () if text == "none" else tuple(text.split(","))
+    for name in chosen:
+        if name not in CONDITIONS[1:]:
+            raise argparse.ArgumentTypeError(f"{name!r} is no control; known: {', '.join(CONDITIONS[1:])}, none")
+    return (CONDITIONS[0], *chosen)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.probe",
+        description="How much of its input does a model's embedding hold? Freeze it, train a decoder, count tokens.",
+        epilog="example: python -m training.probe mine=some/model@mean --text notes.txt --lengths 16,64",
+    )
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL", help="folder or Hub id; NAME=MODEL names it in the table, "
+        f"MODEL@mean reads another state ({', '.join(POSITIONS)}), untrained:MODEL has fresh weights")  # fmt: skip
+    add("--text", action="append", default=[], metavar="FILE", help="text to train the decoder on (default: the books "
+        "of this repository); without --test its last tenth is the test")  # fmt: skip
+    add("--test", action="append", default=[], metavar="FILE", help="text to count on")
+    add("--lengths", type=numbers, default=(8, 16, 32, 64), metavar="N,N", help="tokens of a text (8,16,32,64)")
+    add("--controls", type=names, default=CONDITIONS, metavar="NAMES", help="untrained,shuffled (default) or none")
+    add("--table", choices=TABLES, default="frozen", help="the model's token table: frozen, or replaced and trained")
+    add("--position", choices=POSITIONS, help="which state is the vector (default: as the model says, else last)")
+    add("--chunk", type=int, metavar="N", help="read texts in pieces of N tokens, a vector each")
+    add("--tokenizer", metavar="MODEL", help="folder or Hub id of the tokenizer, if it is not beside the model")
+    add("--trust-remote-code", action="store_true", help="run code that comes with a model")
+    add("--decoder", choices=("masked_mixer", "llama"), default="masked_mixer", help="kind of decoder")
+    add("--width", type=int, default=256, metavar="N", help="width of the decoder (256)")
+    add("--layers", type=int, default=2, metavar="N", help="layers of the decoder (2)")
+    add("--heads", type=int, default=4, metavar="N", help="heads of the decoder (4)")
+    add("--expansion", choices=("unroll", "repeat"), default="unroll", help="how the decoder reads a vector")
+    spend = parser.add_mutually_exclusive_group()
+    spend.add_argument("--steps", type=int, default=400, metavar="N", help="training steps of each decoder (400)")
+    spend.add_argument("--tokens", type=int, metavar="N", help="instead: tokens that each decoder is trained on")
+    add("--batch-tokens", type=int, default=2048, metavar="N", help="tokens of a step (2048)")
+    add("--optimizer", choices=("muon", "adamw"), default="muon", help="optimizer of the decoder")
+    add("--learning-rate", type=float, default=5e-3, metavar="X", help="peak of AdamW (5e-3)")
+    add("--train-tokens", type=int, default=131_072, metavar="N", help="most tokens of text to train on (131072)")
+    add("--test-tokens", type=int, default=16_384, metavar="N", help="most tokens of text to count on (16384)")
+    add("--seed", type=int, default=0, metavar="N", help="of fresh weights and of the order of texts")
+    add("--threads", type=int, metavar="N", help="processor threads")
+    add("--to", default="runs/probe", metavar="FOLDER", help="where cells, record and figure go (runs/probe)")
+    return parser
+
+
+def read_texts(text: Sequence[str], test: Sequence[str]) -> tuple[list[str], list[str], list[Path]]:
+    """Return training documents, test documents and their files.
+
+    Raises:
+        ValueError: If a file cannot be read, or there is a test but no training text.
+    """
+    if test and not text:
+        raise ValueError("--test is given without --text; name the text to train the decoder on as well")
+    if not text:
+        text, test = ["training/corpora/books/train.parquet"], ["training/corpora/books/test.parquet"]
+    train_files = resolve_files(list(text), "--text")
+    test_files = resolve_files(list(test), "--test") if test else []
+    documents = load_texts(train_files)
+    train, held_out = (documents, load_texts(test_files)) if test_files else split_texts(documents)
+    return train, held_out, train_files + test_files
+
+
+def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
+    """Probe as the command line says; return the record."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    created_at, code = datetime.now(timezone.utc), describe_code()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    train, test, files = read_texts(options.text, options.test)
+    steps = options.steps if options.tokens is None else max(1, options.tokens // options.batch_tokens)
+    setting = Probe(
+        train=train,
+        test=test,
+        lengths=options.lengths,
+        conditions=options.controls,
+        size=DecoderSize(options.decoder, options.width, options.layers, options.heads, options.expansion),
+        budget=Budget(
+            steps=steps,
+            batch_tokens=options.batch_tokens,
+            optimizer=options.optimizer,
+            learning_rate=options.learning_rate,
+            seed=options.seed,
+        ),
+        train_tokens=options.train_tokens,
+        test_tokens=options.test_tokens,
+        table=options.table,
+    )
+    folder = Path(options.to)
+    results = probe(
+        named_models(options.models),
+        setting,
+        folder,
+        device=device,
+        position=options.position,
+        chunk_length=options.chunk,
+        tokenizer=options.tokenizer,
+        trust_remote_code=options.trust_remote_code,
+    )
+    seconds = [cell["seconds"] for model in results for cells in model["lengths"].values() for cell in cells.values()]
+    record = {
+        "run": {
+            "recipe_name": None,
+            "command": command,
+            "created_at": created_at.isoformat(timespec="seconds"),
+            "status": "success",
+        },
+        "code": code,
+        "hardware": describe_hardware(device),
+        "inputs": {"files": file_checksums(files)},
+        "recipe": setting.settings() | {"lengths": list(setting.lengths), "conditions": list(setting.conditions)},
+        "seeds": {"probe": options.seed},
+        "metrics": {"models": results},
+        "seconds": round(sum(seconds), 1),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    write_record(folder / "record.json", record)
+    figure = write_probe_figure(record, folder)
+    print(results_table(results))
+    print(f"record: {folder / 'record.json'}\nfigure: {folder / figure}")
+    return record
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = build_parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        run(options, shlex.join(["python", "-m", "training.probe", *map(portable_word, words)]))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
