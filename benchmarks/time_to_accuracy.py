@@ -41,7 +41,7 @@ from benchmarks.measure import UnequalPathsError, assert_equal, describe_run, sa
 from modeling_memory import MemoryAutoencoder
 from tests.reference.plain_autoencoder import plain_autoencoder
 from training.build import build_stage_model, count_parameters
-from training.data import SUFFIXES
+from training.sources import SUFFIXES
 from training.inputs import Inputs, prepare_inputs
 from training.recipe import Recipe, StageRecipe, load_recipe
 from training.record import peak_memory_bytes
