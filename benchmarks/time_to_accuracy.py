@@ -41,11 +41,11 @@ from benchmarks.measure import UnequalPathsError, assert_equal, describe_run, sa
 from modeling_memory import MemoryAutoencoder
 from tests.reference.plain_autoencoder import plain_autoencoder
 from training.build import build_stage_model, count_parameters
-from training.sources import SUFFIXES
 from training.inputs import Inputs, prepare_inputs
 from training.recipe import Recipe, StageRecipe, load_recipe
 from training.record import peak_memory_bytes
 from training.rows import ObjectiveCollator, TokenRows
+from training.sources import SUFFIXES
 from training.strict_yaml import portable_path
 from training.suites import spread_rows
 from training.trainer import MemoryTrainer, training_arguments

@@ -109,7 +109,7 @@ def test_run_leaves_record_figures_and_hub_folder_and_a_second_call_says_all_is_
         assert part in printed
     hub = MemoryEncoderDecoderForCausalLM.from_pretrained(out / "hub").state_dict()
     assert all(torch.equal(hub[name], tensor) for name, tensor in weights(out, "combined").items())
-    assert not list(out.rglob("*.part"))
+    assert not list(out.rglob("*.part"))  # nothing half written is left, neither files nor folders
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     assert main([str(recipe)]) == 0
@@ -276,7 +276,8 @@ def test_shipped_recipe_has_the_four_header_lines(path: Path):
 def test_debug_recipe_and_its_readme_name_every_key():
     """The debug recipe is the reference of all keys: each field stands in it, if only in a comment."""
     debug = (REPOSITORY / "configuration" / "recipes" / "debug_cpu.yaml").read_text()
-    classes = [c for c in vars(recipe_module).values() if dataclasses.is_dataclass(c) and isinstance(c, type)]
+    own = [item for item in vars(recipe_module).values() if getattr(item, "__module__", "") == recipe_module.__name__]
+    classes = [item for item in own if isinstance(item, type) and dataclasses.is_dataclass(item)]
     names = {item.name.rstrip("_") for c in classes for item in dataclasses.fields(c)}
     assert {name for name in names if f"{name}:" not in debug} == set()
 

@@ -42,6 +42,8 @@ def commit(part: Path, final: Path, step: int) -> None:
         _flush(path)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(part, final)
+    if part.parent.name == PART:
+        part.parent.rmdir()
     _flush(final.parent)
 
 
