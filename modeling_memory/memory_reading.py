@@ -84,6 +84,7 @@ class MemoryReadingMixin:
         memory_mask: torch.Tensor | None,
         cache: Cache | None,
         use_cache: bool | None,
+        rolling_memory: bool | None = None,
         **options: Any,
     ) -> Reading:
         """Put memories and text before the decoder: in slots, by windows, continuing a cache, or in clear."""
@@ -99,7 +100,9 @@ class MemoryReadingMixin:
         fixed = self.config.memory_positions == "fixed"
         if memory_embeds is not None:
             memory_embeds, memory_mask = check_memories(self.config, text, memory_embeds, memory_mask)
-            if fixed or text.input_ids is None:
+            if self._rolls_behind(text, cache, rolling_memory):
+                reading = self._read_context(text, memory_embeds, memory_mask, cache, use_cache, **options)
+            elif fixed or text.input_ids is None:
                 reading = self._read_behind(text, memory_embeds, memory_mask, cache, use_cache, **options)
             else:
                 reading = self._read_slots(text, memory_embeds, memory_mask, cache, use_cache, **options)
@@ -160,13 +163,7 @@ class MemoryReadingMixin:
         first_memory = self._first_memory(slots)
         if first_memory is not None:
             check_view(self.config, text.length - first_memory)
-        places = None
-        if self.window_positions is not None:  # otherwise the mask may be one of four dimensions, of a static cache
-            mask = text.mask()
-            asked = self._markers(text.input_ids, mask).cumsum(1) > 0  # (B, T)
-            places = self._places((mask * ~slots).cumsum(1) - 1, memory_mask, asked)
-        embeds = self._embed(text.input_ids, places, slots)
-        embeds = embeds.masked_scatter(slots[..., None], memory_embeds[memory_mask.bool()].to(embeds))
+        embeds = self._embed_slots(text, slots, memory_embeds, memory_mask)
         own_cache = self._slot_cache(cache, use_cache)
         decoder_cache = cache if own_cache is None else own_cache.decoder_cache()
         reading = self._read_clear(
@@ -174,6 +171,8 @@ class MemoryReadingMixin:
         )
         _mark_clear(reading.cache)
         if own_cache is not None:
+            mask = text.mask()
+            asked = self._markers(text.input_ids, mask).any(1)
             own_cache.start(
                 reading.cache,
                 column_mask=mask,
@@ -181,12 +180,135 @@ class MemoryReadingMixin:
                 window_fill=(mask * ~slots).sum(1),
                 memory_embeds=memory_embeds,
                 memory_mask=memory_mask,
-                asked=asked[:, -1],
+                asked=asked,
+                num_pinned=memory_mask.sum(1),
+                num_clear=torch.zeros_like(mask[:, 0]),
             )
             own_cache.num_columns = text.length
             reading.cache = own_cache
         if first_memory is not None and reading.cache is not None:
             reading.cache.first_memory = first_memory
+        return reading
+
+    def _embed_slots(
+        self,
+        text: Text,
+        slots: torch.Tensor,
+        memory_embeds: torch.Tensor,
+        memory_mask: torch.Tensor,
+        rolling: bool = False,
+    ) -> torch.Tensor:
+        """Embed a text, memories in its slots `(B, T)`; if it is `rolling`, windows begin behind the last slot."""
+        places = None
+        if self.window_positions is not None:  # otherwise the mask may be one of four dimensions, of a static cache
+            mask = text.mask()
+            asked = self._markers(text.input_ids, mask).cumsum(1) > 0  # (B, T)
+            rank = (mask * ~slots).cumsum(1) - 1
+            if rolling:
+                ahead = ((rank + 1) * slots).amax(1, keepdim=True)  # tokens before the last slot
+                rank = torch.where(rank >= ahead, rank - ahead, rank)
+            places = self._places(rank, memory_mask, asked)
+        embeds = self._embed(text.input_ids, places, slots)
+        return embeds.masked_scatter(slots[..., None], memory_embeds[memory_mask.bool()].to(embeds))
+
+    def _rolls_behind(self, text: Text, cache: Cache | None, rolling_memory: bool | None) -> bool:
+        """Whether full windows behind the slots are to fold: asked for, or told by the empty cache to fill."""
+        told = isinstance(cache, MemoryCache) and cache.rolling and cache.rolls_behind_slots
+        if not (rolling_memory or told):
+            return False
+        if text.input_ids is None or not self.config.self_memory:
+            raise ValueError(
+                "`rolling_memory=True` folds token ids of the encoder's own tokenizer, but "
+                + ("`inputs_embeds` were given." if text.input_ids is None else "`config.self_memory` is False.")
+                + " Leave it out."
+            )
+        return True
+
+    def _read_context(
+        self,
+        text: Text,
+        memory_embeds: torch.Tensor,
+        memory_mask: torch.Tensor,
+        cache: MemoryCache | None,
+        use_cache: bool,
+        columns: torch.Tensor | None = None,
+        **options: Any,
+    ) -> Reading:
+        """Read a text behind a context that stays: what follows the last slot is cut into windows, which fold.
+
+        All up to a row's last slot, memories and tokens alike, stands before each of its windows.
+        """
+        if use_cache and cache is None:
+            cache = MemoryCache()
+        if cache is not None:
+            cache.rolls_behind_slots = True
+        mask = text.mask()
+        slots = (text.input_ids == self.config.memory_token_id) & mask.bool()  # (B, T)
+        behind = mask * (slots.flip(1).cumsum(1).flip(1) == 0)
+        ahead = mask - behind
+        num_clear = ahead.sum(1) - memory_mask.sum(1)
+        if self.config.max_memories is None:  # the limit is one of positions, which tokens take as memories do
+            num_clear = torch.zeros_like(num_clear)
+        fixed = self.config.memory_positions == "fixed"
+        if fixed and num_clear.any():
+            raise ValueError(
+                "With `memory_positions='fixed'` all memories stand before the text, but a slot stands behind a "
+                "token. Put the slots in front or use `memory_positions='contiguous'`."
+            )
+        embeds = self._embed_slots(text, slots, memory_embeds, memory_mask, rolling=True)
+        before, before_mask = pack_present(embeds, ahead)  # (B, R, D), (B, R)
+        asked = self._markers(text.input_ids, ahead).any(1)
+        if behind.sum(1).max() <= self.config.window_length and not fixed:
+            check_view(self.config, before.shape[1] + self.config.window_length)
+            decoder_cache = None if cache is None else cache.decoder_cache()
+            reading = self._read_clear(
+                Text(None, text.attention_mask, embeds, text.position_ids),
+                decoder_cache,
+                use_cache,
+                columns=columns,
+                **options,
+            )
+            if cache is not None:
+                packed, _ = pack_present(text.input_ids[..., None], behind)
+                cache.start(
+                    reading.cache,
+                    column_mask=mask,
+                    window_input_ids=packed[..., 0],
+                    window_fill=behind.sum(1),
+                    memory_embeds=before.detach(),
+                    memory_mask=before_mask,
+                    asked=asked,
+                    num_pinned=before_mask.sum(1),
+                    num_clear=num_clear,
+                )
+                cache.num_columns = text.length
+            reading.cache = cache
+            return reading
+        if not behind.any(1).all():
+            row = int((~behind.bool().any(1)).nonzero()[0])
+            raise ValueError(
+                f"Row {row} ends in a memory slot, while the text of another row is longer than a window and folds. "
+                "Let each row have a token behind its memories, such as COPY, or give them one by one."
+            )
+        prior = before, before_mask, asked, before_mask.sum(1), num_clear
+        inner = Text(text.input_ids.masked_fill(slots, 0), behind, None, text.position_ids)
+        wanted = ahead if columns is None else ahead[:, columns]
+        if not wanted.any():
+            return self._read_windows(inner, cache, prior, columns=columns, **options)
+        reading = self._read_windows(inner, cache, prior, **options)
+        places = (before_mask.cumsum(1) - 1).clamp(min=0)
+        features, outputs = self._decode(
+            inputs_embeds=before, attention_mask=before_mask, position_ids=places, use_cache=False, **options
+        )
+        column = (ahead.cumsum(1) - 1).clamp(min=0)
+        row = torch.arange(text.batch_size, device=mask.device)[:, None]
+        started = behind.cumsum(1)[..., None] > 0  # padding shows what stands before it
+        reading.features = torch.where(started, reading.features, features[row, column])
+        if reading.hidden_states is not None:
+            pairs = zip(reading.hidden_states, outputs.hidden_states, strict=True)
+            reading.hidden_states = tuple(torch.where(started, inside, front[row, column]) for inside, front in pairs)
+        if columns is not None:
+            reading.features = reading.features[:, columns]
         return reading
 
     def _first_memory(self, slots: torch.Tensor) -> int | None:
@@ -213,7 +335,7 @@ class MemoryReadingMixin:
         self,
         text: Text,
         cache: MemoryCache | None,
-        prior: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+        prior: tuple[torch.Tensor, ...] | None = None,
         columns: torch.Tensor | None = None,
         **options: Any,
     ) -> Reading:
@@ -223,8 +345,8 @@ class MemoryReadingMixin:
             text (`Text`): Token ids of shape `(B, T)`.
             cache ([`MemoryCache`], *optional*): An empty cache to fill with each row's last window.
             prior (`tuple`, *optional*): What stands before the whole text: memories `(B, M, D)`, their mask `(B, M)`,
-            and
-                whether a marker has been read `(B,)`.
+                whether a marker has been read `(B,)`, how many of them belong to a context that stays `(B,)`, and how
+                many of those are tokens in clear `(B,)`.
             columns (`torch.LongTensor`, *optional*): Text columns whose features are wanted.
             options: Passed to the decoder.
         """
@@ -248,27 +370,33 @@ class MemoryReadingMixin:
             )
 
         memory_embeds, memory_mask = self._fold(windows)  # (B, M, D), (B, M)
-        num_prior = torch.zeros_like(windows.counts)
+        num_prior = num_pinned = num_clear = torch.zeros_like(windows.counts)
         if prior is not None:
-            num_prior = prior[1].sum(1)
+            num_prior, num_pinned, num_clear = prior[1].sum(1), prior[3], prior[4]
             memory_embeds, memory_mask = pack_present(
                 torch.cat([prior[0].to(memory_embeds), memory_embeds], 1),
                 torch.cat([prior[1].to(memory_mask), memory_mask], 1),
             )
-        check_capacity(self.config, memory_mask.shape[1])
+        room = self._check_room(memory_mask, num_clear)
         first_marker = self._first_marker(windows)  # (B,)
         if prior is not None:
-            first_marker = first_marker.masked_fill(prior[2], 0)
+            first_marker = first_marker.masked_fill(prior[2], -1)
         if columns is not None and not options.get("output_hidden_states") and not is_compiling():
             windows, columns = windows.keep(columns), None
 
         num_visible = num_prior[windows.row] + windows.index * self.config.memories_per_window  # (P,)
-        visible = torch.arange(memory_mask.shape[1], device=num_visible.device) < num_visible[:, None]  # (P, M)
+        number = torch.arange(memory_mask.shape[1], device=num_visible.device)
+        visible = number < num_visible[:, None]  # (P, M)
+        if room is not None:  # the oldest make room, but for those of the context
+            pinned, clear = num_pinned[windows.row, None], num_clear[windows.row, None]
+            visible &= (number < pinned) | (number >= num_visible[:, None] - room + pinned - clear)
         features, outputs, column_mask = self._decode_windows(
-            windows, memory_embeds, visible.long(), first_marker, **options
+            windows, memory_embeds, visible.long(), first_marker, shared=room is None, **options
         )
         if cache is not None:
             last = windows.last
+            if room is not None:
+                memory_embeds, memory_mask = pack_present(memory_embeds, visible[last].long())
             decoder_cache = outputs.past_key_values
             decoder_cache.batch_select_indices(last)
             cache.start(
@@ -279,6 +407,8 @@ class MemoryReadingMixin:
                 memory_embeds=memory_embeds.detach(),
                 memory_mask=memory_mask,
                 asked=first_marker < (windows.counts - 1) * self.config.window_length,
+                num_pinned=num_pinned,
+                num_clear=num_clear,
             )
             cache.num_columns = text.length
         hidden_states = outputs.hidden_states
@@ -311,10 +441,28 @@ class MemoryReadingMixin:
                 memory_embeds=memory_embeds,
                 memory_mask=memory_mask,
                 asked=torch.zeros_like(mask[:, 0], dtype=torch.bool),
+                num_pinned=torch.zeros_like(mask[:, 0]),
+                num_clear=torch.zeros_like(mask[:, 0]),
             )
             cache.num_columns = text.length
         reading.cache = cache
         return reading
+
+    def _check_room(self, memory_mask: torch.Tensor, num_clear: torch.Tensor) -> int | None:
+        """Return for how many memories there is room if `(B, M)` are more, and the oldest may go; `None` if not.
+
+        Raises:
+            ValueError: If they are more and none may go.
+        """
+        capacity, number = self.config.memory_capacity, memory_mask.shape[1]
+        if capacity is None or number <= capacity:
+            return None
+        if not is_compiling():
+            number = int((memory_mask.sum(1) - num_clear).max())
+        if self.config.memory_policy == "error" or number <= capacity:
+            check_capacity(self.config, number)
+            return None
+        return capacity
 
     def _fold(self, windows: Windows) -> tuple[torch.Tensor, torch.Tensor]:
         """Turn all windows of each row but its last into memories `(B, M, D)` and their mask `(B, M)`."""
@@ -342,13 +490,15 @@ class MemoryReadingMixin:
         memory_embeds: torch.Tensor,
         visible: torch.Tensor,
         first_marker: torch.Tensor,
+        shared: bool = True,
         **options: Any,
     ) -> tuple[torch.Tensor, ModelOutput, torch.Tensor]:
         """Decode windows `(P, W)`, each behind the memories of its row that are visible to it.
 
         The memories of a row do not depend on the window behind them, so they run through the decoder once and their
-        keys and values are shared by the row's windows. Where that cannot be (constant fillers differ by window;
-        activation checkpointing switches the cache off) each window gets a row of its own, memories included.
+        keys and values are shared by the row's windows. Where that cannot be (not `shared`: the oldest make room;
+        constant fillers differ by window; activation checkpointing switches the cache off) each window gets a row of
+        its own, memories included.
         `first_marker` `(B,)` is the rank of each text's first COPY or BLANK.
 
         Returns:
@@ -362,26 +512,31 @@ class MemoryReadingMixin:
         rank = (windows.index * window_length)[:, None] + offsets
         places = self._places(offsets, visible, rank >= first_marker[windows.row][:, None])
         options.setdefault("use_cache", True)
-        if self.config.absent_memories == "mask" and not _is_checkpointing(self.decoder):
+        if shared and self.config.absent_memories == "mask" and not _is_checkpointing(self.decoder):
             column_mask = torch.cat([visible, windows.attention_mask], 1)  # (P, M + W)
-            shared = DynamicCache()
+            prefix_cache = DynamicCache()
             if memory_embeds.shape[1]:
                 memory_positions = torch.arange(memory_embeds.shape[1], device=visible.device)
                 memory_positions = memory_positions.expand(memory_embeds.shape[:2])
                 prefix = {"inputs_embeds": memory_embeds, "position_ids": memory_positions}
                 if not self._takes_position_ids:
                     prefix.pop("position_ids")
-                shared = self.decoder.base_model(**prefix, past_key_values=shared, use_cache=True).past_key_values
-                shared.batch_select_indices(windows.row)
+                prefix_cache = self.decoder.base_model(
+                    **prefix, past_key_values=prefix_cache, use_cache=True
+                ).past_key_values
+                prefix_cache.batch_select_indices(windows.row)
             features, outputs = self._decode(
                 **self._token_inputs(windows.input_ids, places),
                 attention_mask=column_mask,
                 position_ids=positions,
-                past_key_values=shared,
+                past_key_values=prefix_cache,
                 **options,
             )
             return features, outputs, column_mask
-        block = self._memory_block(memory_embeds[windows.row], visible)
+        seen, visible = (
+            (memory_embeds[windows.row], visible) if shared else pack_present(memory_embeds[windows.row], visible)
+        )
+        block = self._memory_block(seen, visible)
         features, outputs, column_mask = self._decode_behind(
             block,
             self._embed(windows.input_ids, places),
@@ -448,6 +603,8 @@ class MemoryReadingMixin:
                 memory_embeds=memory_embeds,
                 memory_mask=memory_mask,
                 asked=asked[:, -1],
+                num_pinned=memory_mask.sum(1),
+                num_clear=torch.zeros_like(mask[:, 0]),
             )
             filled.num_columns = text.length
         hidden_states = outputs.hidden_states
@@ -566,7 +723,8 @@ class MemoryReadingMixin:
         )
         wanted = torch.arange(text.length, device=rows.device)
         wanted = wanted if columns is None else wanted[columns]
-        prior = cache.memory_embeds[rows], cache.memory_mask[rows], cache.asked[rows]
+        names = ("memory_embeds", "memory_mask", "asked", "num_pinned", "num_clear")
+        prior = tuple(getattr(cache, name)[rows] for name in names)
         reading = self._read_windows(opened, MemoryCache(), prior, columns=length + wanted, **options)
         if reading.hidden_states is not None:
             reading.hidden_states = tuple(states[:, length:] for states in reading.hidden_states)

@@ -491,6 +491,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         context_num_memories: torch.LongTensor | None = None,
+        rolling_memory: bool | None = None,
         **kwargs: Any,
     ) -> MemoryModelOutput | tuple:
         """Read a text; arguments and modes are those of [`MemoryEncoderDecoderForCausalLM.forward`].
@@ -510,6 +511,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
             memory_mask,
             past_key_values,
             use_cache,
+            rolling_memory,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
@@ -589,6 +591,7 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         context_num_memories: torch.LongTensor | None = None,
+        rolling_memory: bool | None = None,
         **kwargs: Any,
     ) -> MemoryCausalLMOutputWithPast | tuple:
         """Predict the next token of every column of a text.
@@ -624,6 +627,8 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
             output_attentions (`bool`, *optional*): Whether to return attentions; only of texts of one window.
             context_num_memories (`torch.LongTensor` of shape `(B, C)`, *optional*): Memories of each chunk, as
                 [`encode_memories`] takes them. Default: `memories_per_chunk`.
+            rolling_memory (`bool`, *optional*): Whether, behind the last slot of a text with memories, full windows
+                fold into memories as those of plain text do. Default: that text is read in clear.
             kwargs: Passed to the loss: `num_items_in_batch`, the global number of targets to divide by, and
             `shift_labels`
                 `(B, T)`, targets *of* each column, which then replace `labels`.
@@ -654,6 +659,7 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
             memory_mask,
             past_key_values,
             use_cache,
+            rolling_memory,
             columns=_kept_columns(logits_to_keep, text),
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
