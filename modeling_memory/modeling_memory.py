@@ -41,14 +41,16 @@ from .configuration_memory import AUTO_MAP, MemoryEncoderDecoderConfig, allot_me
 from .generation_memory import MemoryGenerationMixin
 from .memory_adapters import MemoryAdapterMixin, adapted_modules, inject_adapters, is_adapter
 from .memory_cache import MemoryCache  # noqa: F401
+from .memory_decoding import MemoryDecodingMixin  # noqa: F401
 from .memory_encoder import build_encoder, encode_chunks
 from .memory_parts import HUB_OPTIONS, check_decoder, embedding_scale, load_decoder, load_encoder
 from .memory_pooling import PooledQueryPooling, QueryPooling, build_pooling
 from .memory_projector import MemoryProjector
-from .memory_reading import MemoryReadingMixin, pack_present, scatter_present
+from .memory_reading import MemoryReadingMixin
+from .memory_rolling import MemoryRollingMixin  # noqa: F401
 from .memory_saving import PARTS, TRAINED, load_by_reference, save_by_reference
 from .memory_text import Text, check_has_owner, check_ids, check_same_shape, is_compiling
-from .memory_windows import Windows  # noqa: F401
+from .memory_windows import pack_present, scatter_present
 from .modeling_masked_mixer import MaskedMixerForCausalLM
 
 
