@@ -172,7 +172,7 @@ def _cell(
         "chunk_length": encoder.chunk_length,
         "bottleneck": encoder.bottleneck and weights_checksum(encoder.bottleneck),
     }
-    texts = {"train": _checksum(train.tokens), "test": _checksum(test.tokens)}
+    texts = {"train": tokens_checksum(train.tokens), "test": tokens_checksum(test.tokens)}
     asked = {"encoder": read_by, "texts": texts, "shuffled": condition == "shuffled", **setting.settings()}
     file = folder / "cells" / f"{fingerprint(asked)}.json"
     before = read_json(file)
@@ -180,7 +180,7 @@ def _cell(
         return before["result"]
 
     def vectors(rows: TextRows) -> torch.Tensor:
-        kept = folder / "vectors" / f"{fingerprint({**read_by, 'tokens': _checksum(rows.tokens)})}.safetensors"
+        kept = folder / "vectors" / f"{fingerprint({**read_by, 'tokens': tokens_checksum(rows.tokens)})}.safetensors"
         if kept.is_file():
             return load_file(kept)["vectors"]
         read = read_all(encoder, rows.tokens)
@@ -221,7 +221,8 @@ def weights_checksum(module: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _checksum(tensor: torch.Tensor) -> str:
+def tokens_checksum(tensor: torch.Tensor) -> str:
+    """Return a digest of token ids and of their shape."""
     return hashlib.sha256(str(tuple(tensor.shape)).encode() + tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
