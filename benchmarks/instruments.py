@@ -71,7 +71,7 @@ def ceiling_lines(record: dict[str, Any], link: str) -> list[str]:
         *lines,
         "",
         f"One pass of the encoder reaches [{result['percent_of_nats']:.1f} %]({link}) ({low:.1f} to {high:.1f}) of "
-        f"the ceiling's gain. {one['num_texts']} texts of {tokens} tokens in {result['num_vectors']} vectors, "
+        f"the ceiling's gain. {one['num_texts']} texts of {tokens} tokens in {_vectors(result)} each, "
         f"objective {result['objective'].replace('_', ' ')}.",
     ]
 
@@ -89,12 +89,16 @@ def capacity_lines(record: dict[str, Any], link: str) -> list[str]:
     }
     lines = [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
     lines.insert(1, "|---|" + "---:|" * len(by_length))
-    vectors = f"{result['num_vectors']} vector{'' if result['num_vectors'] == 1 else 's'}"
     return [
         *lines,
         "",
-        f"{vectors} a text, at most {recipe['steps']} optimiser steps, {first['num_texts']} texts, their beginnings.",
+        f"{_vectors(result)} a text, at most {recipe['steps']} optimiser steps, {first['num_texts']} texts, their "
+        "beginnings.",
     ]
+
+
+def _vectors(result: dict[str, Any]) -> str:
+    return f"{result['num_vectors']} vector{'' if result['num_vectors'] == 1 else 's'}"
 
 
 def retrieval_lines(record: dict[str, Any], link: str) -> list[str]:
