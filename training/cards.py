@@ -53,7 +53,7 @@ def render_card(
         record (`dict`, *optional*): Record of its run; of a run's other stages as [`stage_record`] cuts it out.
         context (`dict`, *optional*): What only the writer knows: `model_name`, `repository` (for the snippet, default
             the name), `description`, `training_data` (list of `name`, `licence`, `source`), `base_models` (ids on the
-            Hub), `reproduce`, `example`, `copy_token`.
+            Hub), `reproduce`, `example`, `copy_token`, `references` (of a model by reference, as its config has them).
 
     Returns:
         [`huggingface_hub.ModelCard`]: The card, with metadata that the Hub reads.
@@ -73,11 +73,14 @@ def render_card(
         "reproduce": record.get("run", {}).get("command", ""),
         "example": _example(record),
         "copy_token": "",
+        "references": {},
     }
     unknown = sorted(set(context or {}) - set(known))
     if unknown:
         raise ValueError(f"The card does not know {', '.join(unknown)}; expected some of {', '.join(known)}.")
     fields: dict[str, Any] = {**known, **(context or {})}
+    referred = [reference["id"] for reference in fields["references"].values()]
+    fields["base_models"] = list(dict.fromkeys([*referred, *fields["base_models"]]))
     sources = fields["training_data"]
     results = card_results(record)
     remote_code = model.config.model_type in OWN_MODELS
