@@ -296,7 +296,7 @@ def test_the_command_publishes_and_verifies_a_checkpoint(model, processor, tmp_p
     """Also with what a training checkpoint has beside the model, none of which is published."""
     verified = []
 
-    def verify(folder: Path, model: object) -> dict:  # the real one runs in the tests above
+    def verify(folder: Path, model: object, **bases: object) -> dict:  # the real one runs in the tests above
         verified.append((folder, type(model).__name__))
         return {"hub": {"loaded": ["AutoModel"]}}
 
