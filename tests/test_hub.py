@@ -159,7 +159,7 @@ def test_a_folder_that_does_not_load_is_never_pushed(hub, tmp_path, monkeypatch,
     build_model().save_pretrained(checkpoint)
     processor().save_pretrained(checkpoint)
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise PublishError("logits differ")
 
     monkeypatch.setattr(publish, "verify_hub_folder", fail)
