@@ -29,8 +29,16 @@ def remember_texts(
         batch_size (`int`): Chunks that the encoder reads at a time.
         keep_text (`bool`): Whether the results carry the texts.
         progress (`Callable`, *optional*): Called with the number of chunks after each batch.
+
+    Raises:
+        ValueError: If a text is empty or holds the memory token, naming it.
     """
-    chunks = {text_id: processor.split_context(text) for text_id, text in texts.items()}
+    chunks = {}
+    for text_id, text in texts.items():
+        try:
+            chunks[text_id] = processor.split_context(text)
+        except ValueError as error:
+            raise ValueError(f"The text {text_id!r} cannot be remembered: {error}") from error
     memories = encode_chunk_ids(model, [chunk for row in chunks.values() for chunk in row], batch_size, progress)
     tokenizer = processor.encoder_tokenizer or processor.tokenizer
     stored, first = [], 0
