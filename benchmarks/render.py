@@ -26,6 +26,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from benchmarks.instruments import capacity_lines, ceiling_lines, probe_lines
+from benchmarks.store_tables import store_faults_lines, store_lines, store_search_lines
 from training.figures import COLOURS, write_ceiling_figure, write_figures, write_probe_figure
 from training.record import fingerprint, read_json
 from training.sample import sample_lines
@@ -278,6 +279,9 @@ TABLES = {
     "probe": Table("probe", _sourced(probe_lines), "python -m training.probe"),
     "ceiling": Table("ceiling", _sourced(ceiling_lines), "python -m training.ceiling runs/quickstart/hub"),
     "capacity": Table("capacity", _sourced(capacity_lines), "python -m training.ceiling"),
+    "store": Table("store", _sourced(store_lines), "python -m benchmarks.store"),
+    "store_search": Table("store", _sourced(store_search_lines), "python -m benchmarks.store"),
+    "store_faults": Table("store_faults", _sourced(store_faults_lines), "python -m benchmarks.store_faults"),
 }
 
 
