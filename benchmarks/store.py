@@ -6,7 +6,7 @@ python -m benchmarks.store                 # the quickstart's model on its test 
 
 *Speed*: the same texts by one `MemoryStore.append`, in batches of 256 chunks, and by a loop that encodes one chunk
 after the other and stores each text when it is done, in turn; files written included. The memories must be equal
-first. *Formats*: the test text's memories in every number format; bytes are those of all files of the store, without
+first. *Formats*: memories of texts in every number format; bytes are those of all files of the store, without
 the text. What a format keeps is measured by blank copy (the text written from stored memories alone) and by the loss
 of the text that follows stored memories, beside the same with the memories as they were encoded. *Search*: nearest
 neighbours of one query among all chunks, exact.
@@ -132,12 +132,12 @@ def report(model: Any, parts: list[dict[str, torch.Tensor]]) -> dict[str, dict[s
 
 
 def measure_formats(
-    model: Any, processor: Any, documents: list[str], rows: torch.Tensor, source_length: int, folder: Path
+    model: Any, processor: Any, texts: dict[str, str], rows: torch.Tensor, source_length: int, folder: Path
 ) -> dict[str, Any]:
-    """Store one text in every format, and measure what each keeps."""
+    """Store texts in every format, and measure what each keeps."""
     special = special_tokens_of(processor.tokenizer)
     whole = MemoryStore.open(folder / "whole", model, processor, create=True, dtype="float32")
-    whole.append({f"document {number}": text for number, text in enumerate(documents)})
+    whole.append(texts)
     reports = {
         "blank_copy": report(model, copy_inputs(model, special, rows[:, :source_length])),
         "causal": report(model, causal_inputs(model, special, rows)),
@@ -158,7 +158,7 @@ def measure_formats(
         "target_loss_increase": TARGET_COST,
         "tokens": whole.num_tokens,
         "chunks": whole.num_chunks,
-        "text_bytes_per_token": sum(len(text.encode()) for text in documents) / whole.num_tokens,
+        "text_bytes_per_token": sum(len(text.encode()) for text in texts.values()) / whole.num_tokens,
         "encoded": {name: report["encoded"] for name, report in reports.items()},
         "formats": formats,
     }
@@ -188,6 +188,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", default="runs/quickstart/hub", help="folder or Hub id of a memory model with one tokenizer")
     add("--text", default=TEXT, metavar="FILE", help="text that the model never saw")
     add("--texts", type=int, default=64, help="texts of the comparison of speed")
+    add("--stored", type=int, default=128, help="texts of 2,000 characters that are stored in every format")
     add("--rows", type=int, default=512, help="rows of text that formats are measured on")
     add("--row-length", type=int, default=128, help="tokens of a row")
     add("--source-length", type=int, default=32, help="tokens of a row that are copied")
@@ -205,7 +206,8 @@ def main(argv: list[str] | None = None) -> int:
     documents = load_texts(files)
     model, processor = load_memory_model(options.model)
     model = model.float()
-    words = f"--model {portable_path(options.model)} --texts {options.texts} --rows {options.rows}"
+    words = f"--model {portable_path(options.model)} --texts {options.texts} --rows {options.rows} "
+    words += f"--stored {options.stored} --repetitions {options.repetitions}"
     record = describe_run("store", f"python -m benchmarks.store {words}", {})
     record["inputs"] = {"files": file_checksums(files), "model": portable_path(options.model)}
     record["repetitions"] = options.repetitions
@@ -215,10 +217,10 @@ def main(argv: list[str] | None = None) -> int:
     (REPOSITORY / "runs").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=REPOSITORY / "runs") as name:
         folder = Path(name)
-        texts = cut_texts(documents, 2000, options.texts)
+        texts, stored = (cut_texts(documents, 2000, number) for number in (options.texts, options.stored))
         record["metrics"] = {
             "speed": measure_speed(model, processor, texts, options.repetitions, folder),
-            "formats": measure_formats(model, processor, documents, rows, options.source_length, folder),
+            "formats": measure_formats(model, processor, stored, rows, options.source_length, folder),
             "search": measure_search(model, processor, folder, options.repetitions),
         }
     record["given"] = {**given, "tokens_per_memory": model.config.chunk_length // model.config.memories_per_chunk}
