@@ -60,7 +60,7 @@ def store_faults_lines(record: dict[str, Any], link: str) -> list[str]:
             came = f"{found['before']} as before, {found['after']} as after"
             lines.append(f"| {kind}, in {name} | {found['faults']} | {came} | 0 |")
     for kind, found in metrics["files"].items():
-        came = f"{found['refused']:,} refused by name, {found['healed']:,} healed by the second copy"
+        came = f"{found['refused']:,} refused by name, {found['healed']:,} told and without effect"
         lines.append(f"| {kind}, any file | {found['faults']:,} | {came} | 0 |")
     kills = metrics["kills"]
     came = (
@@ -74,6 +74,7 @@ def store_faults_lines(record: dict[str, Any], link: str) -> list[str]:
         *lines,
         "",
         f"[{metrics['faults']:,} faults]({link}), [{metrics['texts_lost']} texts lost]({link}). Crashes and full "
-        "disks strike at every system call of a change that touches a file, once each; flips change every byte of "
-        "every file, cuts end every file at every length. A loss at a call or in a file would have ended the run.",
+        "disks strike at every system call of a change that touches a file, once each; crashes in a write differ from "
+        "the others at writes only. Flips change every byte of every file, cuts end every file at every length; those "
+        "of an index have no effect, because a second copy stands beside it. A loss would have ended the run.",
     ]

@@ -57,8 +57,17 @@ def fingerprint(model: PreTrainedModel, processor: Any) -> dict[str, Any]:
         `dict`: Part -> `sha256` beside what names it: `encoder` (its pooling included), `projector`, `tokenizer`, and
         `cut`, how text becomes chunks and memories. `model` and all names and revisions are for the reader; only the
         checksums are compared.
+
+    Raises:
+        MemoryStoreError: If the processor cuts text otherwise than the model's config says.
     """
     config = model.config
+    for name in ("chunk_length", "memories_per_chunk"):
+        if getattr(processor, name) != getattr(config, name):
+            raise MemoryStoreError(
+                f"The processor's `{name}` is {getattr(processor, name)} and the model's {getattr(config, name)}. "
+                "Give the processor that belongs to the model."
+            )
     encoder, pooling, projector = (
         {f"{part}.{name}": tensor for name, tensor in getattr(model, part).state_dict().items()}
         for part in ("encoder", "pooling", "projector")

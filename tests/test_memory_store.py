@@ -244,7 +244,7 @@ def test_a_store_names_its_model_and_refuses_another(store, model, processor):
     others = {
         "encoder": build_model(memories_per_chunk=2),
         "projector": build_model(memories_per_chunk=2),
-        "cut": build_model(memories_per_chunk=1),
+        "cut": build_model(memories_per_chunk=2, pooling="mean"),
     }
     with torch.no_grad():
         next(others["encoder"].encoder.parameters()).flatten()[0].add_(1e-3)
@@ -292,6 +292,8 @@ def test_user_mistakes_are_explained(store, model, processor, tmp_path):
         MemoryStore(store.folder).append({"x": "y"})
     with pytest.raises(ValueError, match="belong together"):
         MemoryStore(store.folder, model)
+    with pytest.raises(ValueError, match="`chunk_length` is 8 and the model's 4"):
+        MemoryStore(store.folder, model, MemoryProcessor(processor.tokenizer, chunk_length=8, memories_per_chunk=2))
     with pytest.raises(ValueError, match="expected 'error', 'skip' or 'replace'"):
         store.append({"x": "y"}, on_duplicate="ignore")
     with pytest.raises(ValueError, match="expected a string of one character"):

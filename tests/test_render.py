@@ -341,7 +341,7 @@ def test_pages_and_figures_are_made_from_the_records_and_checked(root: Path, cap
         "[0.01%](benchmarks/results/store.json) (at most 1%) |",
         "| open | 1.00 ms |",
         "| crash, in append | 34 | 17 as before, 17 as after | 0 |",
-        "| flip, any file | 1,000 | 300 refused by name, 700 healed by the second copy | 0 |",
+        "| flip, any file | 1,000 | 300 refused by name, 700 told and without effect | 0 |",
         "| SIGKILL at random | 24 | 50 changes acknowledged, 3 of 20 in flight arrived | 0 |",
         "  the[ dog]",
         "the output",
