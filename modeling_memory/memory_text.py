@@ -83,8 +83,13 @@ def check_text(config: PreTrainedConfig, text: Text, cache: Cache | None) -> Non
             f"tokens{', width' * (rank - 2)}), "
             "none of them 0. Give at least one row and one token."
         )
+    if text.input_ids is not None and (tensor.is_floating_point() or tensor.dtype == torch.bool):
+        raise ValueError(f"`input_ids` has type {tensor.dtype}; expected integers. Embeddings go to `inputs_embeds`.")
     past = 0 if cache is None else cache.get_seq_length()
     mask = text.attention_mask
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4)):
+        given = f"has shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else f"is a {type(mask).__name__}"
+        raise ValueError(f"`attention_mask` {given}; expected (batch, tokens): 1 for tokens, 0 for padding.")
     if mask is not None and mask.dim() == 2:
         widths = {text.length, text.length + past}
         if mask.shape[0] != text.batch_size or mask.shape[1] not in widths:
@@ -104,6 +109,16 @@ def check_text(config: PreTrainedConfig, text: Text, cache: Cache | None) -> Non
         slot = config.memory_token_id
         allowed = None if slot is None else text.input_ids == slot
         check_ids("The decoder", "input_ids", text.input_ids, config.decoder.vocab_size, allowed)
+
+
+def check_flat_mask(text: Text) -> None:
+    """Refuse a mask of four dimensions where windows are cut, which needs to know tokens from padding."""
+    mask = text.attention_mask
+    if mask is not None and mask.dim() != 2:
+        raise ValueError(
+            f"`attention_mask` has shape {tuple(mask.shape)}, but a text that folds into memories takes one of "
+            "(batch, tokens): 1 for tokens, 0 for padding."
+        )
 
 
 def check_memories(

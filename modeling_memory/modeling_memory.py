@@ -41,14 +41,16 @@ from .configuration_memory import AUTO_MAP, MemoryEncoderDecoderConfig, allot_me
 from .generation_memory import MemoryGenerationMixin
 from .memory_adapters import MemoryAdapterMixin, adapted_modules, inject_adapters, is_adapter
 from .memory_cache import MemoryCache  # noqa: F401
+from .memory_decoding import MemoryDecodingMixin  # noqa: F401
 from .memory_encoder import build_encoder, encode_chunks
 from .memory_parts import HUB_OPTIONS, check_decoder, embedding_scale, load_decoder, load_encoder, load_whole
 from .memory_pooling import PooledQueryPooling, QueryPooling, build_pooling
 from .memory_projector import MemoryProjector
-from .memory_reading import MemoryReadingMixin, pack_present, scatter_present
+from .memory_reading import MemoryReadingMixin
+from .memory_rolling import MemoryRollingMixin  # noqa: F401
 from .memory_saving import PARTS, TRAINED, load_by_reference, save_by_reference
 from .memory_text import Text, check_has_owner, check_ids, check_same_shape, is_compiling
-from .memory_windows import Windows  # noqa: F401
+from .memory_windows import pack_present, scatter_present
 from .modeling_masked_mixer import MaskedMixerForCausalLM
 
 
@@ -492,6 +494,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         context_num_memories: torch.LongTensor | None = None,
+        rolling_memory: bool | None = None,
         **kwargs: Any,
     ) -> MemoryModelOutput | tuple:
         """Read a text; arguments and modes are those of [`MemoryEncoderDecoderForCausalLM.forward`].
@@ -511,6 +514,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
             memory_mask,
             past_key_values,
             use_cache,
+            rolling_memory,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
@@ -590,6 +594,7 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         context_num_memories: torch.LongTensor | None = None,
+        rolling_memory: bool | None = None,
         **kwargs: Any,
     ) -> MemoryCausalLMOutputWithPast | tuple:
         """Predict the next token of every column of a text.
@@ -625,6 +630,8 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
             output_attentions (`bool`, *optional*): Whether to return attentions; only of texts of one window.
             context_num_memories (`torch.LongTensor` of shape `(B, C)`, *optional*): Memories of each chunk, as
                 [`encode_memories`] takes them. Default: `memories_per_chunk`.
+            rolling_memory (`bool`, *optional*): Whether, behind the last slot of a text with memories, full windows
+                fold into memories as those of plain text do. Default: that text is read in clear.
             kwargs: Passed to the loss: `num_items_in_batch`, the global number of targets to divide by, and
             `shift_labels`
                 `(B, T)`, targets *of* each column, which then replace `labels`.
@@ -655,6 +662,7 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
             memory_mask,
             past_key_values,
             use_cache,
+            rolling_memory,
             columns=_kept_columns(logits_to_keep, text),
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,

@@ -211,3 +211,15 @@ def test_fields_of_another_type(fields, message):
 def test_inputs_that_nothing_would_read(inputs, message):
     with pytest.raises(ValueError, match=message):
         build_model("llama")(random_ids(2, 3), **inputs)
+
+
+def test_ids_and_masks_of_other_kinds_are_refused():
+    model, input_ids = build_model(), random_ids(2, 2 * WINDOW)
+    with pytest.raises(ValueError, match="`input_ids` has type torch.float32; expected integers"):
+        model(input_ids.float())
+    with pytest.raises(ValueError, match="`attention_mask` is a dict; expected"):
+        model(input_ids, attention_mask={"full_attention": None})
+    with pytest.raises(ValueError, match=r"`attention_mask` has shape \(2, 1, 16, 16\), but a text that folds"):
+        model(input_ids, attention_mask=torch.ones(2, 1, 16, 16))
+    with pytest.raises(ValueError, match=r"`attention_mask` has shape \(16,\); expected"):
+        model(input_ids, attention_mask=torch.ones(16))

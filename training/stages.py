@@ -40,6 +40,7 @@ from training.rows import ObjectiveCollator, TokenRows
 from training.stopping import StoppedError
 from training.token_stream import StreamedRows, TokenStream
 from training.trainer import MemoryTrainer, training_arguments
+from training.warm_start import FITTED_CHUNKS, start_projector
 from training.watching import WatchMemories
 
 WATCHED_TEXTS = 16
@@ -148,7 +149,13 @@ class StageRunner:
         collator = self._collator(stage, model, list(objectives))
         batch_rows = training.batch_size * training.gradient_accumulation_steps * self.state.num_processes
         order = seed if rows.seed is None else rows.seed
-        train_rows = self._train_rows(stage, model, batch_rows, order)
+        train_rows = self._train_rows(stage, model, training.max_steps * batch_rows, order, step_rows=batch_rows)
+        if stage.kind == "memory" and "model" not in stage.from_:
+            number = -(-FITTED_CHUNKS * model.config.chunk_length // rows.row_length)
+            sample = self._train_rows(stage, model, number, order)
+            start_projector(
+                model, stage.warm_start, [sample[i] for i in range(number)], f"stages.{stage.name}.warm_start"
+            )
         # Before the first step: a layout that does not fit says so here.
         first_batch = collator([train_rows[i] for i in range(training.batch_size)])
         if training.attention is not None:
@@ -249,14 +256,19 @@ class StageRunner:
         )
 
     def _train_rows(
-        self, stage: StageRecipe, model: PreTrainedModel, batch_rows: int, seed: int
+        self,
+        stage: StageRecipe,
+        model: PreTrainedModel,
+        num_items: int,
+        seed: int,
+        *,
+        step_rows: int | None = None,
     ) -> TokenRows | DocumentRows | StreamedRows:
         length, tokens = stage.data.row_length, self.train_tokens
-        num_items = stage.training.max_steps * batch_rows
         if isinstance(tokens, TokenStream):
             shuffle_rows = self.recipe.data.shuffle_rows
             return StreamedRows(tokens, row_length=length, num_items=num_items, seed=seed, shuffle_rows=shuffle_rows)
-        if stage.data.documents:
+        if stage.data.documents and step_rows is not None:  # a sample for the projector may be packed
             eos = self.special_tokens.require("eos", "data.documents")
             # A window to copy and a token behind it; the other stages only need a token that predicts another.
             shortest = model.config.window_length + 1 if stage.kind == "memory" else 2
@@ -266,7 +278,7 @@ class StageRunner:
                 row_length=length,
                 shortest=shortest,
                 num_items=num_items,
-                step_rows=batch_rows,
+                step_rows=step_rows,
                 seed=seed,
                 group_by_length=stage.training.group_by_length,
             )
