@@ -228,17 +228,32 @@ def kills_table(record: Record, link: str) -> list[str]:
 
 def switches_table(record: Record, link: str) -> list[str]:
     """Speed of a training step by switch, and peak memory of the loss."""
-    steps, memory = pick(record, "metrics.steps"), pick(record, "metrics.loss_memory")
     lines = [
         "| training step, float32 unless said | tokens per second | times as fast (quartiles) |",
         "|---|---:|---:|",
     ]
-    for name, speed in steps["tokens_per_second"].items():
-        ratio = steps["times_as_fast"][name]
-        quartiles = f"{ratio['first_quartile']:.2f} to {ratio['third_quartile']:.2f}"
-        lines.append(f"| {name} | {speed:,.0f} | [{ratio['median']:.2f}]({link}) ({quartiles}) |")
+
+    def add(part: str, names: list[str], ratios: list[Record]) -> None:
+        speeds = pick(record, f"metrics.{part}.tokens_per_second")
+        for name, ratio in zip(names, ratios, strict=True):
+            quartiles = f"{ratio['first_quartile']:.2f} to {ratio['third_quartile']:.2f}"
+            lines.append(f"| {name} | {speeds[name]:,.0f} | [{ratio['median']:.2f}]({link}) ({quartiles}) |")
+
+    for part in ("steps", "compile"):
+        ratios = pick(record, f"metrics.{part}.times_as_fast")
+        names = [name for name in ratios if name != "plain" or part == "steps"]  # the compiled ones' own plain is near
+        add(part, names, [ratios[name] for name in names])
+    for part, name in (("lengths", "rows grouped by length"), ("processes", "2 processes")):
+        add(part, [name], [pick(record, f"metrics.{part}.times_as_fast")])
+    lengths, memory = pick(record, "metrics.lengths"), pick(record, "metrics.loss_memory")
+    before, after = lengths["padding"].values()
+    started = pick(record, "metrics.compile.seconds_of_first_step")["compiled"]
     whole, chunked = (memory[name]["bytes"] / 2**20 for name in ("whole", "chunked"))
     sentence = (
+        "Each against the plain step of the same rows, timed in turn on a machine with other work; compiled, the first "
+        f"step took {started:.0f} s. Rows grouped by length: a pass over {lengths['rows']} documents of the shipped "
+        f"text, against steps of any length; [{after:.0%}]({link}) of the columns are padding instead of {before:.0%}. "
+        f"2 processes share the rows of one, a core each of {pick(record, 'metrics.processes.cores')}. "
         f"The loss of {memory['tokens']:,} tokens over a vocabulary of {memory['vocab_size']:,}, both ways: "
         f"[{whole:,.0f} MiB]({link}) with all logits, "
         f"[{chunked:,.0f} MiB]({link}) with those of {memory['chunk']} tokens at a time. "

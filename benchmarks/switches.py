@@ -113,7 +113,7 @@ def compare(steps: dict[str, Callable[[], float]], repetitions: int, tokens: int
         began[name] = time.perf_counter() - started
         if not abs(losses[name] - losses[first]) <= TOLERANCE.get(name, 1e-4) * losses[first]:
             raise UnequalPathsError(f"the loss is {losses[name]} with {name} and {losses[first]} without")
-    seconds = interleave(steps, repetitions=repetitions, warmup=2)
+    seconds = interleave(steps, repetitions=repetitions, warmup=0)  # the comparison was one
     ratios = {
         name: [one / own for one, own in zip(seconds[first], times, strict=True)] for name, times in seconds.items()
     }
@@ -193,7 +193,7 @@ def measure_lengths(sizes: Sizes, repetitions: int, num_steps: int, row_length: 
     one, other = losses.values()
     if not abs(one - other) <= 1e-4 * one:
         raise UnequalPathsError(f"the losses of one pass differ: {losses}")
-    seconds = interleave(passes, repetitions=repetitions)
+    seconds = interleave(passes, repetitions=repetitions, warmup=0)
     plain, grouped_seconds = seconds.values()
     ratios = [before / after for before, after in zip(plain, grouped_seconds, strict=True)]
     return {
@@ -236,7 +236,7 @@ def process(rank: int, port: int, sizes: Sizes, repetitions: int, results: Any) 
 
     steps = {"1 process": alone, "2 processes": shared}
     losses = {name: step() for name, step in steps.items()}
-    seconds = interleave(steps, repetitions=repetitions, warmup=2)
+    seconds = interleave(steps, repetitions=repetitions, warmup=0)
     if rank == 0:
         results.put((losses, seconds))
     torch.distributed.barrier()
@@ -304,7 +304,7 @@ def measure_memory(vocab_size: int, width: int, num_tokens: int, chunk: int) -> 
 def parts(sizes: Sizes, repetitions: int, *, quick: bool) -> dict[str, Callable[[], dict[str, Any]]]:
     """What is measured, by name."""
     memory = (1000, 8, 64, 16) if quick else (131_072, 128, 1024, CHUNK_OF_LOSS // 2)
-    num_steps, row_length = (3, 32) if quick else (10, 512)
+    num_steps, row_length = (3, 32) if quick else (5, 256)
     lengths = sizes if quick else replace(sizes, hidden_size=128, intermediate_size=384)
     words = replace(sizes, vocab_size=max(sizes.vocab_size, 512))
     return {
