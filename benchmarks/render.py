@@ -250,9 +250,10 @@ def switches_table(record: Record, link: str) -> list[str]:
     started = pick(record, "metrics.compile.seconds_of_first_step")["compiled"]
     whole, chunked = (memory[name]["bytes"] / 2**20 for name in ("whole", "chunked"))
     sentence = (
-        "Each against the plain step of the same rows, timed in turn on a machine with other work; compiled, the first "
-        f"step took {started:.0f} s. Rows grouped by length: a pass over {lengths['rows']} documents of the shipped "
-        f"text, against steps of any length; [{after:.0%}]({link}) of the columns are padding instead of {before:.0%}. "
+        "Each against the plain step of the same rows, timed in turn on a machine with other work; compiled, the "
+        f"first step took {started:.0f} s. Rows grouped by length: a pass over {lengths['rows']} documents of the "
+        f"shipped text, against steps of any length; [{after:.0%}]({link}) of the columns are padding instead of "
+        f"{before:.0%}. "
         f"2 processes share the rows of one, a core each of {pick(record, 'metrics.processes.cores')}. "
         f"The loss of {memory['tokens']:,} tokens over a vocabulary of {memory['vocab_size']:,}, both ways: "
         f"[{whole:,.0f} MiB]({link}) with all logits, "

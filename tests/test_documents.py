@@ -1,5 +1,6 @@
 """Rows that are documents: whole, never across a border, grouped or not the same; padding has no effect."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from hypothesis import strategies as st
 from tests.conftest import VOCAB_SIZE
 from tests.memory_models import CHUNK, WINDOW, build_model
 from tests.test_launch import ALL, SPECIAL
+from tests.test_run import recipe, short_recipe  # noqa: F401  (fixtures)
 from tests.test_trainer import trainer
 from training.documents import DocumentRows, cut_documents
 from training.objectives import IGNORED, targets_of
 from training.rows import ObjectiveCollator
+from training.run import main
 from training.trainer import run_objective
 
 EOS = 2
@@ -127,3 +130,35 @@ def test_tokens_per_second_count_no_padding(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(run, "log", lambda *args: (counted.append(run._tokens_since[0]), plain(*args)))
     run.train()
     assert counted[0] == sum(len(run.train_dataset[i][1]) for i in range(8))
+
+
+def test_a_run_of_documents_watches_its_memories_and_counts_its_tokens(short_recipe: Path):  # noqa: F811
+    out = short_recipe.parent / "out"
+    options = ["stages.blank_copy.training.watch_steps=2", "stages.blank_copy.data.vary_source=false"]
+    for stage in ("autoencoder", "decoder", "blank_copy"):
+        options += [f"stages.{stage}.data.documents=true", f"stages.{stage}.training.group_by_length=true"]
+    assert main([str(short_recipe), *options]) == 0
+    record = json.loads((out / "record.json").read_text())
+    for stage in record["stages"].values():
+        assert 0 < stage["text_tokens"] <= stage["rows"] * 64 and stage["targets"] is None
+    looked = [log for log in record["stages"]["blank_copy"]["series"] if "memory_effective_rank" in log]
+    assert [log["step"] for log in looked] == [2, 4] and all(0 < log["memory_attention_share"] < 1 for log in looked)
+    assert "memory effective rank" in (out / "summary.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.decoder.training.group_by_length=true", "needs rows of different lengths; set data.documents: true"),
+        ("stages.blank_copy.data.documents=true", "does not go together with data.vary_source"),
+        ("stages.decoder.training.watch_steps=5", "which a causal_lm stage has none of"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_in_one_line(
+    override: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+):
+    assert main(["debug_cpu", override]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: stages.") and message in error and error.count("\n") == 1
