@@ -3,6 +3,8 @@
 B rows, T columns, M memories, D decoder width.
 """
 
+import difflib
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -226,6 +228,20 @@ def check_has_owner(name: str, mask: torch.Tensor | None, owner_name: str, owner
     """Refuse a mask without what it masks: it would silently do nothing."""
     if mask is not None and owner is None:
         raise ValueError(f"`{name}` was given without `{owner_name}`. Give both or neither.")
+
+
+def check_spelling(given: Iterable[str], known: Collection[str]) -> None:
+    """Refuse a keyword that is a known one misspelt; others are the library's, and pass as they do in its models.
+
+    >>> check_spelling(["num_items_in_batch"], ["input_ids", "memory_embeds"])
+    >>> check_spelling(["memory_embed"], ["input_ids", "memory_embeds"])
+    Traceback (most recent call last):
+    ValueError: `memory_embed` is no argument. Did you mean `memory_embeds`?
+    """
+    for name in given:
+        meant = [] if name in known else difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+        if meant:
+            raise ValueError(f"`{name}` is no argument. Did you mean `{meant[0]}`?")
 
 
 def check_same_shape(name: str, tensor: torch.Tensor | None, other_name: str, other: torch.Tensor) -> None:

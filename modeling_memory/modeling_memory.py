@@ -48,8 +48,8 @@ from .memory_pooling import PooledQueryPooling, QueryPooling, build_pooling
 from .memory_projector import MemoryProjector
 from .memory_reading import MemoryReadingMixin
 from .memory_rolling import MemoryRollingMixin  # noqa: F401
-from .memory_saving import PARTS, TRAINED, load_by_reference, save_by_reference
-from .memory_text import Text, check_has_owner, check_ids, check_same_shape, is_compiling
+from .memory_saving import PARTS, TRAINED, check_older_weights, load_by_reference, save_by_reference
+from .memory_text import Text, check_has_owner, check_ids, check_same_shape, check_spelling, is_compiling
 from .memory_windows import pack_present, scatter_present
 from .modeling_masked_mixer import MaskedMixerForCausalLM
 
@@ -186,6 +186,11 @@ class MemoryPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: If adapters are merged and still there, or a part is not what it is said to come from.
         """
+        if by_reference and kwargs.get("push_to_hub"):
+            raise ValueError(
+                "`push_to_hub` uploads no model by reference. Save it, and publish the folder with "
+                "`huggingface_hub.upload_folder` or `python -m training.publish --by-reference`."
+            )
         self._check_unmerged()
         self.config.auto_map = dict(AUTO_MAP)
         for child in (self.config.encoder, self.config.decoder):  # their code is reached through the model's own
@@ -203,6 +208,11 @@ class MemoryPreTrainedModel(PreTrainedModel):
         for name in ("model.safetensors", "model.safetensors.index.json"):
             (Path(save_directory) / name).unlink(missing_ok=True)
         self.config.references = {}
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """Upload as the library does, but never shards beside an older single file, which would win on loading."""
+        check_older_weights(working_dir, repo_id, kwargs.get("revision"), kwargs.get("token"))
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
 class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPreTrainedModel):
@@ -502,6 +512,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
         Returns:
             [`MemoryModelOutput`]: Hidden states in the columns of the text, memories and cache.
         """
+        self._check_spelling(kwargs)
         check_has_owner("context_attention_mask", context_attention_mask, "context_input_ids", context_input_ids)
         check_has_owner("memory_mask", memory_mask, "memory_embeds", memory_embeds)
         if context_input_ids is not None:
@@ -527,6 +538,10 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
             reading.memory_mask,
         )
         return output if self._returns_dict(return_dict) else output.to_tuple()
+
+    def _check_spelling(self, kwargs: dict[str, Any]) -> None:
+        if kwargs and not is_compiling():
+            check_spelling(kwargs, [*inspect.signature(self.forward).parameters, "num_items_in_batch", "shift_labels"])
 
     def _returns_dict(self, return_dict: bool | None) -> bool:
         return getattr(self.config, "return_dict", True) if return_dict is None else return_dict
@@ -648,6 +663,7 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
         trained,
         absent memories are masked, and each window has its own mask.
         """
+        self._check_spelling(kwargs)
         check_has_owner("context_attention_mask", context_attention_mask, "context_input_ids", context_input_ids)
         check_has_owner("memory_mask", memory_mask, "memory_embeds", memory_embeds)
         if context_input_ids is not None:

@@ -27,8 +27,9 @@ from training.warm_start import copy_tables
 
 Loader = Callable[[str], PreTrainedModel]
 
-# Fields that every configuration takes, whether its constructor names them or not.
-COMMON_FIELDS = {"pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "dtype"}
+# Fields that every configuration takes, whether its constructor names them or not. `is_causal: false` lets the body of
+# a causal LM read both ways: the library's masks ask for it.
+COMMON_FIELDS = {"pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "dtype", "is_causal"}
 
 
 def build_stage_model(
