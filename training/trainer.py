@@ -476,8 +476,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 def compile_blocks(model: nn.Module, **options: Any) -> None:
     """Let `torch.compile` compile the repeated layers of a model, in place: no name of a module or weight changes.
 
-    Layers of one kind share what is compiled, unless they read a cache; what stands between them, the folding of
-    windows above all, asks the data for shapes and runs as it is.
+    Layers of one kind share what is compiled, unless they read a cache. What stands between them runs as it is.
 
     Args:
         model (`nn.Module`): The model.
