@@ -39,6 +39,7 @@ from training.rows import ObjectiveCollator, TokenRows
 from training.stopping import StoppedError
 from training.token_stream import StreamedRows, TokenStream
 from training.trainer import MemoryTrainer, training_arguments
+from training.warm_start import FITTED_CHUNKS, start_projector
 
 MODEL_CLASSES = {
     "autoencoder": MemoryAutoencoder,
@@ -145,6 +146,12 @@ class StageRunner:
         batch_rows = training.batch_size * training.gradient_accumulation_steps * self.state.num_processes
         order = seed if rows.seed is None else rows.seed
         train_rows = self._train_rows(stage, model, training.max_steps * batch_rows, order)
+        if stage.kind == "memory" and "model" not in stage.from_:
+            number = -(-FITTED_CHUNKS * model.config.chunk_length // rows.row_length)
+            sample = self._train_rows(stage, model, number, order)
+            start_projector(
+                model, stage.warm_start, [sample[i] for i in range(number)], f"stages.{stage.name}.warm_start"
+            )
         # Before the first step: a layout that does not fit says so here.
         first_batch = collator([train_rows[i] for i in range(training.batch_size)])
         if training.attention is not None:
