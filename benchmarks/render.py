@@ -26,6 +26,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from benchmarks.instruments import capacity_lines, ceiling_lines, fidelity_lines, probe_lines, retrieval_lines
+from benchmarks.store_tables import store_faults_lines, store_lines, store_search_lines
 from training.figures import COLOURS, write_ceiling_figure, write_figures, write_probe_figure
 from training.record import fingerprint, read_json
 from training.sample import sample_lines
@@ -296,6 +297,9 @@ TABLES = {
     "capacity": Table("capacity", _sourced(capacity_lines), "python -m training.ceiling"),
     "retrieval": Table("retrieval", _sourced(retrieval_lines), "python -m training.retrieval"),
     "fidelity": Table("fidelity", _sourced(fidelity_lines), "python -m training.evaluate runs/quickstart/hub"),
+    "store": Table("store", _sourced(store_lines), "python -m benchmarks.store"),
+    "store_search": Table("store", _sourced(store_search_lines), "python -m benchmarks.store"),
+    "store_faults": Table("store_faults", _sourced(store_faults_lines), "python -m benchmarks.store_faults"),
 }
 
 
