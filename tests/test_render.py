@@ -142,7 +142,8 @@ def use_record() -> dict[str, Any]:
 
 def probe_record() -> dict[str, Any]:
     def cell(accuracy: float) -> dict[str, Any]:
-        return condition(accuracy, information_ratio=0.5, numbers_per_text=64, unknown_test_tokens=128)
+        return condition(accuracy, information_ratio=0.5, numbers_per_text=64, unknown_test_tokens=128,
+                         bits_per_byte=1.234)  # fmt: skip
 
     lengths = {length: {"embedding": cell(0.5), "shuffled": cell(0.04)} for length in ("8", "16")}
     decoder = {"model_type": "masked_mixer", "hidden_size": 256, "num_hidden_layers": 2, "expansion": "unroll"}
@@ -326,9 +327,10 @@ def test_pages_and_figures_are_made_from_the_records_and_checked(root: Path, cap
         "| float32, AdamW at 0.0005, plain loop | 1,000 | 1051 | 1.05 s | 61.0% |",
         "| recipe quickstart as shipped | 400 | 100 | 250 ms | 90.3% |",
         "[Record](benchmarks/results/speed.json): commit 0123456, 2 threads on Some CPU, 2026-01-02.",
-        "| some model, mean, 64 | 90% | [50.0%](benchmarks/results/probe.json) (49.9 to 50.1), 0.50 | "
-        "[50.0%](benchmarks/results/probe.json) (49.9 to 50.1), 0.50 |",
-        "| some model, another text's embedding | 90% | 4.0% (3.9 to 4.1), 0.50 | 4.0% (3.9 to 4.1), 0.50 |",
+        "| some model, mean, 64 | 90% | [50.0%](benchmarks/results/probe.json) (49.9 to 50.1), 0.50, 1.23 | "
+        "[50.0%](benchmarks/results/probe.json) (49.9 to 50.1), 0.50, 1.23 |",
+        "| some model, another text's embedding | 90% | 4.0% (3.9 to 4.1), 0.50, 1.23 | "
+        "4.0% (3.9 to 4.1), 0.50, 1.23 |",
         "| the encoder's, one pass | 90.0% | 50% | 1.0000 | 90.0 (89.0 to 91.0) |",
         "| gain over none (nats a text) | 20.0 | 30.0 |",
         "| causal, trained | [75.0%](benchmarks/results/retrieval.json) (20.0 to 30.0) | 50.0% | "
