@@ -249,7 +249,8 @@ def switches_table(record: Record, link: str) -> list[str]:
             quartiles = f"{ratio['first_quartile']:.2f} to {ratio['third_quartile']:.2f}"
             lines.append(f"| {name} | {speeds[name]:,.0f} | [{ratio['median']:.2f}]({link}) ({quartiles}) |")
 
-    for part in ("steps", "compile"):
+    compiled = record["metrics"].get("compile")
+    for part in ("steps", "compile") if compiled else ("steps",):
         ratios = pick(record, f"metrics.{part}.times_as_fast")
         names = [name for name in ratios if name != "plain" or part == "steps"]  # the compiled ones' own plain is near
         add(part, names, [ratios[name] for name in names])
@@ -257,13 +258,14 @@ def switches_table(record: Record, link: str) -> list[str]:
         add(part, [name], [pick(record, f"metrics.{part}.times_as_fast")])
     lengths, memory = pick(record, "metrics.lengths"), pick(record, "metrics.loss_memory")
     before, after = lengths["padding"].values()
-    started = pick(record, "metrics.compile.seconds_of_first_step")["compiled"]
+    compiling = "`compile` was not measured"
+    if compiled:
+        compiling = f"compiled, the first step took {compiled['seconds_of_first_step']['compiled']:.0f} s"
     whole, chunked = (memory[name]["bytes"] / 2**20 for name in ("whole", "chunked"))
     sentence = (
-        "Each against the plain step of the same rows, timed in turn on a machine with other work; compiled, the "
-        f"first step took {started:.0f} s. Rows grouped by length: a pass over {lengths['rows']} documents of the "
-        f"shipped text, against steps of any length; [{after:.0%}]({link}) of the columns are padding instead of "
-        f"{before:.0%}. "
+        "Each against the plain step of the same rows, timed in turn on a machine with other work; "
+        f"{compiling}. Rows grouped by length: a pass over {lengths['rows']} documents of the shipped text, against "
+        f"steps of any length; [{after:.1%}]({link}) of the columns are padding instead of {before:.1%}. "
         f"2 processes share the rows of one, a core each of {pick(record, 'metrics.processes.cores')}. "
         f"The loss of {memory['tokens']:,} tokens over a vocabulary of {memory['vocab_size']:,}, both ways: "
         f"[{whole:,.0f} MiB]({link}) with all logits, "
