@@ -26,6 +26,16 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from benchmarks.instruments import capacity_lines, ceiling_lines, fidelity_lines, probe_lines, retrieval_lines
+from benchmarks.measure import duration
+from benchmarks.rolling_tables import (
+    draw_rolling,
+    first_token_lines,
+    generation_lines,
+    goal_lines,
+    quality_lines,
+    reading_lines,
+)
+from benchmarks.store_tables import store_faults_lines, store_lines, store_search_lines
 from training.figures import COLOURS, write_ceiling_figure, write_figures, write_probe_figure
 from training.record import fingerprint, read_json
 from training.sample import sample_lines
@@ -228,17 +238,33 @@ def kills_table(record: Record, link: str) -> list[str]:
 
 def switches_table(record: Record, link: str) -> list[str]:
     """Speed of a training step by switch, and peak memory of the loss."""
-    steps, memory = pick(record, "metrics.steps"), pick(record, "metrics.loss_memory")
     lines = [
         "| training step, float32 unless said | tokens per second | times as fast (quartiles) |",
         "|---|---:|---:|",
     ]
-    for name, speed in steps["tokens_per_second"].items():
-        ratio = steps["times_as_fast"][name]
-        quartiles = f"{ratio['first_quartile']:.2f} to {ratio['third_quartile']:.2f}"
-        lines.append(f"| {name} | {speed:,.0f} | [{ratio['median']:.2f}]({link}) ({quartiles}) |")
+
+    def add(part: str, names: list[str], ratios: list[Record]) -> None:
+        speeds = pick(record, f"metrics.{part}.tokens_per_second")
+        for name, ratio in zip(names, ratios, strict=True):
+            quartiles = f"{ratio['first_quartile']:.2f} to {ratio['third_quartile']:.2f}"
+            lines.append(f"| {name} | {speeds[name]:,.0f} | [{ratio['median']:.2f}]({link}) ({quartiles}) |")
+
+    for part in ("steps", "compile"):
+        ratios = pick(record, f"metrics.{part}.times_as_fast")
+        names = [name for name in ratios if name != "plain" or part == "steps"]  # the compiled ones' own plain is near
+        add(part, names, [ratios[name] for name in names])
+    for part, name in (("lengths", "rows grouped by length"), ("processes", "2 processes")):
+        add(part, [name], [pick(record, f"metrics.{part}.times_as_fast")])
+    lengths, memory = pick(record, "metrics.lengths"), pick(record, "metrics.loss_memory")
+    before, after = lengths["padding"].values()
+    started = pick(record, "metrics.compile.seconds_of_first_step")["compiled"]
     whole, chunked = (memory[name]["bytes"] / 2**20 for name in ("whole", "chunked"))
     sentence = (
+        "Each against the plain step of the same rows, timed in turn on a machine with other work; compiled, the "
+        f"first step took {started:.0f} s. Rows grouped by length: a pass over {lengths['rows']} documents of the "
+        f"shipped text, against steps of any length; [{after:.0%}]({link}) of the columns are padding instead of "
+        f"{before:.0%}. "
+        f"2 processes share the rows of one, a core each of {pick(record, 'metrics.processes.cores')}. "
         f"The loss of {memory['tokens']:,} tokens over a vocabulary of {memory['vocab_size']:,}, both ways: "
         f"[{whole:,.0f} MiB]({link}) with all logits, "
         f"[{chunked:,.0f} MiB]({link}) with those of {memory['chunk']} tokens at a time. "
@@ -265,6 +291,12 @@ def _sourced(lines: Callable[[Record, str], list[str]]) -> Callable[[Record, str
     return with_source
 
 
+def _with_source_below(lines: Callable[[Record, str], list[str]]) -> Callable[[Record, str], list[str]]:
+    """Let a table be followed by where its numbers come from."""
+    return lambda record, link: [*lines(record, link), "", source_line(record, link)]
+
+
+_ROLLING = "python -m benchmarks.rolling --threads 2"
 _QUICKSTART = "python -m training.run configuration/recipes/quickstart.yaml"
 TABLES = {
     "quickstart": Table("quickstart", quickstart_table, _QUICKSTART),
@@ -280,6 +312,14 @@ TABLES = {
     "capacity": Table("capacity", _sourced(capacity_lines), "python -m training.ceiling"),
     "retrieval": Table("retrieval", _sourced(retrieval_lines), "python -m training.retrieval"),
     "fidelity": Table("fidelity", _sourced(fidelity_lines), "python -m training.evaluate runs/quickstart/hub"),
+    "store": Table("store", _sourced(store_lines), "python -m benchmarks.store"),
+    "store_search": Table("store", _sourced(store_search_lines), "python -m benchmarks.store"),
+    "store_faults": Table("store_faults", _sourced(store_faults_lines), "python -m benchmarks.store_faults"),
+    "rolling": Table("rolling", _with_source_below(goal_lines), _ROLLING),
+    "rolling_first_token": Table("rolling", _with_source_below(first_token_lines), _ROLLING),
+    "rolling_generation": Table("rolling", _with_source_below(generation_lines), _ROLLING),
+    "rolling_reading": Table("rolling", _with_source_below(reading_lines), _ROLLING),
+    "rolling_quality": Table("rolling", _with_source_below(quality_lines), _ROLLING),
 }
 
 
@@ -318,16 +358,6 @@ def percent(condition: Record) -> str:
     """
     low, high = condition["token_accuracy_interval"]
     return f"{condition['token_accuracy']:.1%} ({100 * low:.1f} to {100 * high:.1f})"
-
-
-def duration(seconds: float) -> str:
-    """Seconds with three digits, as milliseconds below one.
-
-    >>> [duration(value) for value in (0.00123, 0.0456, 3.21, 123.4)]
-    ['1.23 ms', '45.6 ms', '3.21 s', '123 s']
-    """
-    value, unit = (1000 * seconds, "ms") if seconds < 1 else (seconds, "s")
-    return f"{value:.{max(0, 3 - len(str(int(value))))}f} {unit}"
 
 
 def source_line(record: Record, link: str) -> str:
@@ -450,6 +480,7 @@ DRAWINGS = {
     "probe": lambda record, folder: [write_probe_figure(record, folder)],
     "ceiling": lambda record, folder: [write_ceiling_figure(record, folder)],
     "capacity": lambda record, folder: [write_ceiling_figure(record, folder)],
+    "rolling": draw_rolling,
 }
 
 

@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,33 @@ from transformers.utils import cached_file
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "trust_remote_code")
 SENTENCE_POOLINGS = {"mean": "mean", "cls": "first", "lasttoken": "last"}
 """What the poolings of a sentence-transformers folder are called here."""
+
+
+def load_whole(load: Callable[..., Any], *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+    """Load a model by the library's `from_pretrained`, and refuse one of which weights are missing.
+
+    The library would draw them at random and only warn.
+
+    Args:
+        load (`Callable`): `from_pretrained` of the library, bound to a class.
+        args: As in the library.
+        output_loading_info (`bool`): Whether the caller asks for the names of missing weights; then none is refused.
+        kwargs: As in the library.
+
+    Raises:
+        ValueError: If a weight is missing that is tied to no other.
+    """
+    model, report = load(*args, output_loading_info=True, **kwargs)
+    if output_loading_info:
+        return model, report
+    missing = sorted(report["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ValueError(
+            f"{args[0] if args else 'The checkpoint'} has no weights for {', '.join(missing[:5])}{more}. Load a "
+            "complete checkpoint of this model; `output_loading_info=True` loads what there is and names the rest."
+        )
+    return model
 
 
 def load_encoder(source: str | os.PathLike | PreTrainedModel, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:

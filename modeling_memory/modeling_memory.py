@@ -43,7 +43,7 @@ from .memory_adapters import MemoryAdapterMixin, adapted_modules, inject_adapter
 from .memory_cache import MemoryCache  # noqa: F401
 from .memory_decoding import MemoryDecodingMixin  # noqa: F401
 from .memory_encoder import build_encoder, encode_chunks
-from .memory_parts import HUB_OPTIONS, check_decoder, embedding_scale, load_decoder, load_encoder
+from .memory_parts import HUB_OPTIONS, check_decoder, embedding_scale, load_decoder, load_encoder, load_whole
 from .memory_pooling import PooledQueryPooling, QueryPooling, build_pooling
 from .memory_projector import MemoryProjector
 from .memory_reading import MemoryReadingMixin
@@ -137,7 +137,8 @@ class MemoryPreTrainedModel(PreTrainedModel):
         are checked.
 
         Raises:
-            ValueError: If a base is not named or is not the one that the model was trained on.
+            ValueError: If weights are missing, unless `output_loading_info` asks for their names; if a base is not
+                named or is not the one that the model was trained on.
         """
         given = {part: kwargs.pop(f"{part}_base") for part in PARTS if f"{part}_base" in kwargs}
         config = kwargs.get("config")
@@ -161,7 +162,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
                 "`from_encoder_decoder_pretrained` joins other parts."
             )
         else:
-            loaded = super().from_pretrained(*args, **kwargs)
+            loaded = load_whole(super().from_pretrained, *args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).apply_freezing()
         return loaded
 

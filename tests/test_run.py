@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,10 @@ def test_run_leaves_record_figures_and_hub_folder_and_a_second_call_says_all_is_
     assert record["inputs"]["files"]["train"].keys() == {"train.txt"}
     for figure in ("loss.png", "token_accuracy.png", "accuracy_by_position.png"):
         assert (out / "figures" / figure).stat().st_size > 5000
+    page = (out / "summary.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 and "http" not in page and str(tmp_path) not in page
+    for part in (*names, "blank copy loss", "regenerated from the memories alone", record["run"]["command"]):
+        assert escape(part) in page, part
     for part in ("seconds by part", "blank_copy", "regenerated from the memories alone", "Hub folder"):
         assert part in printed
     hub = MemoryEncoderDecoderForCausalLM.from_pretrained(out / "hub").state_dict()

@@ -74,6 +74,8 @@ class RowsRecipe:
     Stages with equal `seed` (default: the recipe's) and lengths read the same rows in the same order.
     `encode_once` keeps a frozen encoder's states of the train split on disk and trains from them; slots layout only.
     `every` gives an objective only every n-th row of a batch: `{causal: 4}` rehearses on a quarter of the rows.
+    With `documents` a row is one document, or a piece of at most `row_length` tokens of a longer one, and rows are
+    padded; without it rows of `row_length` tokens cross from one document into the next.
     """
 
     row_length: int
@@ -85,6 +87,7 @@ class RowsRecipe:
     seed: int | None = None
     every: dict[str, int] = field(default_factory=dict)
     encode_once: bool = False
+    documents: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,10 @@ class TrainingRecipe:
     bf16: bool = True
     gradient_checkpointing: bool = False
     attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None
+    compile: bool = False
     loss_chunk: int | None = None
+    group_by_length: bool = False
+    watch_steps: int | None = None
     num_workers: int = 0
     logging_steps: int = 50
     eval_steps: int | None = None
@@ -304,6 +310,7 @@ def check_recipe(recipe: Recipe) -> None:
             raise ValueError(
                 f"{path}.data.encode_once is for memory stages with data.layout: slots, and not with data.streaming"
             )
+        _check_documents(stage, path, streaming=recipe.data.streaming)
         earlier[stage.name] = stage
     for key in ("no_memory", "full_context", "autoencoder"):
         kinds = ("autoencoder",) if key == "autoencoder" else ("causal_lm",)
@@ -394,7 +401,7 @@ def _check_training(stage: StageRecipe, path: str) -> None:
                 f"{path}.data.every.{name} is {step}, but must divide training.batch_size {training.batch_size}, so "
                 "that the rows do not depend on the number of processes"
             )
-    for key in ("eval_steps", "save_steps"):
+    for key in ("eval_steps", "save_steps", "watch_steps"):
         _check_positive(getattr(training, key), f"{path}.training.{key}")
     if training.learning_rate < 0 or training.muon_learning_rate < 0:
         raise ValueError(f"{path}.training has a negative learning rate; give 0 or more")
@@ -418,6 +425,26 @@ def _check_training(stage: StageRecipe, path: str) -> None:
         raise ValueError(
             f"{path}.data.row_length {rows.row_length} is no multiple of window_length {rows.window_length}"
         )
+
+
+def _check_documents(stage: StageRecipe, path: str, *, streaming: bool) -> None:
+    rows, training = stage.data, stage.training
+    others = {
+        "data.streaming": streaming,
+        "data.encode_once": rows.encode_once,
+        "data.vary_source": rows.vary_source,
+        "data.window_length": rows.window_length is not None,
+    }
+    wrong = [name for name, is_set in others.items() if is_set]
+    if rows.documents and wrong:
+        raise ValueError(f"{path}.data.documents does not go together with {' and '.join(wrong)}; leave one out")
+    if training.group_by_length and not rows.documents:
+        raise ValueError(
+            f"{path}.training.group_by_length needs rows of different lengths; set data.documents: true, or leave it "
+            "out"
+        )
+    if training.watch_steps is not None and stage.kind != "memory":
+        raise ValueError(f"{path}.training.watch_steps looks at memories, which a {stage.kind} stage has none of")
 
 
 def _check_positive(value: int | None, path: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from training.documents import pad_rows
 from training.encoded import EncodedChunks
 from training.objectives import IGNORED, SpecialTokens, build_batch
 
@@ -110,6 +111,8 @@ class ObjectiveCollator:
         source_length (`int`, *optional*): Tokens at the start of a row that the copy objectives copy.
         vary_source (`bool`): Whether the copy objectives' rows have sources of 1, 2, ... windows in turn, up to
             `source_length`, so that a model learns to give back few memories as well as many.
+        padded (`bool`): Whether rows have different lengths. They are padded to whole windows, a batch also has
+            `"num_tokens"`, its tokens without padding, and the copies take the whole windows of a row as its source.
         split_windows (`bool`): Whether the model reads each window by itself. Targets stay those of the whole row:
             the last token of a window is asked for the first of the next, as a memory model is.
         every (`dict[str, int]`, *optional*): Objective -> n, for which it takes every n-th row of a batch only.
@@ -125,6 +128,7 @@ class ObjectiveCollator:
         window_length: int,
         source_length: int | None = None,
         vary_source: bool = False,
+        padded: bool = False,
         split_windows: bool = False,
         every: Mapping[str, int] | None = None,
         **options: Any,
@@ -135,27 +139,39 @@ class ObjectiveCollator:
         self.window_length = window_length
         self.source_length = source_length
         self.vary_source = vary_source
+        self.padded = padded
         self.split_windows = split_windows
         self.every = every or {}
         self.options = options
 
     def __call__(self, items: list[tuple[Any, ...]]) -> dict[str, Any]:
         rows = torch.tensor([item[0] for item in items])
-        tokens = torch.stack([item[1] for item in items])  # (B, n)
+        mask = None
+        if self.padded:
+            tokens, mask = pad_rows([item[1] for item in items], self.window_length, self.special_tokens.pad)
+        else:
+            tokens = torch.stack([item[1] for item in items])  # (B, n)
         states = torch.stack([item[2] for item in items]) if len(items[0]) > 2 else None  # (B, C, K, E)
-        batches: dict[str, Any] = {"rows": rows}
+        batches: dict[str, Any] = {"rows": rows} if mask is None else {"rows": rows, "num_tokens": mask.sum()}
         for objective in self.objectives:
             step = self.every.get(objective, 1)
-            batches[objective] = self.collate(objective, tokens[::step], rows[::step])
+            masked = {} if mask is None else {"mask": mask[::step]}
+            batches[objective] = self.collate(objective, tokens[::step], rows[::step], **masked)
             if states is not None:
                 batches[objective] = with_states(batches[objective], states[::step])
         return batches
 
     def collate(
-        self, objective: str, tokens: torch.Tensor, rows: torch.Tensor | None = None
+        self,
+        objective: str,
+        tokens: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Build the batch of one objective from rows `(B, n)`; rows with a negative number get no target."""
         source: dict[str, Any] = {"source_length": self.source_length}
+        if mask is not None:
+            source = self._padded_sources(objective, mask)
         if self.vary_source and objective in COPIES:
             tokens, mask = self._varied_sources(tokens)
             source = {"attention_mask": mask}
@@ -183,6 +199,16 @@ class ObjectiveCollator:
             if wanted.any() and wanted.sum() <= 0.75 * wanted.numel():
                 batch["columns"] = wanted.nonzero()[:, 0]
         return batch
+
+    def _padded_sources(self, objective: str, mask: torch.Tensor) -> dict[str, Any]:
+        """Return the mask of padded rows `(B, n)` and the length of their sources, whole windows."""
+        width, window = mask.shape[1], self.window_length
+        longest = width if objective in COPIES else (width - 1) // window * window
+        limit = longest if self.source_length is None else min(self.source_length, longest)
+        if objective in COPIES:
+            whole = mask.sum(1, keepdim=True) // window * window
+            mask = (torch.arange(width, device=mask.device) < whole).long()
+        return {"attention_mask": mask, "source_length": limit if objective in COPIES or limit else None}
 
     def _varied_sources(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cut rows `(B, n)` to sources of 1, 2, ... windows in turn; return them with their mask."""

@@ -42,6 +42,7 @@ from training.stages import StageRunner, processor_for
 from training.stopping import StoppedError, stop_at_once
 from training.strict_yaml import portable_path, portable_word
 from training.suites import Evaluation, default_length, evaluate_suite, results_table, spread_rows
+from training.summary import write_summary
 from training.trainer import NonFiniteLossError
 
 
@@ -114,6 +115,7 @@ class Run:
         record["times"] = self.times()
         record["peak_memory_bytes"] = peak_memory_bytes()
         record["run"].update(status="success", finished_at=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+        write_summary(record, self.folder)
         write_record(self.folder / "record.json", record)
         self.report(record)
         return record
@@ -239,7 +241,8 @@ class Run:
         print(results_table(record["metrics"]))
         if record["sample"] is not None:
             print("\n" + "\n".join(sample_lines(record["sample"], colour=sys.stdout.isatty())))
-        print(f"\nrecord: {self.folder / 'record.json'}\nfigures: {self.folder / 'figures'}")
+        print(f"\nrecord: {self.folder / 'record.json'}\nsummary: {self.folder / 'summary.html'}")
+        print(f"figures: {self.folder / 'figures'}")
         if (self.folder / "hub").is_dir():
             verified = record.get("hub", {}).get("verified")
             print(f"Hub folder: {self.folder / 'hub'}" + (" (loads in a clean process)" if verified else ""))

@@ -31,6 +31,7 @@ from transformers import (
 from modeling_memory import MemoryAutoencoder, MemoryEncoderDecoderForCausalLM, MemoryProcessor
 from training.build import build_stage_model, count_parameters
 from training.checkpoints import last_complete_checkpoint
+from training.documents import DocumentRows
 from training.encoded import encode_once
 from training.objectives import IGNORED, SpecialTokens, targets_of
 from training.recipe import OBJECTIVES, Recipe, StageRecipe
@@ -40,7 +41,9 @@ from training.stopping import StoppedError
 from training.token_stream import StreamedRows, TokenStream
 from training.trainer import MemoryTrainer, training_arguments
 from training.warm_start import FITTED_CHUNKS, start_projector
+from training.watching import WatchMemories
 
+WATCHED_TEXTS = 16
 MODEL_CLASSES = {
     "autoencoder": MemoryAutoencoder,
     "causal_lm": AutoModelForCausalLM,
@@ -124,7 +127,8 @@ class StageRunner:
         mapping = self.recipe.to_mapping()
         index = [other.name for other in self.recipe.stages].index(stage.name)
         sources = {*stage.from_.values(), *filter(None, [stage.warm_start.tables_from])}
-        del mapping["stages"][index]["training"]["num_workers"]  # rows are the same whoever reads them
+        for key in ("num_workers", "watch_steps"):  # weights are the same whoever reads rows and looks at memories
+            del mapping["stages"][index]["training"][key]
         return {
             "stage": mapping["stages"][index],
             "seed": self.recipe.seed + index,
@@ -145,7 +149,7 @@ class StageRunner:
         collator = self._collator(stage, model, list(objectives))
         batch_rows = training.batch_size * training.gradient_accumulation_steps * self.state.num_processes
         order = seed if rows.seed is None else rows.seed
-        train_rows = self._train_rows(stage, model, training.max_steps * batch_rows, order)
+        train_rows = self._train_rows(stage, model, training.max_steps * batch_rows, order, step_rows=batch_rows)
         if stage.kind == "memory" and "model" not in stage.from_:
             number = -(-FITTED_CHUNKS * model.config.chunk_length // rows.row_length)
             sample = self._train_rows(stage, model, number, order)
@@ -176,6 +180,8 @@ class StageRunner:
         resumed_at = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
         clock = StageClock(folder / "sessions.json", resumed_at, keeps=self.state.is_main_process)
         trainer.add_callback(clock)
+        if training.watch_steps is not None:
+            trainer.add_callback(WatchMemories(trainer, self._watched_texts(stage, model), training.watch_steps))
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         clock.keep(trainer.state.global_step)
         self.stopped = trainer.stopped
@@ -186,8 +192,13 @@ class StageRunner:
             )
         if self.state.is_main_process:
             self._save(trainer.accelerator.unwrap_model(trainer.model), stage, folder / "model")
-        num_targets = {name: int((targets_of(first_batch[name]) != IGNORED).sum()) for name in objectives}
         num_rows = training.max_steps * batch_rows
+        num_targets = {
+            name: int((targets_of(first_batch[name]) != IGNORED).sum()) * num_rows // training.batch_size
+            for name in objectives
+        }
+        documents = isinstance(train_rows, DocumentRows)
+        num_tokens = train_rows.num_tokens() if documents else num_rows * rows.row_length
         return {
             "kind": stage.kind,
             "objectives": objectives,
@@ -195,12 +206,12 @@ class StageRunner:
             "parameters": count_parameters(model),
             "steps": training.max_steps,
             "rows": num_rows,
-            "text_tokens": num_rows * rows.row_length,
-            "targets": {name: count * num_rows // training.batch_size for name, count in num_targets.items()},
+            "text_tokens": num_tokens,
+            "targets": None if documents else num_targets,
             "seconds": round(clock.seconds, 2),
             "sessions": clock.sessions,
             "resumed_at_step": resumed_at,
-            "text_tokens_per_second": round(num_rows * rows.row_length / max(clock.seconds, 1e-9), 1),
+            "text_tokens_per_second": round(num_tokens / max(clock.seconds, 1e-9), 1),
             "peak_memory_bytes": peak_memory_bytes(),
             "series": [
                 {key: value for key, value in log.items() if isinstance(value, int | float)}
@@ -236,6 +247,7 @@ class StageRunner:
             window_length=chunk_length if stage.kind == "autoencoder" else window_length,
             source_length=rows.source_length,
             vary_source=rows.vary_source,
+            padded=rows.documents,
             split_windows=rows.window_length is not None,
             every=rows.every,
             memories_per_chunk=getattr(config, "memories_per_chunk", 1),
@@ -244,12 +256,32 @@ class StageRunner:
         )
 
     def _train_rows(
-        self, stage: StageRecipe, model: PreTrainedModel, num_items: int, seed: int
-    ) -> TokenRows | StreamedRows:
+        self,
+        stage: StageRecipe,
+        model: PreTrainedModel,
+        num_items: int,
+        seed: int,
+        *,
+        step_rows: int | None = None,
+    ) -> TokenRows | DocumentRows | StreamedRows:
         length, tokens = stage.data.row_length, self.train_tokens
         if isinstance(tokens, TokenStream):
             shuffle_rows = self.recipe.data.shuffle_rows
             return StreamedRows(tokens, row_length=length, num_items=num_items, seed=seed, shuffle_rows=shuffle_rows)
+        if stage.data.documents and step_rows is not None:  # a sample for the projector may be packed
+            eos = self.special_tokens.require("eos", "data.documents")
+            # A window to copy and a token behind it; the other stages only need a token that predicts another.
+            shortest = model.config.window_length + 1 if stage.kind == "memory" else 2
+            return DocumentRows(
+                tokens,
+                eos_token_id=eos,
+                row_length=length,
+                shortest=shortest,
+                num_items=num_items,
+                step_rows=step_rows,
+                seed=seed,
+                group_by_length=stage.training.group_by_length,
+            )
         encoded = None
         if stage.data.encode_once:
             with self.state.main_process_first():
@@ -261,6 +293,17 @@ class StageRunner:
         training, length = stage.training, stage.data.row_length
         tokens = self.validation_tokens[: training.eval_rows * length]
         return TokenRows(tokens, row_length=length, num_items=tokens.numel() // length)
+
+    def _watched_texts(self, stage: StageRecipe, model: PreTrainedModel) -> torch.Tensor:
+        """Return the first validation texts, as long as the stage's rows and at least two windows, `(B, n)`."""
+        length = max(stage.data.row_length, 2 * model.config.window_length)
+        num_texts = min(WATCHED_TEXTS, self.validation_tokens.numel() // length)
+        if not num_texts:
+            raise ValueError(
+                f"training.watch_steps looks at texts of {length} tokens of the validation split, which has only "
+                f"{self.validation_tokens.numel()}; give more text or leave it out"
+            )
+        return self.validation_tokens[: num_texts * length].view(num_texts, length).long()
 
     def _save(self, model: PreTrainedModel, stage: StageRecipe, folder: Path) -> None:
         """Write the finished model with its tokenizer or processor, empty folder first."""

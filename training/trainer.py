@@ -32,6 +32,7 @@ from transformers import (
 
 from training.checkpoints import PART, WRITE_ERRORS, commit, frozen_names, last_complete_checkpoint, rotate, save_split
 from training.chunked_loss import check_head, chunked_cross_entropy, without_head
+from training.documents import DocumentRows
 from training.objectives import IGNORED, combine_losses, targets_of
 from training.optimizer import build_optimizer
 from training.recipe import TrainingRecipe
@@ -122,7 +123,7 @@ class MemoryTrainer(Trainer):
         args (`TrainingArguments`): From [`training_arguments`].
         objectives (`dict[str, float]`): Objective -> weight.
         training (`TrainingRecipe`): Optimizer, learning rates and their multipliers, bf16.
-        train_dataset (`TokenRows` or `StreamedRows`): Rows in training order.
+        train_dataset (`TokenRows`, `DocumentRows` or `StreamedRows`): Rows in training order.
         eval_dataset (`TokenRows`, *optional*): Validation rows, any number of them: each counts once.
         data_collator (`Callable`): Turns rows into `{objective: inputs}` plus `"rows"`, their numbers.
         label (`str`): What progress lines are headed by.
@@ -144,7 +145,7 @@ class MemoryTrainer(Trainer):
         *,
         objectives: dict[str, float],
         training: TrainingRecipe,
-        train_dataset: TokenRows | StreamedRows,
+        train_dataset: TokenRows | DocumentRows | StreamedRows,
         eval_dataset: TokenRows | None = None,
         data_collator: Any,
         label: str = "",
@@ -159,6 +160,8 @@ class MemoryTrainer(Trainer):
         self._check_sharding(data_collator)
         if training.gradient_checkpointing:
             checkpoint_activations(self.model)
+        if training.compile:
+            compile_blocks(self.model)
         # `compute_loss` divides by the targets of the whole accumulated batch itself.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -195,6 +198,8 @@ class MemoryTrainer(Trainer):
             for name in self.objectives:
                 batch = {key: tensor.to(self.args.device) for key, tensor in batches[name].items()}
                 check_head(self.model, model_inputs(self.model, batch))
+        if self.training.watch_steps is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("training.watch_steps needs whole parameters; leave it out with FSDP or DeepSpeed")
         folds = getattr(self.model.config, "window_length", None) is not None
         layout = getattr(collator, "options", {}).get("layout", "self")
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -260,7 +265,8 @@ class MemoryTrainer(Trainer):
         total = combine_losses(loss_sums, num_items_in_batch, self.objectives)
         self._check_finite(total, inputs["rows"])
         tokens, since = self._tokens_since
-        self._tokens_since = tokens + inputs["rows"].numel() * self.train_dataset.row_length, since
+        packed = inputs["rows"].numel() * self.train_dataset.row_length
+        self._tokens_since = tokens + int(inputs.get("num_tokens", packed)), since
         if isinstance(model, DistributedDataParallel):
             # Every parameter takes part, or a process would wait for it; sharded models count for themselves.
             total = total + sum(p.sum() for p in self.model.parameters() if p.requires_grad) * 0.0
@@ -467,8 +473,23 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     (model.gradient_checkpointing_enable if new is None else new)({"use_reentrant": False})
 
 
+def compile_blocks(model: nn.Module, **options: Any) -> None:
+    """Let `torch.compile` compile the repeated layers of a model, in place: no name of a module or weight changes.
+
+    Layers of one kind share what is compiled, unless they read a cache. What stands between them runs as it is.
+
+    Args:
+        model (`nn.Module`): The model.
+        options: Passed to `torch.compile`.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for block in module:
+                block.compile(**options)
+
+
 def progress_line(label: str, step: int, max_steps: int, logs: Mapping[str, float]) -> str:
-    """Write one log as one line; empty if it holds no objective's loss.
+    """Write one log as one line; empty if it holds neither an objective's loss nor a look at the memories.
 
     >>> progress_line("decoder", 50, 200, {"loss": 3.2, "causal_loss": 3.2, "causal_token_accuracy": 0.301})
     'decoder 50/200 | causal 3.200 30.1%'
@@ -476,7 +497,16 @@ def progress_line(label: str, step: int, max_steps: int, logs: Mapping[str, floa
     'decoder 50/200 validation | causal 3.100 30.0%'
     >>> progress_line("copy", 5, 9, {"copy_loss": 1.0, "text_tokens_per_second": 4321.0, "peak_memory_bytes": 2**30})
     'copy 5/9 | copy 1.000 | 4,321 tokens/s, 1.0 GiB'
+    >>> looked = {"memory_norm_to_tokens": 1.1, "memory_effective_rank": 9.53, "memory_attention_share": 0.2}
+    >>> progress_line("copy", 5, 9, looked)
+    "copy 5/9 memories | 1.10 of a token's length, effective rank 9.5, 20.0% of the attention"
     """
+    if "memory_effective_rank" in logs:
+        norm, rank = logs["memory_norm_to_tokens"], logs["memory_effective_rank"]
+        return (
+            f"{label} {step}/{max_steps} memories | {norm:.2f} of a token's length, effective rank {rank:.1f}, "
+            f"{logs['memory_attention_share']:.1%} of the attention"
+        )
     prefix = "eval_" if any(key.startswith("eval_") for key in logs) else ""
     parts = []
     for key, value in logs.items():
