@@ -35,6 +35,7 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "causal_lm": ("causal",),
     "memory": ("causal", "copy", "blank_copy", "distillation"),
 }
+FREEZING = {"freeze_encoder", "freeze_decoder", "encoder_trained_from"}
 PACKAGE = "package:"
 
 
@@ -237,7 +238,7 @@ class Recipe:
 
     def encoder_of(self, stage: StageRecipe) -> PretrainedRecipe | None:
         """Return the pretrained encoder of a memory stage, if it has one with a tokenizer of its own."""
-        while "model" in stage.from_:
+        while stage.from_.get("model", "") in {other.name for other in self.stages}:
             stage = self.stage(stage.from_["model"])
         found = self.pretrained.get(stage.from_.get("encoder", ""))
         return found if found is not None and found.tokenizer == "own" else None
@@ -414,10 +415,10 @@ def _check_references(
         raise ValueError(f"{path}.adapters are for memory stages; a stage of kind {stage.kind} has none")
     if not stage.from_ and not stage.model:
         raise ValueError(f"{path} has neither model nor from: describe a new model or name the stage it continues")
-    if "model" in stage.from_ and set(stage.model) - {"freeze_encoder", "freeze_decoder"}:
+    if "model" in stage.from_ and set(stage.model) - FREEZING:
         raise ValueError(
             f"{path}.model is {json.dumps(stage.model)}, but a continued stage keeps its model: only "
-            "freeze_encoder and freeze_decoder may change; remove the rest"
+            "freeze_encoder, freeze_decoder and encoder_trained_from may change; remove the rest"
         )
 
 

@@ -277,9 +277,15 @@ class StageRunner:
     def _collator(
         self, stage: StageRecipe, model: PreTrainedModel, objectives: list[str]
     ) -> "ObjectiveCollator | PairCollator":
+        rows, config = stage.data, model.config
+        per_chunk = getattr(config, "memories_per_chunk", 1)
+        if max(rows.num_memories, default=1) > per_chunk:
+            raise ValueError(
+                f"stages.{stage.name}.data.num_memories is {max(rows.num_memories)} at most, but the model has "
+                f"memories_per_chunk {per_chunk}; expected 1 to {per_chunk}"
+            )
         if self.recipe.encoder_of(stage) is not None:
             return self.pair_collator(stage, model, objectives)
-        rows, config = stage.data, model.config
         window_length = getattr(config, "window_length", None) or rows.window_length or rows.row_length
         chunk_length = getattr(config, "chunk_length", window_length)
         if rows.vary_source:
@@ -300,7 +306,7 @@ class StageRunner:
             split_windows=rows.window_length is not None,
             every=rows.every,
             num_memories=rows.num_memories,
-            memories_per_chunk=getattr(config, "memories_per_chunk", 1),
+            memories_per_chunk=per_chunk,
             layout=rows.layout,
             marker=rows.marker,
         )
