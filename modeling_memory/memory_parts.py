@@ -231,5 +231,7 @@ def layers_from(body: torch.nn.Module, first: int) -> list[torch.nn.Module]:
 def embedding_scale(decoder: PreTrainedModel) -> float:
     """Root mean square of what a decoder's layers see of its tokens; some families scale the table's rows first."""
     table: Any = decoder.get_input_embeddings()
+    if table.weight.is_meta:  # shapes without values
+        return 1.0
     ids = torch.arange(min(4096, table.weight.shape[0]), device=table.weight.device)
     return table(ids).float().std().item()
