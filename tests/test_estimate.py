@@ -44,8 +44,9 @@ def tiny_pair(recipe: dict[str, Any], folder: Path) -> None:
     for name, source in recipe["pretrained"].items():
         is_encoder = name in encoders
         tokenizer = wordpiece() if source["config"]["model_type"] == "bert" else byte_level()
-        config = {**source["config"], "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 6,
-                  "num_attention_heads": 2, "vocab_size": len(wordpiece()) if tokenizer is wordpiece() else 300}  # fmt: skip
+        vocab_size = 300 if tokenizer is byte_level() else len(wordpiece())
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2}
+        config = {**source["config"], **sizes, "vocab_size": vocab_size}
         config |= {key: 2 for key in ("num_key_value_heads",) if key in config}
         config |= {key: 8 for key in ("head_dim",) if key in config}
         source["config"], source["path"] = config, str(folder / name)

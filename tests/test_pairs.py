@@ -193,9 +193,14 @@ def test_evaluation_equals_one_row_at_a_time_without_padding():
     paired = pair_texts(processor(), [TEXT * 4])
     given = {"chunks_per_row": 3, "num_rows": 5}
     for objective in ("causal", "copy"):
-        found = evaluate_pairs(model, collator("causal", "copy"), paired, objective=objective, **given)
+        found = evaluate_pairs(model, collator("causal", "copy"), paired, objective=objective, budgets=(3, 1), **given)
+        fewer = found.pop()
+        (found,) = found
+        assert fewer["no_memory"]["loss"] == found["no_memory"]["loss"] and fewer["memory"] != found["memory"]
         assert set(found) == {"memory", "wrong_memory", "no_memory", "plain_no_memory", "plain_full_context"}
-        single = evaluate_pairs(model, collator("causal", "copy"), paired, objective=objective, batch_size=1, **given)
+        (single,) = evaluate_pairs(
+            model, collator("causal", "copy"), paired, objective=objective, batch_size=1, **given
+        )
         for name, metrics in found.items():
             assert metrics["loss"] == pytest.approx(single[name]["loss"], rel=1e-4), name
             assert metrics["num_tokens"] == found["memory"]["num_tokens"]
@@ -214,7 +219,7 @@ def test_evaluation_equals_one_row_at_a_time_without_padding():
             for place in range(middle, end - 1):
                 total -= logits[place - first, paired.tokens[place + 1]].item()
                 count += 1
-    found = evaluate_pairs(model, collator("causal", "copy"), paired, objective="causal", **given)
+    (found,) = evaluate_pairs(model, collator("causal", "copy"), paired, objective="causal", **given)
     assert found["plain_full_context"]["loss"] == pytest.approx(total / count, rel=1e-4)
 
 

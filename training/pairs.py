@@ -36,6 +36,7 @@ from training.suites import spread_rows
 from training.tokenizer import tokenizer_checksum
 
 CHUNKS_AT_ONCE = 256
+WITH_MEMORY = ("memory", "wrong_memory")
 
 
 @dataclass(frozen=True)
@@ -306,6 +307,8 @@ def pair_conditions(
     chunks: torch.Tensor,
     others: torch.Tensor,
     budget: int | None = None,
+    *,
+    controls: bool = True,
 ) -> dict[str, Any]:
     """Score the text of an objective under every condition, on the same targets.
 
@@ -317,6 +320,7 @@ def pair_conditions(
         chunks (`torch.LongTensor` of shape `(B, R)`): Numbers of the rows' chunks.
         others (`torch.LongTensor` of shape `(B, R)`): Rows whose memories are wrong here.
         budget (`int`, *optional*): Memories of each chunk.
+        controls (`bool`): Whether to score also what no memory takes part in.
 
     Returns:
         `dict`: Condition -> losses and right tokens, summed by row, and the number of targets of each row, all `(B,)`.
@@ -325,6 +329,9 @@ def pair_conditions(
     source = collator.source_chunks
     batch = collator.collate(objective, text, chunks, budget=budget)
     wrong = collator.collate(objective, text, chunks, budget=budget, remembered=others[:, :source])
+    scores = {"memory": _score(model, batch), "wrong_memory": _score(model, wrong)}
+    if not controls:
+        return scores
     slots = source * (budget or collator.memories_per_chunk)
     alone = {name: batch[name][:, slots:] for name in ("input_ids", "attention_mask", "shift_labels")}
     clear, clear_mask = text.decoder_side(chunks[:, :source], collator.special_tokens.pad)
@@ -338,12 +345,7 @@ def pair_conditions(
     }
     order = torch.argsort(whole["attention_mask"], dim=1, descending=True, stable=True)  # no padding inside a text
     whole = {name: tensor.gather(1, order) for name, tensor in whole.items()}
-    runs: dict[str, tuple[Any, dict[str, torch.Tensor]]] = {
-        "memory": (model, batch),
-        "wrong_memory": (model, wrong),
-        "no_memory": (model.decoder, alone),
-    }
-    scores = {name: _score(*run) for name, run in runs.items()}
+    scores["no_memory"] = _score(model.decoder, alone)
     with model.adapters_off():
         if model.config.adapters:
             scores["plain_no_memory"] = _score(model.decoder, alone)
@@ -373,8 +375,8 @@ def evaluate_pairs(
     chunks_per_row: int,
     num_rows: int,
     batch_size: int = 32,
-    budget: int | None = None,
-) -> dict[str, Any]:
+    budgets: Sequence[int | None] = (None,),
+) -> list[dict[str, Any]]:
     """Measure a memory model whose encoder has a tokenizer of its own, with controls.
 
     Args:
@@ -385,11 +387,11 @@ def evaluate_pairs(
         chunks_per_row (`int`): Chunks of a row.
         num_rows (`int`): Most rows, spread evenly over the text.
         batch_size (`int`): Rows at a time.
-        budget (`int`, *optional*): Memories of each chunk. Default: what the model was made for.
+        budgets (`Sequence[int]`): Memories of each chunk, one after the other; `None` is what the model was made for.
 
     Returns:
-        `dict`: Condition -> loss and token accuracy with intervals over rows; beside each control the gain of memory
-        over it, in nats per token, with the interval of the difference on the same rows.
+        `list` of `dict`: For each budget: condition -> loss and token accuracy with intervals over rows; beside each
+        control the gain of memory over it, in nats per token, with the interval of the difference on the same rows.
 
     Raises:
         ValueError: If the text has fewer than two rows.
@@ -398,31 +400,41 @@ def evaluate_pairs(
     if len(rows) < 2:
         raise ValueError("the control with another text's memories needs two rows; give a longer text")
     model.eval()
-    parts: dict[str, list[dict[str, torch.Tensor]]] = {}
     others = rows.roll(len(rows) // 2, 0)
-    for own, other in zip(rows.split(batch_size), others.split(batch_size), strict=True):
-        for name, score in pair_conditions(model, collator, objective, text, own, other, budget).items():
-            parts.setdefault(name, []).append(score)
-    scores = {
-        name: {key: torch.cat([part[key] for part in found]) for key in found[0]} for name, found in parts.items()
-    }
-    counts = scores["memory"]["targets"]
-    result: dict[str, Any] = {}
-    for name, score in scores.items():
-        correct, total = score["correct"].sum().item(), counts.sum().item()
-        result[name] = {
-            "token_accuracy": correct / total,
-            "token_accuracy_interval": list(bootstrap_interval(score["correct"], counts)),
-            "loss": score["loss"].sum().item() / total,
-            "loss_interval": list(bootstrap_interval(score["loss"], counts)),
-            "num_rows": len(rows),
-            "num_tokens": int(total),
-            "num_correct": int(correct),
+    results = []
+    without_memory: dict[str, dict[str, torch.Tensor]] = {}
+    for budget in budgets:
+        parts: dict[str, list[dict[str, torch.Tensor]]] = {}
+        for own, other in zip(rows.split(batch_size), others.split(batch_size), strict=True):
+            found = pair_conditions(model, collator, objective, text, own, other, budget, controls=not without_memory)
+            for name, score in found.items():
+                parts.setdefault(name, []).append(score)
+        scores = {
+            name: {key: torch.cat([part[key] for part in found]) for key in found[0]} for name, found in parts.items()
         }
-        if name != "memory":
-            gained = score["loss"] - scores["memory"]["loss"]
-            result[name]["gain_of_memory"] = gained.sum().item() / total
-            result[name]["gain_of_memory_interval"] = list(bootstrap_interval(gained, counts))
+        # What no memory takes part in is the same for every budget.
+        without_memory = without_memory or {name: s for name, s in scores.items() if name not in WITH_MEMORY}
+        results.append({name: _summarise(name, s, scores) for name, s in {**scores, **without_memory}.items()})
+    return results
+
+
+def _summarise(name: str, score: dict[str, torch.Tensor], scores: dict[str, Any]) -> dict[str, Any]:
+    """Turn the sums of each row into metrics with intervals over rows."""
+    counts = score["targets"]
+    correct, total = score["correct"].sum().item(), counts.sum().item()
+    result = {
+        "token_accuracy": correct / total,
+        "token_accuracy_interval": list(bootstrap_interval(score["correct"], counts)),
+        "loss": score["loss"].sum().item() / total,
+        "loss_interval": list(bootstrap_interval(score["loss"], counts)),
+        "num_rows": len(counts),
+        "num_tokens": int(total),
+        "num_correct": int(correct),
+    }
+    if name != "memory":
+        gained = score["loss"] - scores["memory"]["loss"]
+        result["gain_of_memory"] = gained.sum().item() / total
+        result["gain_of_memory_interval"] = list(bootstrap_interval(gained, counts))
     return result
 
 

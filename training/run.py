@@ -173,18 +173,18 @@ class Run:
                     f"tokenizer each there are {', '.join(PAIR_SUITES)}"
                 )
             budgets: list[int | None] = [*stage.data.num_memories] or [None]
-            for budget in budgets:
-                name = suite if budget is None else f"{suite}, {budget} memories a chunk"
-                metrics[name] = evaluate_pairs(
-                    model,
-                    collator,
-                    text,
-                    objective=PAIR_SUITES[suite],
-                    chunks_per_row=chunk_counts(stage, text.chunk_length)[1],
-                    num_rows=settings.num_rows,
-                    batch_size=settings.batch_size,
-                    budget=budget,
-                )
+            found = evaluate_pairs(
+                model,
+                collator,
+                text,
+                objective=PAIR_SUITES[suite],
+                chunks_per_row=chunk_counts(stage, text.chunk_length)[1],
+                num_rows=settings.num_rows,
+                batch_size=settings.batch_size,
+                budgets=budgets,
+            )
+            for budget, result in zip(budgets, found, strict=True):
+                metrics[suite if budget is None else f"{suite}, {budget} memories a chunk"] = result
         return metrics
 
     def evaluation(self, model: Any, inputs: Inputs) -> Evaluation:
