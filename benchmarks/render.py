@@ -26,6 +26,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from benchmarks.instruments import capacity_lines, ceiling_lines, probe_lines
+from benchmarks.pairs import pairs_lines
 from training.figures import COLOURS, write_ceiling_figure, write_figures, write_probe_figure
 from training.record import fingerprint, read_json
 from training.sample import sample_lines
@@ -277,6 +278,7 @@ TABLES = {
     "time_to_accuracy": Table("time_to_accuracy", time_to_accuracy_table, "python -m benchmarks.time_to_accuracy"),
     "probe": Table("probe", _sourced(probe_lines), "python -m training.probe"),
     "ceiling": Table("ceiling", _sourced(ceiling_lines), "python -m training.ceiling runs/quickstart/hub"),
+    "pairs": Table("pairs", _sourced(pairs_lines), "python -m benchmarks.pairs"),
     "capacity": Table("capacity", _sourced(capacity_lines), "python -m training.ceiling"),
 }
 
