@@ -149,10 +149,11 @@ class ObjectiveCollator:
         tokens = torch.stack([item[1] for item in items])  # (B, n)
         states = torch.stack([item[2] for item in items]) if len(items[0]) > 2 else None  # (B, C, K, E)
         budget = draw_budget(self.num_memories, rows)
+        drawn = {} if budget is None else {"budget": budget}
         batches: dict[str, Any] = {"rows": rows}
         for objective in self.objectives:
             step = self.every.get(objective, 1)
-            batches[objective] = self.collate(objective, tokens[::step], rows[::step], budget)
+            batches[objective] = self.collate(objective, tokens[::step], rows[::step], **drawn)
             if states is not None:
                 batches[objective] = with_states(batches[objective], states[::step])
         return batches
