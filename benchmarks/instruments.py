@@ -1,4 +1,4 @@
-"""Tables of the measuring instruments: probe, ceiling, capacity. Each turns a record's metrics into lines."""
+"""Tables of the measuring instruments, from the probe to fidelity. Each turns a record's metrics into lines."""
 
 from typing import Any
 
@@ -71,7 +71,7 @@ def ceiling_lines(record: dict[str, Any], link: str) -> list[str]:
         *lines,
         "",
         f"One pass of the encoder reaches [{result['percent_of_nats']:.1f} %]({link}) ({low:.1f} to {high:.1f}) of "
-        f"the ceiling's gain. {one['num_texts']} texts of {tokens} tokens in {result['num_vectors']} vectors, "
+        f"the ceiling's gain. {one['num_texts']} texts of {tokens} tokens in {_vectors(result)} each, "
         f"objective {result['objective'].replace('_', ' ')}.",
     ]
 
@@ -89,9 +89,90 @@ def capacity_lines(record: dict[str, Any], link: str) -> list[str]:
     }
     lines = [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
     lines.insert(1, "|---|" + "---:|" * len(by_length))
-    vectors = f"{result['num_vectors']} vector{'' if result['num_vectors'] == 1 else 's'}"
     return [
         *lines,
         "",
-        f"{vectors} a text, at most {recipe['steps']} optimiser steps, {first['num_texts']} texts, their beginnings.",
+        f"{_vectors(result)} a text, at most {recipe['steps']} optimiser steps, {first['num_texts']} texts, their "
+        "beginnings.",
+    ]
+
+
+def _vectors(result: dict[str, Any]) -> str:
+    return f"{result['num_vectors']} vector{'' if result['num_vectors'] == 1 else 's'}"
+
+
+def retrieval_lines(record: dict[str, Any], link: str) -> list[str]:
+    """How often a piece of a text finds the text, before and after training, by start and kind of query."""
+    models, recipe = record["metrics"]["models"], record["recipe"]
+    kinds = list(models[0]["before"])
+    heads = [f"{name.split('_')[0]} of {name.split('_')[1]}: {what}" for name in kinds for what in ("top-1", "top-10")]
+    lines = [f"| start | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    for model in models:
+        for when, label in (("before", "as it is"), ("after", "trained")):
+            if when not in model:
+                continue
+            shown = []
+            for kind in kinds:
+                found = model[when][kind]
+                low, high = found["top_1_interval"]
+                shown += [f"[{found['top_1']:.1%}]({link}) ({100 * low:.1f} to {100 * high:.1f})",
+                          f"{found['recall_at_10']:.1%}"]  # fmt: skip
+            lines.append(f"| {model['name']}, {label} | {' | '.join(shown)} |")
+    found = models[0]["before"][kinds[0]]
+    kind = {"ngram": "tokens in a row", "bag": "tokens in any order"}[recipe["query"]]
+    return [
+        *lines,
+        "",
+        f"{found['num_texts']} test texts of {recipe['length']} tokens, each searched by {recipe['query_tokens']} of "
+        f"its tokens; 95 % intervals; chance is {found['chance']:.1%}. Trained on {kind}, {recipe['steps']} steps of "
+        f"{recipe['batch_tokens'] // recipe['length']} texts, {record['seconds'] / 60:.0f} minutes in all.",
+    ]
+
+
+def fidelity_lines(record: dict[str, Any], link: str) -> list[str]:
+    """How faithfully texts are written back: a column for each domain, and the controls."""
+    domains = {name.partition(", ")[2] or "books": result for name, result in record["metrics"].items()}
+    memory = [result["memory"] for result in domains.values()]
+    text = [part["text"] for part in memory]
+
+    def interval(found: dict[str, Any], name: str) -> str:
+        low, high = found[f"{name}_interval"]
+        return f"{found[name]:.1%} ({100 * low:.1f} to {100 * high:.1f})"
+
+    def kept(name: str) -> list[str]:
+        counts = [found[f"num_{name}"] for found in text]
+        return [f"{interval(found, f'{name}_kept')} of {count}" if count else "none there"
+                for found, count in zip(text, counts, strict=True)]  # fmt: skip
+
+    def control(name: str) -> list[str]:
+        return [interval(result[name], "token_accuracy") for result in domains.values()]
+
+    first = text[0]
+    rows = {
+        "token accuracy": [f"[{interval(part, 'token_accuracy')}]({link})" for part in memory],
+        "start, middle, end, at chunk borders": [
+            ", ".join(f"{part['by_part'][place]:.1%}" for place in ("start", "middle", "end", "boundary"))
+            for part in memory
+        ],
+        "written freely: texts without an error": [interval(part, "exact_match") for part in text],
+        "characters, precision": [interval(part, "character_precision") for part in text],
+        "BLEU": [f"{part['bleu']:.1f}" for part in text],
+        "digits kept": kept("digits"),
+        "dates kept": kept("dates"),
+        "names kept": kept("names"),
+        "bits per byte of the text": [f"{part['bits_per_byte']:.3f}" for part in memory],
+        "the same with the memories' own bits": [f"{part['bits_per_byte_with_memory']:.0f}" for part in memory],
+        "token accuracy, another text's memories": control("wrong_memory"),
+        "token accuracy, no memories": control("no_memory"),
+    }
+    lines = [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
+    random = next(iter(domains.values()))["random_tokens"]
+    return [
+        f"| | {' | '.join(domains)} |",
+        "|---|" + "---:|" * len(domains),
+        *lines,
+        "",
+        f"Random tokens, which nothing about language helps to write: [{interval(random, 'token_accuracy')}]({link}). "
+        f"{memory[0]['num_rows']} texts of {memory[0]['num_tokens'] // memory[0]['num_rows']} tokens, "
+        f"{first['num_texts']} of them written freely; 95 % intervals.",
     ]

@@ -11,6 +11,7 @@ loses more steps than lie between two checkpoints.
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -69,14 +70,13 @@ def session(folder: Path, seconds: float | None, log: Path) -> str | None:
 
 def moment(folder: Path) -> str:
     """What a run was doing when it was killed, from what it left."""
-    if list(folder.glob("stages/*/checkpoints/.part/*")):
-        return "writing a checkpoint"
-    if list(folder.glob("stages/.*part")) or list(folder.glob("stages/*/.*part")):
-        return "writing a stage's model"
     begun = {path.parent.name for path in folder.glob("stages/*/started.json")}
     done = {path.parent.name for path in folder.glob("stages/*/stage.json")}
     if begun - done:
-        return f"stage {(begun - done).pop()}"
+        stage = (begun - done).pop()
+        if list(folder.glob(f"stages/{stage}/checkpoints/.part/*")):
+            return f"stage {stage}, writing a checkpoint"
+        return f"stage {stage}" + (", writing its model" if list(folder.glob(f"stages/{stage}/.*part")) else "")
     if len(done) == len(load_recipe(RECIPE).stages):
         return "evaluation, figures, Hub folder"
     return "between stages" if done else "tokenizer and text"
@@ -109,8 +109,16 @@ def differing(left: Path, right: Path) -> list[str]:
     return wrong
 
 
-def measure(kills: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Kill runs until there were `kills` kills and the last run is done; resumable itself."""
+def measure(kills: int, seed: int, folder: Path, minutes: float | None = None) -> dict[str, Any] | None:
+    """Kill runs until there were `kills` kills, each stage was hit and the last run is done.
+
+    Args:
+        kills (`int`): Kills at random moments, at least.
+        seed (`int`): Seed of the moments.
+        folder (`Path`): Where the runs go; a second call goes on there.
+        minutes (`float`, *optional*): Begin no session after so many minutes, and return `None` if any is left.
+    """
+    end = math.inf if minutes is None else time.monotonic() + 60 * minutes
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "output.txt"
     straight = folder / "straight"
@@ -120,9 +128,18 @@ def measure(kills: int, seed: int, folder: Path) -> dict[str, Any]:
         write_json(folder / "straight.json", {"seconds": time.monotonic() - started})
     duration = read_json(folder / "straight.json")["seconds"]
     state = read_json(folder / "state.json") or {"moments": [], "lost": [], "runs": 0}
-    while len(state["moments"]) < kills or (folder / "killed").exists():
+    stages = [f"stage {stage.name}" for stage in load_recipe(RECIPE).stages]
+
+    def missing() -> bool:
+        return len(state["moments"]) < kills or any(
+            all(moment.partition(",")[0] != stage for moment in state["moments"]) for stage in stages
+        )
+
+    while missing() or (folder / "killed").exists():
+        if time.monotonic() >= end:
+            return None
         dice = random.Random(f"{seed} {len(state['moments'])} {state['runs']}")
-        seconds = dice.uniform(0.02, 0.35) * duration
+        seconds = dice.uniform(0.02, 0.3) * duration
         what = session(folder / "killed", seconds, log)
         if what is None:
             wrong = differing(straight, folder / "killed")
@@ -156,6 +173,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--kills", type=int, default=30, help="kills at random moments, at least")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", default="runs/kills", help="where the runs go")
+    parser.add_argument("--minutes", type=float, help="stop after so many; the same command goes on")
     parser.add_argument("--out", help="file of the record; default: benchmarks/results/kills.json")
     return parser
 
@@ -165,7 +183,11 @@ def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     torch.set_num_threads(1)
     record = describe_run("kills", f"python -m benchmarks.kills --kills {options.kills}", {"moments": options.seed})
-    record["metrics"] = measure(options.kills, options.seed, REPOSITORY / options.folder)
+    metrics = measure(options.kills, options.seed, REPOSITORY / options.folder, options.minutes)
+    if metrics is None:
+        print("not done yet: the same command goes on")
+        return 3
+    record["metrics"] = metrics
     path = save_record(record, "kills", options.out)
     print(f"record: {path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path}")
     return 0

@@ -25,7 +25,7 @@ from matplotlib.ticker import PercentFormatter
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from benchmarks.instruments import capacity_lines, ceiling_lines, probe_lines
+from benchmarks.instruments import capacity_lines, ceiling_lines, fidelity_lines, probe_lines, retrieval_lines
 from benchmarks.pairs import pairs_lines
 from training.figures import COLOURS, write_ceiling_figure, write_figures, write_probe_figure
 from training.record import fingerprint, read_json
@@ -280,6 +280,8 @@ TABLES = {
     "ceiling": Table("ceiling", _sourced(ceiling_lines), "python -m training.ceiling runs/quickstart/hub"),
     "pairs": Table("pairs", _sourced(pairs_lines), "python -m benchmarks.pairs"),
     "capacity": Table("capacity", _sourced(capacity_lines), "python -m training.ceiling"),
+    "retrieval": Table("retrieval", _sourced(retrieval_lines), "python -m training.retrieval"),
+    "fidelity": Table("fidelity", _sourced(fidelity_lines), "python -m training.evaluate runs/quickstart/hub"),
 }
 
 

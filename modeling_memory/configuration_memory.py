@@ -12,6 +12,7 @@ POOLINGS = ("last", "mean", "first", "queries", "pooled_queries")
 PROJECTOR_TYPES = ("identity", "linear", "mlp", "bottleneck")
 MEMORY_POSITIONS = ("contiguous", "fixed")
 ABSENT_MEMORIES = ("mask", "ones", "zeros")
+MEMORY_POLICIES = ("error", "drop_oldest")
 FORMAT_VERSION = 1
 COUNTING_FROM_PADDING = (
     "roberta",
@@ -138,6 +139,8 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         absent_memories (`str`): `"mask"`, or with fixed positions `"ones"` or `"zeros"`, the paper's constant fillers.
         max_memories (`int`, *optional*): Most memory vectors a text may need. Default: what the decoder's positions
             and attention windows leave beside one window; required by fixed positions.
+        memory_policy (`str`): What happens when a text folds into more memories than `max_memories` or the decoder's
+            positions allow: `"error"`, or `"drop_oldest"`: the oldest make room, those of a context in slots never.
         self_memory (`bool`): Whether plain text longer than a window folds its full windows into memories. Needs one
             tokenizer for encoder and decoder.
         freeze_encoder (`bool`): Encoder in `eval()` without gradients, always.
@@ -180,6 +183,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         memory_positions: str = "contiguous",
         absent_memories: str = "mask",
         max_memories: int | None = None,
+        memory_policy: str = "error",
         self_memory: bool = True,
         freeze_encoder: bool = True,
         freeze_decoder: bool = False,
@@ -207,6 +211,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         self.memory_positions = memory_positions
         self.absent_memories = absent_memories
         self.max_memories = max_memories
+        self.memory_policy = memory_policy
         self.self_memory = self_memory
         self.freeze_encoder = freeze_encoder
         self.freeze_decoder = freeze_decoder
@@ -285,12 +290,12 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
 
     @property
     def max_position_embeddings(self) -> int | None:
-        """Most text tokens the model reads: all full windows that fit as memories, and one window in clear."""
+        """Most text tokens the model reads: all full windows that fit as memories, and one in clear; `None`: any."""
         capacity = self.memory_capacity
-        if capacity is None:
-            return None
         if not self.self_memory:
             return self._decoder_room()
+        if capacity is None or self.memory_policy == "drop_oldest":
+            return None
         return self.window_length * (1 + capacity // self.memories_per_window)
 
     def _decoder_room(self) -> int | None:
@@ -324,6 +329,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
             ("projector_type", PROJECTOR_TYPES),
             ("memory_positions", MEMORY_POSITIONS),
             ("absent_memories", ABSENT_MEMORIES),
+            ("memory_policy", MEMORY_POLICIES),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(

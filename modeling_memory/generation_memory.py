@@ -36,8 +36,8 @@ class MemoryGenerationMixin(GenerationMixin):
             context_attention_mask (`torch.LongTensor` of shape `(B, C, L)`, *optional*): 1 for tokens, 0 for padding.
             context_num_memories (`torch.LongTensor` of shape `(B, C)`, *optional*): Memories of each chunk.
             rolling_memory (`bool`, *optional*): Whether a window that fills up while writing folds into memories; if
-            not,
-                it grows on. Default: `config.self_memory`, and never with given memories.
+                not, it grows on. Default: `config.self_memory` for plain text, no behind memories, where True folds
+                what follows the last slot.
             kwargs: As in the library; `memory_embeds` and `memory_mask` are ready memories for the prompt's slots.
 
         Returns:
@@ -53,15 +53,14 @@ class MemoryGenerationMixin(GenerationMixin):
                 context_input_ids, context_attention_mask, kwargs.get("memory_embeds"), context_num_memories
             )
         has_memories = kwargs.get("memory_embeds") is not None
-        plain = not has_memories and kwargs.get("inputs_embeds") is None
-        if rolling_memory and not (self.config.self_memory and plain):
-            reason = (
-                "memories or embeddings were given" if self.config.self_memory else "`config.self_memory` is False"
-            )
+        has_ids = kwargs.get("inputs_embeds") is None
+        if rolling_memory and not (self.config.self_memory and has_ids):
+            reason = "embeddings were given" if self.config.self_memory else "`config.self_memory` is False"
             raise ValueError(
-                f"`rolling_memory=True` folds plain text of the encoder's own tokenizer, but {reason}. Leave it out."
+                f"`rolling_memory=True` folds text of the encoder's own tokenizer, but {reason}. Leave it out."
             )
-        rolling = self.config.self_memory and plain and rolling_memory is not False
+        plain = has_ids and not has_memories
+        rolling = self.config.self_memory and plain if rolling_memory is None else rolling_memory
         self._check_generation_options(generation_config, kwargs, rolling)
         if plain and rolling_memory is False and self.config.self_memory:
             self._check_cached(generation_config, kwargs)
@@ -80,9 +79,7 @@ class MemoryGenerationMixin(GenerationMixin):
     ) -> None:
         def option(name: str) -> Any:
             given = kwargs.get(name)
-            if given is None:
-                given = getattr(generation_config or self.generation_config, name, None)
-            return given
+            return getattr(generation_config or self.generation_config, name, None) if given is None else given
 
         assistant = "assistant_model" if kwargs.get("assistant_model") is not None else "assistant_early_exit"
         if kwargs.get("assistant_model") is not None or option("assistant_early_exit") is not None:
@@ -102,8 +99,7 @@ class MemoryGenerationMixin(GenerationMixin):
         if option("prompt_lookup_num_tokens") is not None:
             raise ValueError(
                 f"`prompt_lookup_num_tokens` is {option('prompt_lookup_num_tokens')}, but rejected tokens cannot be "
-                "taken out of a "
-                "memory. Leave it out, or give the context through slots."
+                "taken out of a memory. Leave it out, or pass `rolling_memory=False` with a prompt of one window."
             )
         if option("cache_implementation") not in (None, "dynamic"):
             raise ValueError(
@@ -167,7 +163,7 @@ class MemoryGenerationMixin(GenerationMixin):
             **kwargs,
         )
         if memory_embeds is not None and (is_first_iteration or not use_cache):
-            model_inputs.update(memory_embeds=memory_embeds, memory_mask=memory_mask)
+            model_inputs.update(memory_embeds=memory_embeds, memory_mask=memory_mask, rolling_memory=rolling_memory)
         mask = model_inputs.get("attention_mask")
         if mask is None or mask.dim() == 2:  # the model derives positions itself: they depend on memories
             model_inputs.pop("position_ids", None)
@@ -176,18 +172,39 @@ class MemoryGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Give plain text the cache that can fold it; leave the rest to the library."""
+        """Give a text that folds the cache for it; leave the rest to the library."""
+        rolling = bool(model_kwargs.get("rolling_memory"))
+        if rolling:
+            self._check_memories_to_come(generation_config.max_length, model_kwargs)
         plain = model_kwargs.get("memory_embeds") is None and model_kwargs.get("inputs_embeds") is None
-        own_cache = (self.config.self_memory and plain) or self.config.memory_positions == "fixed"
+        own_cache = rolling or (self.config.self_memory and plain) or self.config.memory_positions == "fixed"
         own_cache = own_cache or self.config.window_positions
         dynamic = generation_config.use_cache is not False and generation_config.cache_implementation in (
             None,
             "dynamic",
         )
         if own_cache and dynamic and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = MemoryCache(rolling=bool(model_kwargs.get("rolling_memory")))
+            model_kwargs["past_key_values"] = MemoryCache(rolling=rolling)
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def _check_memories_to_come(self, max_length: int, model_kwargs: dict[str, Any]) -> None:
+        """Refuse before the first step what could not be written to its end for want of room for memories."""
+        config, mask = self.config, model_kwargs.get("attention_mask")
+        if config.memory_policy != "error" or config.memory_capacity is None:
+            return
+        memory_mask = model_kwargs.get("memory_mask")
+        num_context = 0 if memory_mask is None else int(memory_mask.sum(1).max())
+        padding = 0 if mask is None else mask.shape[1] - int(mask.sum(1).max())
+        num_tokens = max_length - padding - num_context
+        # The last token is written and not read, and a window folds when the token behind it is read.
+        num_memories = num_context + max(0, num_tokens - 2) // config.window_length * config.memories_per_window
+        if num_memories > config.memory_capacity:
+            raise ValueError(
+                f"Prompt and new tokens may fold into {num_memories} memories, but the model takes "
+                f"{config.memory_capacity} (`max_memories` {config.max_memories}). Lower `max_new_tokens`, or let the "
+                "oldest make room: `model.config.memory_policy = 'drop_oldest'`."
+            )
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         processors = super()._get_logits_processor(*args, **kwargs)

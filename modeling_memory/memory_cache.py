@@ -31,6 +31,10 @@ class MemoryCache(DynamicCache):
         memory_embeds (`torch.FloatTensor` of shape `(B, M, D)`): Memories before the open windows.
         memory_mask (`torch.LongTensor` of shape `(B, M)`): 1 for present memories.
         asked (`torch.BoolTensor` of shape `(B,)`): Whether a marker stands before the open window.
+        num_pinned (`torch.LongTensor` of shape `(B,)`): How many of the memories belong to the context in the slots,
+            which stays in front whatever folds behind it.
+        num_clear (`torch.LongTensor` of shape `(B,)`): How many of those are embedded tokens around the slots.
+        rolls_behind_slots (`bool`): Whether a text with slots that fills the cache folds behind them.
     """
 
     def __init__(self, rolling: bool = True):
@@ -43,8 +47,20 @@ class MemoryCache(DynamicCache):
         self.memory_embeds: Any = None
         self.memory_mask: Any = None
         self.asked: Any = None
+        self.num_pinned: Any = None
+        self.num_clear: Any = None
+        self.rolls_behind_slots = False
 
-    _row_state = ("column_mask", "window_input_ids", "window_fill", "memory_embeds", "memory_mask", "asked")
+    _row_state = (
+        "column_mask",
+        "window_input_ids",
+        "window_fill",
+        "memory_embeds",
+        "memory_mask",
+        "asked",
+        "num_pinned",
+        "num_clear",
+    )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of text columns read so far, padding included."""
@@ -161,7 +177,9 @@ class MemoryCache(DynamicCache):
 
     def reset(self) -> None:
         """Empty the cache."""
-        for name, value in vars(MemoryCache(rolling=self.rolling)).items():
+        fresh = MemoryCache(rolling=self.rolling)
+        fresh.rolls_behind_slots = self.rolls_behind_slots
+        for name, value in vars(fresh).items():
             setattr(self, name, value)
 
 

@@ -163,7 +163,7 @@ def load_decoder(source: str | os.PathLike | PreTrainedModel, **kwargs: Any) -> 
 
 
 def check_decoder_config(config: PreTrainedConfig) -> None:
-    """Refuse a decoder that has an encoder of its own, or layers that keep a running state instead of a cache.
+    """Refuse a decoder that has an encoder of its own, reads ahead, or has layers that keep a running state.
 
     Raises:
         ValueError: Naming the model type.
@@ -172,6 +172,11 @@ def check_decoder_config(config: PreTrainedConfig) -> None:
         raise ValueError(
             f"A {config.model_type!r} model has an encoder of its own and cannot be the decoder. Give a causal LM, "
             "such as a Llama; a T5 may be the encoder."
+        )
+    if not getattr(config, "is_causal", True):
+        raise ValueError(
+            "The decoder's config says `is_causal=False`, so it would read the tokens that it has to predict. Only an "
+            "encoder may read both ways; leave the field out of the decoder's config."
         )
     layer_types = getattr(config, "layer_types", None) or []
     other = sorted({name for name in layer_types if not name.endswith("attention") or name.startswith("linear")})

@@ -39,10 +39,14 @@ class MemoryProjector(nn.Module):
 
     def forward(self, memory_states: torch.Tensor) -> torch.Tensor:
         """Project memory states `(..., E)` to memory embeds `(..., D)`."""
+        return self.out(self.features(memory_states))
+
+    def features(self, memory_states: torch.Tensor) -> torch.Tensor:
+        """Give what the last affine map reads of memory states `(..., E)`."""
         code = self.down(self.norm(memory_states))
         if self.training and self.noise:
             code = code + torch.empty_like(code).uniform_(-self.noise, self.noise)
-        return self.out(self.hidden(self.up(code)))
+        return self.hidden(self.up(code))
 
     def initialize(self, output_scale: float) -> None:
         """Draw fresh weights such that inputs of unit scale give outputs of root mean square `output_scale`."""

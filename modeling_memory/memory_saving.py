@@ -10,6 +10,7 @@ A folder saved so holds `trained.safetensors` and a `config.json` whose `referen
 A weight that is not the base's, bit for bit, is in the folder; so nothing trained is lost, whatever was frozen when.
 """
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -17,14 +18,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, has_file
 
 from .memory_adapters import PARTS, base_state
 from .memory_parts import HUB_OPTIONS, load_decoder, load_encoder
 
 TRAINED = "trained.safetensors"
 BASE_OPTIONS: tuple[str, ...] = ("token", "cache_dir", "local_files_only", "device_map", "attn_implementation")
+OPTIONS = {*HUB_OPTIONS, *BASE_OPTIONS, "subfolder", "config", "dtype", "output_loading_info", "adapter_kwargs"}
+"""What loading by reference takes; `dtype` is that of the result, the bases are compared in the dtype saved."""
 
 
 def state_hash(state: dict[str, torch.Tensor]) -> str:
@@ -115,8 +119,14 @@ def load_by_reference(
             bases.
 
     Raises:
-        ValueError: If a base is not named, or has changed since.
+        ValueError: If a base is not named, or has changed since, or an option is not known.
     """
+    unknown_options = sorted(name for name in kwargs if name not in OPTIONS and not name.startswith("_"))
+    if unknown_options:
+        raise ValueError(
+            f"A model saved by reference takes no {', '.join(unknown_options)} on loading; expected some of "
+            f"{', '.join(sorted(OPTIONS))}. Load it and save it by value for all options of the library."
+        )
     bases = {}
     for part, reference in config.references.items():
         base_source = given.get(part) or reference["id"]
@@ -159,7 +169,35 @@ def load_by_reference(
         raise ValueError(f"{TRAINED} does not fit its config: unknown {sorted(unknown)}, missing {sorted(missing)}.")
     model.load_state_dict(trained, strict=False)
     model.tie_weights()
+    if isinstance(kwargs.get("dtype"), (str, torch.dtype)) and kwargs["dtype"] != "auto":
+        wanted = getattr(torch, str(kwargs["dtype"]).removeprefix("torch."))
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(wanted if parameter.is_floating_point() else parameter.dtype)
+        model.config.dtype = wanted
+    if model.can_generate():
+        with contextlib.suppress(OSError):  # a folder without them has the config's, as in the library
+            model.generation_config = GenerationConfig.from_pretrained(source, **hub)
     return model.eval()
 
 
-__all__ = ["PARTS", "TRAINED", "load_by_reference", "save_by_reference", "state_hash"]
+def check_older_weights(folder: str | os.PathLike, repo_id: str, revision: str | None, token: Any) -> None:
+    """Refuse to push shards beside a single file of an earlier push: it wins on loading, and a push deletes nothing.
+
+    Raises:
+        ValueError: Naming the remedy.
+    """
+    if not os.path.isfile(os.path.join(folder, SAFE_WEIGHTS_INDEX_NAME)):
+        return
+    try:
+        older = has_file(repo_id, SAFE_WEIGHTS_NAME, revision=revision, token=token)
+    except OSError:  # a branch that is not there begins as main
+        older = has_file(repo_id, SAFE_WEIGHTS_NAME, token=token)
+    if older:
+        raise ValueError(
+            f"{repo_id} holds a {SAFE_WEIGHTS_NAME} of an earlier push, which would win over these shards on loading. "
+            f"Delete it, as `huggingface_hub.delete_file({SAFE_WEIGHTS_NAME!r}, {repo_id!r})` does, or raise "
+            "`max_shard_size`. Nothing was uploaded."
+        )
+
+
+__all__ = ["PARTS", "TRAINED", "check_older_weights", "load_by_reference", "save_by_reference", "state_hash"]

@@ -3,6 +3,8 @@
 B rows, T columns, M memories, D decoder width.
 """
 
+import difflib
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,8 +85,13 @@ def check_text(config: PreTrainedConfig, text: Text, cache: Cache | None) -> Non
             f"tokens{', width' * (rank - 2)}), "
             "none of them 0. Give at least one row and one token."
         )
+    if text.input_ids is not None and (tensor.is_floating_point() or tensor.dtype == torch.bool):
+        raise ValueError(f"`input_ids` has type {tensor.dtype}; expected integers. Embeddings go to `inputs_embeds`.")
     past = 0 if cache is None else cache.get_seq_length()
     mask = text.attention_mask
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4)):
+        given = f"has shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else f"is a {type(mask).__name__}"
+        raise ValueError(f"`attention_mask` {given}; expected (batch, tokens): 1 for tokens, 0 for padding.")
     if mask is not None and mask.dim() == 2:
         widths = {text.length, text.length + past}
         if mask.shape[0] != text.batch_size or mask.shape[1] not in widths:
@@ -104,6 +111,16 @@ def check_text(config: PreTrainedConfig, text: Text, cache: Cache | None) -> Non
         slot = config.memory_token_id
         allowed = None if slot is None else text.input_ids == slot
         check_ids("The decoder", "input_ids", text.input_ids, config.decoder.vocab_size, allowed)
+
+
+def check_flat_mask(text: Text) -> None:
+    """Refuse a mask of four dimensions where windows are cut, which needs to know tokens from padding."""
+    mask = text.attention_mask
+    if mask is not None and mask.dim() != 2:
+        raise ValueError(
+            f"`attention_mask` has shape {tuple(mask.shape)}, but a text that folds into memories takes one of "
+            "(batch, tokens): 1 for tokens, 0 for padding."
+        )
 
 
 def check_memories(
@@ -211,6 +228,20 @@ def check_has_owner(name: str, mask: torch.Tensor | None, owner_name: str, owner
     """Refuse a mask without what it masks: it would silently do nothing."""
     if mask is not None and owner is None:
         raise ValueError(f"`{name}` was given without `{owner_name}`. Give both or neither.")
+
+
+def check_spelling(given: Iterable[str], known: Collection[str]) -> None:
+    """Refuse a keyword that is a known one misspelt; others are the library's, and pass as they do in its models.
+
+    >>> check_spelling(["num_items_in_batch"], ["input_ids", "memory_embeds"])
+    >>> check_spelling(["memory_embed"], ["input_ids", "memory_embeds"])
+    Traceback (most recent call last):
+    ValueError: `memory_embed` is no argument. Did you mean `memory_embeds`?
+    """
+    for name in given:
+        meant = [] if name in known else difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+        if meant:
+            raise ValueError(f"`{name}` is no argument. Did you mean `{meant[0]}`?")
 
 
 def check_same_shape(name: str, tensor: torch.Tensor | None, other_name: str, other: torch.Tensor) -> None:

@@ -145,3 +145,16 @@ def has_inner_padding(attention_mask: torch.Tensor) -> bool:
     present = attention_mask.bool()
     starts = present[:, 1:] & ~present[:, :-1]
     return bool((starts & (present.cumsum(1)[:, :-1] > 0)).any())
+
+
+def scatter_present(values: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    """Lay rows of `values` `(n, ...)` where `present` `(B, C)` is true, zeros elsewhere. Returns `(B, C, ...)`."""
+    return values.new_zeros(*present.shape, *values.shape[1:]).index_put((present,), values)
+
+
+def pack_present(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move the present values `(B, M, X)` of each row to the front and drop columns that no row needs."""
+    width = int(mask.sum(1).max()) if mask.shape[1] else 0
+    order = torch.argsort(mask, dim=1, descending=True, stable=True)[:, :width]
+    row = torch.arange(len(mask), device=mask.device)[:, None]
+    return values[row, order], mask[row, order]

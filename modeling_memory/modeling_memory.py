@@ -41,14 +41,16 @@ from .configuration_memory import AUTO_MAP, MemoryEncoderDecoderConfig, allot_me
 from .generation_memory import MemoryGenerationMixin
 from .memory_adapters import MemoryAdapterMixin, adapted_modules, inject_adapters, is_adapter
 from .memory_cache import MemoryCache  # noqa: F401
+from .memory_decoding import MemoryDecodingMixin  # noqa: F401
 from .memory_encoder import build_encoder, encode_chunks
 from .memory_parts import HUB_OPTIONS, check_decoder, embedding_scale, layers_from, load_decoder, load_encoder
 from .memory_pooling import PooledQueryPooling, QueryPooling, build_pooling
 from .memory_projector import MemoryProjector
-from .memory_reading import MemoryReadingMixin, pack_present, scatter_present
-from .memory_saving import PARTS, TRAINED, load_by_reference, save_by_reference
-from .memory_text import Text, check_has_owner, check_ids, check_same_shape, is_compiling
-from .memory_windows import Windows  # noqa: F401
+from .memory_reading import MemoryReadingMixin
+from .memory_rolling import MemoryRollingMixin  # noqa: F401
+from .memory_saving import PARTS, TRAINED, check_older_weights, load_by_reference, save_by_reference
+from .memory_text import Text, check_has_owner, check_ids, check_same_shape, check_spelling, is_compiling
+from .memory_windows import pack_present, scatter_present
 from .modeling_masked_mixer import MaskedMixerForCausalLM
 
 
@@ -183,6 +185,11 @@ class MemoryPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: If adapters are merged and still there, or a part is not what it is said to come from.
         """
+        if by_reference and kwargs.get("push_to_hub"):
+            raise ValueError(
+                "`push_to_hub` uploads no model by reference. Save it, and publish the folder with "
+                "`huggingface_hub.upload_folder` or `python -m training.publish --by-reference`."
+            )
         self._check_unmerged()
         self.config.auto_map = dict(AUTO_MAP)
         for child in (self.config.encoder, self.config.decoder):  # their code is reached through the model's own
@@ -200,6 +207,11 @@ class MemoryPreTrainedModel(PreTrainedModel):
         for name in ("model.safetensors", "model.safetensors.index.json"):
             (Path(save_directory) / name).unlink(missing_ok=True)
         self.config.references = {}
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """Upload as the library does, but never shards beside an older single file, which would win on loading."""
+        check_older_weights(working_dir, repo_id, kwargs.get("revision"), kwargs.get("token"))
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
 class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPreTrainedModel):
@@ -500,6 +512,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         context_num_memories: torch.LongTensor | None = None,
+        rolling_memory: bool | None = None,
         **kwargs: Any,
     ) -> MemoryModelOutput | tuple:
         """Read a text; arguments and modes are those of [`MemoryEncoderDecoderForCausalLM.forward`].
@@ -507,6 +520,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
         Returns:
             [`MemoryModelOutput`]: Hidden states in the columns of the text, memories and cache.
         """
+        self._check_spelling(kwargs)
         check_has_owner("context_attention_mask", context_attention_mask, "context_input_ids", context_input_ids)
         check_has_owner("memory_mask", memory_mask, "memory_embeds", memory_embeds)
         if context_input_ids is not None:
@@ -519,6 +533,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
             memory_mask,
             past_key_values,
             use_cache,
+            rolling_memory,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
@@ -531,6 +546,10 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
             reading.memory_mask,
         )
         return output if self._returns_dict(return_dict) else output.to_tuple()
+
+    def _check_spelling(self, kwargs: dict[str, Any]) -> None:
+        if kwargs and not is_compiling():
+            check_spelling(kwargs, [*inspect.signature(self.forward).parameters, "num_items_in_batch", "shift_labels"])
 
     def _returns_dict(self, return_dict: bool | None) -> bool:
         return getattr(self.config, "return_dict", True) if return_dict is None else return_dict
@@ -598,6 +617,7 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         context_num_memories: torch.LongTensor | None = None,
+        rolling_memory: bool | None = None,
         **kwargs: Any,
     ) -> MemoryCausalLMOutputWithPast | tuple:
         """Predict the next token of every column of a text.
@@ -633,6 +653,8 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
             output_attentions (`bool`, *optional*): Whether to return attentions; only of texts of one window.
             context_num_memories (`torch.LongTensor` of shape `(B, C)`, *optional*): Memories of each chunk, as
                 [`encode_memories`] takes them. Default: `memories_per_chunk`.
+            rolling_memory (`bool`, *optional*): Whether, behind the last slot of a text with memories, full windows
+                fold into memories as those of plain text do. Default: that text is read in clear.
             kwargs: Passed to the loss: `num_items_in_batch`, the global number of targets to divide by, and
             `shift_labels`
                 `(B, T)`, targets *of* each column, which then replace `labels`.
@@ -649,6 +671,7 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
         trained,
         absent memories are masked, and each window has its own mask.
         """
+        self._check_spelling(kwargs)
         check_has_owner("context_attention_mask", context_attention_mask, "context_input_ids", context_input_ids)
         check_has_owner("memory_mask", memory_mask, "memory_embeds", memory_embeds)
         if context_input_ids is not None:
@@ -663,6 +686,7 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
             memory_mask,
             past_key_values,
             use_cache,
+            rolling_memory,
             columns=_kept_columns(logits_to_keep, text),
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,

@@ -41,8 +41,8 @@ class Repository:
 class Refused(Exception):
     """An answer other than 200."""
 
-    def __init__(self, status: int, message: str, code: str = "") -> None:
-        self.status, self.message, self.code = status, message, code
+    def __init__(self, status: int, message: str, code: str = "", body: Any = None) -> None:
+        self.status, self.message, self.code, self.body = status, message, code, body or {}
 
 
 class LoopbackHub:
@@ -121,7 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
         except Refused as refusal:
             headers = {"X-Error-Code": refusal.code} if refusal.code else {}
             headers["X-Error-Message"] = refusal.message
-            self.send(refusal.status, {"error": refusal.message}, headers)
+            self.send(refusal.status, {"error": refusal.message, **refusal.body}, headers)
             return
         for pattern, times in self.hub.lose_answers.items():
             if times and re.match(pattern, line):
@@ -197,11 +197,12 @@ class _Handler(BaseHTTPRequestHandler):
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"
         if not name.startswith("me/"):
             raise Refused(403, "You don't have the rights to create a model under this namespace")
+        answer = {"url": f"{self.hub.url}/{name}", "name": name, "id": name}
         if name in self.hub.repositories:
-            raise Refused(409, "You already created this model repo")
+            raise Refused(409, "You already created this model repo", body=answer)
         self.hub.repositories[name] = Repository(asked.get("visibility") == "private" or bool(asked.get("private")))
         self.hub.commit(name, "main", {".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
-        return {"url": f"{self.hub.url}/{name}", "name": name, "id": name}, {}
+        return answer, {}
 
     def info(self, name: str, revision: str | None, *, query: Any, body: bytes) -> tuple[Any, dict[str, str]]:
         repository = self.repository(name)

@@ -168,6 +168,20 @@ def test_a_base_that_has_changed_or_is_not_named_is_refused(folders, tmp_path):
         loose.save_pretrained(tmp_path / "loose", by_reference={"decoder": stranger})
 
 
+def test_options_of_loading_by_reference(folders, tmp_path):
+    model = joined(folders)
+    model.generation_config.repetition_penalty = 1.3  # generation settings of its own
+    model.save_pretrained(tmp_path / "saved", by_reference=True)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16, **as_bases(folders))
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert loaded.generation_config.repetition_penalty == 1.3
+    with pytest.raises(ValueError, match="takes no chunk_lenght on loading; expected some of"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved", chunk_lenght=4, **as_bases(folders))
+    with pytest.raises(ValueError, match="uploads no model by reference"):
+        model.save_pretrained(tmp_path / "pushed", by_reference=True, push_to_hub=True)
+    assert not (tmp_path / "pushed").exists()
+
+
 def test_weights_that_were_trained_and_then_frozen_are_not_lost(folders, tmp_path):
     model = joined(folders, freeze_decoder=False)
     step(model)

@@ -4,7 +4,11 @@ import pytest
 import torch
 from transformers import BartConfig, BartModel, LlamaModel, MistralConfig
 
-from modeling_memory import MemoryEncoderDecoderConfig, MemoryEncoderDecoderForCausalLM
+from modeling_memory import (
+    MemoryEncoderDecoderConfig,
+    MemoryEncoderDecoderForCausalLM,
+    MemoryEncoderDecoderModel,
+)
 from tests.conftest import tiny_decoder_config, tiny_encoder_config
 from tests.memory_models import CHUNK, SLOT, WINDOW, build_model, random_ids
 
@@ -211,3 +215,27 @@ def test_fields_of_another_type(fields, message):
 def test_inputs_that_nothing_would_read(inputs, message):
     with pytest.raises(ValueError, match=message):
         build_model("llama")(random_ids(2, 3), **inputs)
+
+
+def test_ids_and_masks_of_other_kinds_are_refused():
+    model, input_ids = build_model(), random_ids(2, 2 * WINDOW)
+    with pytest.raises(ValueError, match="`input_ids` has type torch.float32; expected integers"):
+        model(input_ids.float())
+    with pytest.raises(ValueError, match="`attention_mask` is a dict; expected"):
+        model(input_ids, attention_mask={"full_attention": None})
+    with pytest.raises(ValueError, match=r"`attention_mask` has shape \(2, 1, 16, 16\), but a text that folds"):
+        model(input_ids, attention_mask=torch.ones(2, 1, 16, 16))
+    with pytest.raises(ValueError, match=r"`attention_mask` has shape \(16,\); expected"):
+        model(input_ids, attention_mask=torch.ones(16))
+
+
+def test_a_misspelt_keyword_is_named_and_the_librarys_own_pass():
+    model, input_ids = build_model(), random_ids(1, 5)
+    with pytest.raises(ValueError, match="`memory_embed` is no argument. Did you mean `memory_embeds`"):
+        model(input_ids, memory_embed=torch.ones(1, 1, 32))
+    with pytest.raises(ValueError, match="`atention_mask` is no argument"):
+        MemoryEncoderDecoderModel(model.config)(input_ids, atention_mask=torch.ones_like(input_ids))
+    with pytest.raises(ValueError, match="`num_item_in_batch` is no argument"):
+        model(input_ids, labels=input_ids, num_item_in_batch=3)
+    tokens = {"input_ids": input_ids, "token_type_ids": torch.zeros_like(input_ids)}  # as tokenizers give them
+    assert torch.equal(model(**tokens, cache_position=torch.arange(5)).logits, model(input_ids).logits)

@@ -1,5 +1,6 @@
 """Baselines equal their plain loops, gradients too, and what they leave out is left out."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,12 +9,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaModel
 
+from modeling_memory import (
+    MemoryAutoencoder,
+    MemoryAutoencoderConfig,
+    MemoryEncoderDecoderConfig,
+    MemoryEncoderDecoderForCausalLM,
+)
 from modeling_memory.memory_encoder import build_encoder
 from modeling_memory.modeling_memory_autoencoder import Bottleneck
-from tests.conftest import DECODERS, tiny_decoder_config, tiny_encoder_config
+from tests.conftest import DECODERS, VOCAB_SIZE, tiny_decoder_config, tiny_encoder_config
 from tests.memory_models import random_ids
-from tests.reference.baseline_loop import oracle_loop, recurrent_loop
+from tests.reference import memory_loop
+from tests.reference.autoencoder_loop import expand
+from tests.reference.baseline_loop import last_logits, oracle_loop, recurrent_loop
+from tests.reference.llama_loop import llama_loop
+from tests.reference.mixer_loop import affine, mixer_loop, mixer_states
 from training.baselines import (
+    QUANTISATIONS,
     OracleMemory,
     RecurrentMemory,
     cut_layers,
@@ -23,6 +35,9 @@ from training.baselines import (
     quantised,
     score_next_tokens,
 )
+from training.build import child_config
+from training.objectives import IGNORED, SpecialTokens
+from training.rows import ObjectiveCollator
 
 KINDS = ("token", "embedding", "projection")
 
@@ -141,6 +156,103 @@ def test_a_bottleneck_is_quantised_inside_the_block_only():
         pass
 
 
+@pytest.mark.parametrize("kind", QUANTISATIONS)
+def test_a_quantised_autoencoder_equals_the_plain_loop_with_gradients(kind: str):
+    """Rounded forwards, and backwards as if the rounded vectors were what the bottleneck gives."""
+    body = tiny_encoder_config("masked_mixer", num_hidden_layers=1)
+    config = MemoryAutoencoderConfig(encoder=body, decoder=body, chunk_length=4, bottleneck_size=4)
+    model, tokens = MemoryAutoencoder(config).eval(), random_ids(2, 4)
+    with quantised(model.bottleneck, kind):
+        fast = model(tokens).logits
+    state = torch.stack([text[-1] for text in mixer_loop(model.encoder, tokens.tolist())])
+    exact = torch.stack([affine(vector, model.bottleneck.down) for vector in state])
+    shift = torch.tensor([round_slowly(vector, kind) for vector in exact.tolist()]) - exact.detach()
+    narrow = exact + shift
+    slow = []
+    for vector in narrow:
+        columns = expand(model, [affine(vector, model.bottleneck.up)])
+        slow.append(torch.stack([affine(x, model.lm_head) for x in mixer_states(model.decoder, columns)]))
+    logits = torch.stack(slow)
+    torch.testing.assert_close(fast, logits, atol=1e-5, rtol=1e-4)
+    probes, parameters = torch.randn_like(logits), list(model.parameters())
+    gradients = [torch.autograd.grad((found * probes).sum(), parameters) for found in (fast, logits)]
+    for (name, _), one, other in zip(model.named_parameters(), *gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-3, msg=name)
+    assert not torch.equal(model(tokens).logits, fast)
+
+
+def round_slowly(vector: list[float], kind: str) -> list[float]:
+    """One number at a time: to 127 steps each way, or to the nearest of all numbers of a float8."""
+    if kind == "int8":
+        step = max(abs(x) for x in vector) / 127
+        return [round(x / step) * step for x in vector]
+    every = torch.arange(256, dtype=torch.uint8).view(getattr(torch, kind)).float()
+    known = every[every.isfinite()].tolist()
+    return [min(known, key=lambda number: abs(number - x)) for x in vector]
+
+
+@pytest.mark.parametrize("kind", ["llama", "masked_mixer"])
+def test_half_depth_and_lifting_equal_the_plain_loop_with_gradients(kind: str):
+    body, tokens = build_encoder(tiny_encoder_config(kind)).eval(), random_ids(2, 6)
+    for name, parameter in body.named_parameters():
+        if "norm" in name:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    half, deeper = cut_layers(body, 1), lift_into_deeper(cut_layers(body, 1), 3)
+    probes = torch.randn(2, 6, body.config.hidden_size)
+
+    def gradients(states: torch.Tensor, module: Any) -> dict[str, torch.Tensor]:
+        found = torch.autograd.grad((states * probes).sum(), list(module.parameters()), allow_unused=True)
+        return {n: g for (n, _), g in zip(module.named_parameters(), found, strict=True) if g is not None}
+
+    def slowly(model: Any, depth: int, norm: bool) -> torch.Tensor:
+        if kind == "llama":
+            return torch.stack(llama_loop(model, tokens.tolist(), depth, norm))
+        return torch.stack(mixer_loop(SimpleNamespace(**vars_of(model, depth)), tokens.tolist()))
+
+    def vars_of(model: Any, depth: int) -> dict[str, Any]:
+        return {"config": model.config, "layers": model.layers[:depth], "embed_tokens": model.embed_tokens}
+
+    # The first layer of the whole body, no norm behind it; then two fresh layers and a fresh norm on top.
+    for fast, source, depth, norm in ((half, body, 1, False), (deeper, deeper, 3, True)):
+        states, slow = fast(tokens).last_hidden_state, slowly(source, depth, norm)
+        torch.testing.assert_close(states, slow, atol=1e-5, rtol=1e-4)
+        one, other = gradients(states, fast), gradients(slow, source)
+        assert set(one) == set(other) and len(one) > 8
+        for name, gradient in one.items():
+            torch.testing.assert_close(gradient, other[name], atol=2e-5, rtol=1e-3, msg=name)
+    kept = {name: tensor for name, tensor in half.state_dict().items() if not name.startswith("norm.")}
+    for name, tensor in kept.items():
+        assert torch.equal(deeper.state_dict()[name], tensor) and torch.equal(body.state_dict()[name], tensor), name
+    if kind == "llama":
+        assert torch.equal(deeper.norm.weight, torch.ones_like(deeper.norm.weight))
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_no_memory_and_full_context_equal_the_plain_loop_with_gradients(split: bool):
+    """Both baselines are asked for the same tokens: of no memory a window sees itself only."""
+    model, rows, window = decoder(), random_ids(2, 12), 4
+    special = SpecialTokens(pad=0, bos=1, eos=2, copy=3, blank=4, memory=99)
+    collate = ObjectiveCollator(["causal"], special, chunk_length=4, window_length=window, split_windows=split)
+    batch = collate.collate("causal", rows)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    targets = batch["shift_labels"]
+    assert int((targets != IGNORED).sum()) == 2 * 11
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    table, nats = model.get_input_embeddings().weight, []
+    for row in rows:
+        for place in range(11):
+            first = place // window * window if split else 0
+            predicted = last_logits(model, [table[token] for token in row[first : place + 1]])
+            nats.append(-predicted.log_softmax(-1)[row[place + 1]])
+    slow = torch.stack(nats).mean()
+    torch.testing.assert_close(loss, slow, atol=1e-5, rtol=1e-5)
+    parameters = list(model.parameters())
+    for (name, _), one, other in zip(
+        model.named_parameters(), *(torch.autograd.grad(x, parameters) for x in (loss, slow)), strict=True
+    ):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3, msg=name)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["llama", "masked_mixer"])
 def test_half_depth_runs_the_first_layers_and_lifting_adds_fresh_ones(kind: str):
@@ -159,6 +271,26 @@ def test_half_depth_runs_the_first_layers_and_lifting_adds_fresh_ones(kind: str)
         cut_layers(body, 3)
     with pytest.raises(ValueError, match="cut it instead"):
         lift_into_deeper(body, 1)
+
+
+def test_a_memory_model_whose_llama_encoder_reads_both_ways_equals_the_plain_loop():
+    fields = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"num_key_value_heads": 2, "intermediate_size": 64, "initializer_range": 0.1}
+    encoder = child_config({**fields, **sizes, "is_causal": False}, {"vocab_size": VOCAB_SIZE}, "encoder")
+    config = MemoryEncoderDecoderConfig(
+        encoder=encoder, decoder=tiny_decoder_config(), chunk_length=4, pooling="mean", initializer_range=0.3
+    )
+    model, tokens = MemoryEncoderDecoderForCausalLM(config).eval(), random_ids(2, 11)
+    model.encoder.requires_grad_(True)
+    model.config.freeze_encoder = False
+    slow = memory_loop.causal_loss(model, tokens)
+    states = torch.stack(llama_loop(model.encoder, tokens[:, :4].tolist())).mean(1)
+    torch.testing.assert_close(model.encode_memories(tokens[:, None, :4])[0][:, 0], model.projector(states))
+    loss = model(tokens, labels=tokens).loss
+    torch.testing.assert_close(loss, slow, atol=1e-5, rtol=1e-4)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for one, other in zip(*(torch.autograd.grad(x, parameters) for x in (loss, slow)), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-3)
 
 
 def test_wrong_sizes_are_refused():

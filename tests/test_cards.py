@@ -129,6 +129,13 @@ def test_the_card_knows_all_text_that_ships(name):
         assert source["source"] in readme and source["licence"].split()[0] in readme.replace("Creative Commons", "CC")
 
 
+def test_datasets_of_the_hub_are_named_in_the_metadata(model):
+    train = ["hub:allenai/c4@1588ec4:en:train", "hub:allenai/c4@1588ec4:de:train", "data/tinystories_train.parquet"]
+    card = ModelCard(str(render_card(model, {**RECORD, "recipe": {**RECORD["recipe"], "data": {"train": train}}})))
+    assert card.data.datasets == ["allenai/c4", "roneneldan/TinyStories"]
+    assert "| allenai/c4 | see its card | https://huggingface.co/datasets/allenai/c4 at 1588ec4 |" in card.text
+
+
 def test_files_tell_what_a_glob_pattern_hides():
     record = {
         "recipe": {"data": {"train": ["training/corpora/*/train.parquet", "mine/train.parquet"]}},

@@ -40,7 +40,9 @@ def test_measured_domains_reach_the_card(checkpoint, tmp_path, monkeypatch, caps
         conditions = domain["metrics"]["blank_copy"]
         assert {"memory", "wrong_memory", "no_memory"} <= set(conditions)
         assert conditions["memory"]["num_tokens"] == 4 * 2 * WINDOW
-    monkeypatch.setattr(publish, "verify_hub_folder", lambda folder, model: {"hub": {"loaded": ["AutoModel"]}})
+    monkeypatch.setattr(
+        publish, "verify_hub_folder", lambda folder, model, **bases: {"hub": {"loaded": ["AutoModel"]}}
+    )
     assert publish.main([str(checkpoint), "--to", str(tmp_path / "hub"), "--domains", str(record)]) == 0
     card = ModelCard.load(tmp_path / "hub" / "README.md").text
     assert "| random digits | blank copy | memory |" in card and "| sea | blank copy | wrong memory |" in card

@@ -231,6 +231,7 @@ def test_a_text_that_outgrows_the_sliding_window_is_refused(family):
     [
         (("t5", ENCODERS["t5"]), "'t5' model has an encoder of its own.*may be the encoder"),
         (("bert", ENCODERS["bert"]), "language modelling head"),
+        (("llama", {**ATTENTION, "is_causal": False}), "Only an encoder may read both ways"),
     ],
 )
 def test_what_cannot_be_a_decoder_is_refused(decoder, message):

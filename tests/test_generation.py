@@ -13,6 +13,7 @@ from tests.reference import memory_loop
 
 DECODERS = ("llama", "qwen3", "gpt_neox")
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+ROLLING = {"rolling_memory": True, **GREEDY}
 ATOL = 1e-5
 
 
@@ -168,8 +169,11 @@ class TestSlots:
         prompt = torch.tensor([[SLOT, SLOT, 7, 8, 9, 7, 8]])
         options = {"context_input_ids": random_ids(1, 2, CHUNK), "max_new_tokens": 9, **GREEDY}
         assert torch.equal(
-            model.generate(prompt, prompt_lookup_num_tokens=2, **options), model.generate(prompt, **options)
+            model.generate(prompt, prompt_lookup_num_tokens=2, **options),
+            model.generate(prompt, **options),
         )
+        with pytest.raises(ValueError, match="`prompt_lookup_num_tokens` is 2.*rolling_memory=False"):
+            model.generate(prompt, prompt_lookup_num_tokens=2, rolling_memory=True, **options)
 
 
 @pytest.mark.parametrize("absent", ["mask", "ones", "zeros"])
@@ -338,7 +342,7 @@ class TestRefusals:
             ({"cache_implementation": "static"}, "cache_implementation"),
             ({"assistant_model": "itself"}, "assistant_model"),
             ({"assistant_early_exit": 1}, "assistant_early_exit"),
-            ({"rolling_memory": True, "memory_embeds": torch.zeros(1, 1, 32)}, "rolling_memory"),
+            ({"rolling_memory": True, "inputs_embeds": torch.zeros(1, 1, 32)}, "embeddings were given"),
         ],
     )
     def test_options_that_cannot_be_right(self, options, message):
@@ -350,8 +354,14 @@ class TestRefusals:
 
     def test_more_text_than_memories_allow(self):
         model = build_model(max_memories=4)
-        with pytest.raises(ValueError, match="needs 6 memories.*takes 4"):
+        with pytest.raises(ValueError, match="may fold into 8 memories.*takes 4.*drop_oldest"):
             model.generate(random_ids(1, 5), max_new_tokens=30, **GREEDY)
+        fits = 3 * WINDOW + 1 - 5  # the last token is written and not read
+        assert model.generate(random_ids(1, 5), max_new_tokens=fits, **GREEDY).shape == (1, 3 * WINDOW + 1)
+        with pytest.raises(ValueError, match="may fold into 6 memories"):
+            model.generate(random_ids(1, 5), max_new_tokens=fits + 1, **GREEDY)
+        with pytest.raises(ValueError, match="needs 6 memories.*takes 4"):
+            model(random_ids(1, 3 * WINDOW + 1))
 
     def test_empty_prompt(self):
         with pytest.raises(ValueError, match="at least one token"):
@@ -386,3 +396,170 @@ def test_a_static_cache_reads_slots_behind_padding():
 def test_a_window_that_grows_on_needs_a_cache():
     with pytest.raises(ValueError, match="`rolling_memory` is False.*no cache"):
         build_model().generate(random_ids(1, 6), rolling_memory=False, use_cache=False, max_new_tokens=9, **GREEDY)
+
+
+def a_prompt_for_each_row(front: bool) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Prompts of unequal contexts and lengths, some behind tokens in clear; chunks and their mask."""
+    chunks, chunk_mask = random_ids(3, 3, CHUNK), torch.ones(3, 3, CHUNK, dtype=torch.long)
+    chunk_mask[0, 2:] = 0
+    chunk_mask[2, 1:] = 0
+    head = {0: [], 1: [7, 8, 9], 2: [5]} if front else {0: [], 1: [], 2: []}
+    prompts = [
+        torch.cat([torch.tensor(head[row], dtype=torch.long), torch.full((n,), SLOT), random_ids(m, seed=m)])
+        for row, (n, m) in enumerate(((2, 3), (3, WINDOW), (1, 2 * WINDOW + 3)))
+    ]
+    return prompts, chunks, chunk_mask
+
+
+def padded_on_the_left(prompts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, prompts))
+    mask = torch.stack([(torch.arange(width) >= width - len(p)).long() for p in prompts])
+    rows = [torch.cat([torch.zeros(width - len(p), dtype=torch.long), p]) for p in prompts]
+    return torch.stack(rows), mask
+
+
+class TestRollingBehindAContext:
+    @pytest.mark.parametrize("front", [False, True])
+    @pytest.mark.parametrize("decoder", DECODERS)
+    @pytest.mark.parametrize("fields", [{}, {"window_positions": True, "copy_token_id": 8, "memories_per_chunk": 2}])
+    def test_greedy_equals_the_plain_loop(self, decoder, front, fields):
+        model = build_model(decoder=decoder, **fields)
+        prompts, chunks, chunk_mask = a_prompt_for_each_row(front)
+        per_chunk = model.config.memories_per_chunk
+        prompts = [torch.cat([p.repeat_interleave(torch.where(p == SLOT, per_chunk, 1))]) for p in prompts]
+        prompt, mask = padded_on_the_left(prompts)
+        options = {"context_input_ids": chunks, "context_attention_mask": chunk_mask, "max_new_tokens": 19, **ROLLING}
+        cached = model.generate(prompt, attention_mask=mask, **options)
+        assert torch.equal(cached, model.generate(prompt, attention_mask=mask, use_cache=False, **options))
+        for row, text in enumerate(prompts):
+            own = [chunk[keep.bool()] for chunk, keep in zip(chunks[row], chunk_mask[row], strict=True) if keep.any()]
+            for _ in range(19):
+                logits = memory_loop.read_behind_context(model, own, text)
+                text = torch.cat([text, logits[-1:].argmax(-1)])
+            assert torch.equal(cached[row, -len(text) :], text)
+
+    @pytest.mark.parametrize("front", [False, True])
+    @pytest.mark.parametrize("length", [5, 2 * WINDOW + 3])
+    def test_forward_equals_the_plain_loop_in_all_columns(self, front, length):
+        model = build_model(window_positions=True, copy_token_id=8)
+        chunks = random_ids(2, 2, CHUNK)
+        rows = [[7, SLOT, 8, SLOT] if front else [SLOT, SLOT], [SLOT, SLOT]]
+        texts = [torch.cat([torch.tensor(row), random_ids(length - n, seed=n)]) for n, row in enumerate(rows)]
+        prompt, mask = padded_on_the_left(texts)
+        out = model(
+            prompt,
+            attention_mask=mask,
+            context_input_ids=chunks,
+            rolling_memory=True,
+            use_cache=True,
+            output_hidden_states=True,
+        )
+        part = model(
+            prompt, attention_mask=mask, context_input_ids=chunks, rolling_memory=True, logits_to_keep=length + 1
+        )
+        torch.testing.assert_close(part.logits, out.logits[:, -length - 1 :], atol=ATOL, rtol=0)
+        states = model.decoder.lm_head(out.hidden_states[-1])
+        for row, text in enumerate(texts):
+            expected = memory_loop.read_behind_context(model, list(chunks[row]), text)
+            torch.testing.assert_close(out.logits[row, -len(text) :], expected, atol=ATOL, rtol=0)
+            torch.testing.assert_close(states[row, -len(text) :], expected, atol=ATOL, rtol=0)
+        more = random_ids(2, WINDOW + 3, seed=9)  # and on from the cache, over the next border
+        got = model(more, past_key_values=out.past_key_values).logits
+        for row, text in enumerate(texts):
+            expected = memory_loop.read_behind_context(model, list(chunks[row]), torch.cat([text, more[row]]))
+            torch.testing.assert_close(got[row], expected[len(text) :], atol=ATOL, rtol=0)
+
+    def test_gradients_equal_the_plain_loop(self):
+        model, slow = build_model(), build_model()
+        chunks, text = random_ids(1, 2, CHUNK), torch.cat([torch.full((2,), SLOT), random_ids(2 * WINDOW + 3)])
+        weights = torch.randn(len(text), 96, generator=torch.Generator().manual_seed(0))
+        logits = model(text[None], context_input_ids=chunks, rolling_memory=True).logits[0]
+        (logits * weights).sum().backward()
+        (memory_loop.read_behind_context(slow, list(chunks[0]), text) * weights).sum().backward()
+        for (name, fast), plain in zip(model.named_parameters(), slow.parameters(), strict=True):
+            if plain.grad is not None:
+                torch.testing.assert_close(fast.grad, plain.grad, atol=1e-4, rtol=1e-4, msg=name)
+
+    @pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "top_k": 20}])
+    def test_beams_and_samples_with_cache_equal_those_without(self, options):
+        model = build_model()
+        prompts, chunks, chunk_mask = a_prompt_for_each_row(front=True)
+        prompt, mask = padded_on_the_left(prompts)
+        runs = []
+        for use_cache in (True, False):
+            torch.manual_seed(3)
+            runs.append(
+                model.generate(
+                    prompt,
+                    attention_mask=mask,
+                    context_input_ids=chunks,
+                    context_attention_mask=chunk_mask,
+                    max_new_tokens=18,
+                    use_cache=use_cache,
+                    repetition_penalty=1.2,
+                    **{**ROLLING, **options},
+                )
+            )
+        assert torch.equal(*runs)
+
+    def test_fixed_positions_roll_too(self):
+        model = build_model(memory_positions="fixed", absent_memories="ones", max_memories=9)
+        prompt = torch.cat([torch.full((2, 2), SLOT), random_ids(2, 5)], 1)
+        options = {"context_input_ids": random_ids(2, 2, CHUNK), "max_new_tokens": 19, **ROLLING}
+        cached = model.generate(prompt, **options)
+        assert torch.equal(cached, model.generate(prompt, use_cache=False, **options))
+        with pytest.raises(ValueError, match="Put the slots in front"):
+            model.generate(torch.cat([random_ids(2, 1), prompt], 1), **options)
+
+    def test_what_cannot_roll_is_refused(self):
+        model, chunks = build_model(), random_ids(2, 1, CHUNK)
+        uneven, mask = padded_on_the_left([torch.tensor([SLOT]), torch.cat([torch.tensor([SLOT]), random_ids(20)])])
+        with pytest.raises(ValueError, match="Row 0 ends in a memory slot"):
+            model(uneven, attention_mask=mask, context_input_ids=chunks, rolling_memory=True)
+        other = build_model(self_memory=False)
+        with pytest.raises(ValueError, match="`config.self_memory` is False"):
+            other(uneven[1:], context_input_ids=chunks[1:], attention_mask=mask[1:], rolling_memory=True)
+        # A prompt of slots only is no such case: it fits its window.
+        only = torch.full((1, 1), SLOT)
+        assert model.generate(only, context_input_ids=chunks[:1], max_new_tokens=20, **ROLLING).shape == (1, 21)
+
+
+class TestDropOldest:
+    @pytest.mark.parametrize("fields", [{}, {"memory_positions": "fixed", "absent_memories": "zeros"}])
+    @pytest.mark.parametrize("max_memories", [0, 1, 4])
+    def test_plain_text_equals_the_plain_loop_whatever_its_length(self, max_memories, fields):
+        model = build_model(max_memories=max_memories, memory_policy="drop_oldest", **fields)
+        input_ids, mask = ragged_batch(6 * WINDOW + 3)
+        out = model(input_ids, attention_mask=mask, use_cache=True)
+        more = random_ids(4, 1, seed=5)
+        following = model(more, past_key_values=out.past_key_values).logits
+        for row in range(4):
+            text = input_ids[row, mask[row].bool()]
+            expected = memory_loop.read_with_room(model, torch.cat([text, more[row]]))
+            got = out.logits[row, mask[row].bool()]
+            torch.testing.assert_close(got, expected[:-1], atol=ATOL, rtol=0)
+            torch.testing.assert_close(following[row, 0], expected[-1], atol=ATOL, rtol=0)
+        assert out.past_key_values.memory_embeds.shape[1] <= max_memories
+        assert model.config.max_position_embeddings is None
+
+    def test_writing_behind_a_context_keeps_the_context(self):
+        model = build_model(max_memories=5, memory_policy="drop_oldest")
+        prompts, chunks, chunk_mask = a_prompt_for_each_row(front=True)
+        prompt, mask = padded_on_the_left(prompts)
+        options = {"context_input_ids": chunks, "context_attention_mask": chunk_mask, **ROLLING}
+        cached = model.generate(prompt, attention_mask=mask, max_new_tokens=5 * WINDOW, **options)
+        for row, text in enumerate(prompts):
+            own = [chunk[keep.bool()] for chunk, keep in zip(chunks[row], chunk_mask[row], strict=True) if keep.any()]
+            for _ in range(5 * WINDOW):
+                text = torch.cat([text, memory_loop.read_behind_context(model, own, text)[-1:].argmax(-1)])
+            assert torch.equal(cached[row, -len(text) :], text)
+
+    def test_gradients_equal_the_plain_loop(self):
+        fields = {"max_memories": 3, "memory_policy": "drop_oldest"}
+        model, slow, text = build_model(**fields), build_model(**fields), random_ids(5 * WINDOW)
+        weights = torch.randn(len(text), 96, generator=torch.Generator().manual_seed(0))
+        (model(text[None]).logits[0] * weights).sum().backward()
+        (memory_loop.read_with_room(slow, text) * weights).sum().backward()
+        for (name, fast), plain in zip(model.named_parameters(), slow.parameters(), strict=True):
+            if plain.grad is not None:
+                torch.testing.assert_close(fast.grad, plain.grad, atol=1e-4, rtol=1e-4, msg=name)

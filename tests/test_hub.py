@@ -109,6 +109,39 @@ def test_what_the_command_publishes_is_what_a_user_gets(hub, tmp_path):
             assert torch.equal(found, wanted), name
 
 
+# What a user of transformers runs, without this project's command; `tests` is on the path for the tiny model only.
+LIBRARY_PUSH = """
+import torch
+from huggingface_hub import HfApi
+from modeling_memory import MemoryEncoderDecoderForCausalLM
+from tests.memory_models import build_model
+model = build_model()
+model.push_to_hub("me/model")
+with torch.no_grad():
+    model.decoder.lm_head.weight.add_(1)
+try:
+    model.push_to_hub("me/model", max_shard_size="40KB")
+except ValueError as error:
+    print(error)
+print(HfApi().model_info("me/model").sha)
+HfApi().delete_file("model.safetensors", "me/model")
+model.push_to_hub("me/model", max_shard_size="40KB")
+loaded = MemoryEncoderDecoderForCausalLM.from_pretrained("me/model")
+print(torch.equal(loaded.decoder.lm_head.weight, model.decoder.lm_head.weight))
+"""
+
+
+def test_the_librarys_own_push_never_leaves_old_weights_beside_new_shards(hub, tmp_path):
+    """`push_to_hub` deletes nothing, and an old single file wins over new shards: refused, nothing uploaded."""
+    done = run(["-c", LIBRARY_PUSH], REPOSITORY, PYTHONPATH=str(REPOSITORY), **hub.environment(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
+    refusal, sha, same = done.stdout.strip().splitlines()
+    assert "holds a model.safetensors of an earlier push" in refusal and "Nothing was uploaded" in refusal
+    repository = hub.repositories["me/model"]
+    assert not any("index" in name for name in repository.files(sha))
+    assert same == "True" and "model.safetensors" not in repository.files()
+
+
 def push_in_process(hub, folder):
     from unittest import mock
 
@@ -126,7 +159,7 @@ def test_a_folder_that_does_not_load_is_never_pushed(hub, tmp_path, monkeypatch,
     build_model().save_pretrained(checkpoint)
     processor().save_pretrained(checkpoint)
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise PublishError("logits differ")
 
     monkeypatch.setattr(publish, "verify_hub_folder", fail)

@@ -10,7 +10,8 @@ from transformers.trainer_utils import set_seed
 from modeling_memory.configuration_memory_autoencoder import MemoryAutoencoderConfig
 from modeling_memory.memory_encoder import build_encoder
 from modeling_memory.modeling_memory_autoencoder import MemoryAutoencoder, RepeatExpansion, UnrollExpansion
-from tests.reference.autoencoder_loop import autoencoder_loop
+from tests.reference.autoencoder_loop import autoencoder_loop, expand
+from tests.reference.mixer_loop import affine, mixer_loop, mixer_states
 
 VOCAB = 40
 LENGTH = 6
@@ -213,6 +214,22 @@ def test_noise_is_symmetric_bounded_and_absent_in_evaluation():
     assert 0.249 < noise.max() <= 0.2501 and -0.249 > noise.min() >= -0.2501
     assert noise.mean().abs() < 0.005
     assert not torch.equal(model.encode(ids(2, 4)), model.encode(ids(2, 4)))
+
+
+def test_noise_enters_outputs_and_gradients_as_in_the_plain_loop():
+    model, text = autoencoder(bottleneck_size=3, bottleneck_noise=0.5, decoder=mixer(10)).double().train(), TEXTS[0]
+    drawn = []
+    model.bottleneck.up.register_forward_pre_hook(lambda module, inputs: drawn.append(inputs[0].detach()))
+    fast = model(torch.tensor([text])).logits[0]
+    narrow = affine(mixer_loop(model.encoder, [text])[0][-1], model.bottleneck.down)
+    noise = drawn[0][0, 0] - narrow.detach()
+    assert 0 < noise.abs().max() <= 0.5
+    vector = affine(affine(narrow + noise, model.bottleneck.up), model.bridge)
+    slow = torch.stack([affine(x, model.lm_head) for x in mixer_states(model.decoder, expand(model, [vector]))])
+    torch.testing.assert_close(fast, slow, atol=1e-11, rtol=0)
+    probes, parameters = torch.randn_like(slow), list(model.parameters())
+    for one, other in zip(*(torch.autograd.grad((x * probes).sum(), parameters) for x in (fast, slow)), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
 
 
 def test_a_frozen_encoder_stays_frozen_and_in_evaluation(tmp_path):

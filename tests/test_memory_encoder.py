@@ -14,6 +14,7 @@ from modeling_memory.configuration_masked_mixer import MaskedMixerConfig
 from modeling_memory.memory_encoder import build_encoder, encode_chunks
 from modeling_memory.memory_pooling import build_pooling
 from modeling_memory.modeling_masked_mixer import MaskedMixerModel
+from tests.reference.llama_loop import llama_loop
 
 VOCAB = 40
 SIZES = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "max_position_embeddings": 12}
@@ -22,6 +23,7 @@ CONFIGS = {
     "masked_mixer": MaskedMixerConfig(**SIZES, num_heads=2, initializer_range=0.2),
     "two-way mixer": MaskedMixerConfig(**SIZES, num_heads=0, causal=False, initializer_range=0.2),
     "llama": LlamaConfig(**ATTENTION),
+    "two-way llama": LlamaConfig(**ATTENTION, is_causal=False),
     "bert": BertConfig(**ATTENTION),
     "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=12, initializer_range=0.2),
 }
@@ -108,6 +110,32 @@ def test_padded_chunks_equal_bare_ones(kind, pooling, num_memories):
     for side in ("right", "left"):
         input_ids, mask = padded(TEXTS, side)
         torch.testing.assert_close(encode_chunks(model, pool, input_ids, mask), bare, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "two-way llama"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("side", [None, "left", "right"])
+def test_a_llama_that_reads_both_ways_equals_the_plain_loop(kind, attention, side, tmp_path):
+    """`is_causal=False` makes an encoder of a causal body; the library skips the mask where nothing is padded."""
+    encoder(kind).save_pretrained(tmp_path)
+    model = type(encoder(kind)).from_pretrained(tmp_path, attn_implementation=attention)
+    texts = TEXTS if side else [text[:2] for text in TEXTS]
+    input_ids, mask = padded(texts, side) if side else (torch.tensor(texts), None)
+    for pooling, pick in (("last", lambda states: states[-1]), ("first", lambda states: states[0])):
+        fast = encode_chunks(model, build_pooling(pooling, 1), input_ids, mask)[:, 0]
+        slow = torch.stack([pick(states) for states in llama_loop(model, texts)])
+        torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4)
+        probes, parameters = torch.randn_like(slow), list(model.parameters())
+        for (name, _), one, other in zip(
+            model.named_parameters(),
+            *(torch.autograd.grad((found * probes).sum(), parameters) for found in (fast, slow)),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+    # The first token's state tells the two apart: only one of them has seen the last token.
+    other = [[*text[:-1], 30] for text in texts]
+    moved = (llama_loop(model, other)[0][0] - llama_loop(model, texts)[0][0]).abs().max()
+    assert (moved > 1e-3) == (kind == "two-way llama")
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -296,7 +296,7 @@ def test_the_command_publishes_and_verifies_a_checkpoint(model, processor, tmp_p
     """Also with what a training checkpoint has beside the model, none of which is published."""
     verified = []
 
-    def verify(folder: Path, model: object) -> dict:  # the real one runs in the tests above
+    def verify(folder: Path, model: object, **bases: object) -> dict:  # the real one runs in the tests above
         verified.append((folder, type(model).__name__))
         return {"hub": {"loaded": ["AutoModel"]}}
 
@@ -335,7 +335,9 @@ def test_the_command_names_a_users_mistake_in_one_line(folder, tmp_path, capsys,
 
 def test_the_command_publishes_a_stage_with_its_own_numbers_and_tokenizer(tmp_path, monkeypatch):
     """From the folder of a run: the record stands three folders up, and is cut to the stage."""
-    monkeypatch.setattr(publish, "verify_hub_folder", lambda folder, model: {"hub": {"loaded": ["AutoModel"]}})
+    monkeypatch.setattr(
+        publish, "verify_hub_folder", lambda folder, model, **bases: {"hub": {"loaded": ["AutoModel"]}}
+    )
     run = tmp_path / "run"
     checkpoint = run / "stages" / "decoder" / "model"
     LlamaForCausalLM(tiny_decoder_config()).save_pretrained(checkpoint)

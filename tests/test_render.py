@@ -175,6 +175,33 @@ def capacity_record() -> dict[str, Any]:
     return {"run": RUN, "code": CODE, "hardware": HARDWARE, **recipe, "metrics": {"capacity": result}}
 
 
+def retrieval_record() -> dict[str, Any]:
+    found = {"num_texts": 512, "chance": 1 / 512, "top_1": 0.25, "top_1_interval": [0.2, 0.3], "recall_at_10": 0.5}
+    kinds = {"ngram_7": found, "bag_7": {**found, "top_1": 0.125}}
+    models = [{"name": "causal", "before": kinds, "after": {**kinds, "ngram_7": {**found, "top_1": 0.75}}}]
+    recipe = {"query": "ngram", "query_tokens": 7, "length": 16, "steps": 100, "batch_tokens": 1024}
+    return {"run": RUN, "code": CODE, "hardware": HARDWARE, "recipe": recipe, "metrics": {"models": models},
+            "seconds": 120.0}  # fmt: skip
+
+
+def fidelity_record() -> dict[str, Any]:
+    share = {"exact_match": 0.5, "character_precision": 0.9, "digits_kept": 0.8, "names_kept": 0.7}
+    text = share | {f"{name}_interval": [value - 0.1, value + 0.1] for name, value in share.items()}
+    text |= {"bleu": 86.54, "num_texts": 32, "num_digits": 5, "num_dates": 0, "num_names": 20, "dates_kept": None}
+    parts = {"start": 0.91, "middle": 0.92, "end": 0.93, "boundary": 0.94}
+    more = {
+        "text": text,
+        "by_part": parts,
+        "bits_per_byte": 0.0155,
+        "bits_per_byte_with_memory": 164.6,
+        "num_rows": 64,
+    }
+    controls = {"wrong_memory": condition(0.01), "no_memory": condition(0.2), "random_tokens": condition(0.6)}
+    metrics = {"fidelity": {"memory": condition(0.97, **more), **controls}}
+    metrics["fidelity, news"] = metrics["fidelity"] | {"memory": condition(0.88, **more)}
+    return {"run": RUN, "code": CODE, "hardware": HARDWARE, "metrics": metrics}
+
+
 RECORDS = {
     "use": use_record,
     "quickstart": quickstart_record,
@@ -183,6 +210,8 @@ RECORDS = {
     "probe": probe_record,
     "ceiling": ceiling_record,
     "capacity": capacity_record,
+    "retrieval": retrieval_record,
+    "fidelity": fidelity_record,
 }
 
 
@@ -248,6 +277,11 @@ def test_pages_and_figures_are_made_from_the_records_and_checked(root: Path, cap
         "| some model, another text's embedding | 90% | 4.0% (3.9 to 4.1), 0.50 | 4.0% (3.9 to 4.1), 0.50 |",
         "| the encoder's, one pass | 90.0% | 50% | 1.0000 | 90.0 (89.0 to 91.0) |",
         "| gain over none (nats a text) | 20.0 | 30.0 |",
+        "| causal, trained | [75.0%](benchmarks/results/retrieval.json) (20.0 to 30.0) | 50.0% | "
+        "[12.5%](benchmarks/results/retrieval.json) (20.0 to 30.0) | 50.0% |",
+        "| | books | news |",
+        "| digits kept | 80.0% (70.0 to 90.0) of 5 | 80.0% (70.0 to 90.0) of 5 |",
+        "| dates kept | none there | none there |",
         "  the[ dog]",
         "the output",
         "Before speed.",

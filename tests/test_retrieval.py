@@ -1,5 +1,6 @@
 """Contrast equals its definition, vectors are read at real tokens, queries are pieces of texts, ranks are exact."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -105,19 +106,27 @@ def test_training_finds_more_texts_and_leaves_the_start_alone(kind: str):
         assert found["top_1_interval"][0] <= found["top_1"] <= found["top_1_interval"][1]
 
 
-def test_command_measures_before_and_after(tmp_path: Path, capsys: Any):
+def test_command_measures_before_and_after(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(7)
     model = LlamaForCausalLM(tiny_decoder_config())
     model.save_pretrained(tmp_path / "llama")
     build_tiny_tokenizer().save_pretrained(tmp_path / "llama")
     text = tmp_path / "text.txt"
     lines = [f"{word} ran to the {place}" for word in ("cat", "dog", "fox") for place in ("inn", "sea", "mat", "end")]
     text.write_text("\n".join(lines * 5), encoding="utf-8")
-    given = [str(tmp_path / "llama"), "--text", str(text), "--length", "8", "--query-tokens", "3"]
-    assert main([*given, "--steps", "2", "--batch-tokens", "64", "--to", str(tmp_path / "out")]) == 0
-    assert (tmp_path / "out" / "record.json").is_file()
-    LlamaModel.from_pretrained(tmp_path / "out" / "model")
-    assert "after" in capsys.readouterr().out
-    assert main([*given[:3], "--length", "2", "--to", str(tmp_path / "out")]) == 2
+    given = [f"a start={tmp_path / 'llama'}", f"fresh=untrained:{tmp_path / 'llama'}", "--text", str(text)]
+    given += ["--length", "8", "--query-tokens", "3", "--batch-tokens", "64", "--to", str(tmp_path / "out")]
+    assert main([*given, "--steps", "2"]) == 0
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    first, fresh = record["metrics"]["models"]
+    assert first["name"] == "a start" and first["before"] != first["after"] and first["weights"] != fresh["weights"]
+    assert str(tmp_path) not in json.dumps(record)
+    LlamaModel.from_pretrained(tmp_path / "out" / "a_start" / "model")
+    assert "fresh, after" in capsys.readouterr().out
+    monkeypatch.setattr("training.retrieval.train_retrieval", None)
+    assert main([*given, "--steps", "2"]) == 0  # what is finished is not done again
+    assert json.loads((tmp_path / "out" / "record.json").read_text())["metrics"] == record["metrics"]
+    assert main([*given, "--length", "2"]) == 2
     assert "make queries shorter" in capsys.readouterr().err
 
 

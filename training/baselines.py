@@ -172,6 +172,8 @@ def score_next_tokens(model: nn.Module, rows: torch.Tensor, batch_size: int = 32
 def quantise(vectors: torch.Tensor, kind: str) -> torch.Tensor:
     """Round vectors `(..., R)` to eight bits a number and return them in their own type.
 
+    Gradients pass as if nothing had been rounded (rounding itself has none), so that a model can be trained behind it.
+
     Args:
         vectors (`torch.Tensor`): Of any floating type.
         kind (`str`): `"int8"`: 255 even steps between plus and minus the largest number of each vector;
@@ -185,12 +187,15 @@ def quantise(vectors: torch.Tensor, kind: str) -> torch.Tensor:
     """
     if kind not in QUANTISATIONS:
         raise ValueError(f"quantisation {kind!r} is unknown; known: {', '.join(QUANTISATIONS)}")
+    exact = vectors.detach()
     if kind == "int8":
-        step = vectors.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(vectors.dtype).tiny) / 127
-        return (vectors / step).round() * step
-    narrow = getattr(torch, kind)
-    largest = torch.finfo(narrow).max
-    return vectors.clamp(-largest, largest).to(narrow).to(vectors.dtype)
+        step = exact.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(exact.dtype).tiny) / 127
+        rounded = (exact / step).round() * step
+    else:
+        narrow = getattr(torch, kind)
+        largest = torch.finfo(narrow).max
+        rounded = exact.clamp(-largest, largest).to(narrow).to(exact.dtype)
+    return rounded + (vectors - exact)  # the difference is zero; only its gradient is one
 
 
 @contextmanager

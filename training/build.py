@@ -22,13 +22,15 @@ from modeling_memory import (
 )
 from modeling_memory.memory_adapters import is_adapter
 from training.objectives import SpecialTokens
-from training.recipe import StageRecipe, WarmStartRecipe
+from training.recipe import StageRecipe
 from training.strict_yaml import nearest
+from training.warm_start import copy_tables
 
 Loader = Callable[[str], Any]
 
-# Fields that every configuration takes, whether its constructor names them or not.
-COMMON_FIELDS = {"pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "dtype"}
+# Fields that every configuration takes, whether its constructor names them or not. `is_causal: false` lets the body of
+# a causal LM read both ways: the library's masks ask for it.
+COMMON_FIELDS = {"pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "dtype", "is_causal"}
 
 
 def build_stage_model(
@@ -138,7 +140,6 @@ def _join(stage: StageRecipe, special_tokens: SpecialTokens, load: Loader) -> Me
         model = MemoryEncoderDecoderForCausalLM.from_encoder_decoder_pretrained(encoder, decoder, **fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    start_projector(model, stage.warm_start, f"{path}.warm_start")
     return model
 
 
@@ -160,42 +161,6 @@ def _continue(model: PreTrainedModel, stage: StageRecipe) -> PreTrainedModel:
         model.requires_grad_(True)
         model.apply_freezing()
     return model
-
-
-@torch.no_grad()
-def start_projector(model: MemoryEncoderDecoderForCausalLM, warm_start: WarmStartRecipe, path: str) -> None:
-    """Give a fresh projector the recipe's starting point: the identity, or its own draw times a factor."""
-    out = model.projector.out
-    weight = getattr(out, "weight", None)
-    if weight is None:  # an identity projector has nothing to start
-        return
-    if warm_start.projector == "identity":
-        if weight.shape[0] != weight.shape[1]:
-            raise ValueError(
-                f"{path}.projector is identity, but the projector maps {weight.shape[1]} to {weight.shape[0]} "
-                "values; use default"
-            )
-        weight.copy_(torch.eye(weight.shape[0]))
-    weight.mul_(warm_start.projector_scale)
-
-
-@torch.no_grad()
-def copy_tables(source: PreTrainedModel, target: PreTrainedModel, path: str) -> None:
-    """Copy token table and output head from one model to another of the same width and vocabulary.
-
-    Raises:
-        ValueError: If shapes differ.
-    """
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        old, new = getattr(source, getter)(), getattr(target, getter)()
-        if old is None or new is None:
-            continue
-        if old.weight.shape != new.weight.shape:
-            raise ValueError(
-                f"{path}: the tables have shapes {tuple(old.weight.shape)} and {tuple(new.weight.shape)}; "
-                "warm starting needs equal widths and vocabularies"
-            )
-        new.weight.copy_(old.weight)
 
 
 def parameter_report(model: torch.nn.Module) -> dict[str, dict[str, int]]:

@@ -14,6 +14,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from training.build import count_parameters
 from training.sample import sample_lines
+from training.sources import HUB, HubDataset
 from training.strict_yaml import REPOSITORY, parse_yaml
 
 CARDS = REPOSITORY / "model_cards"
@@ -53,7 +54,7 @@ def render_card(
         record (`dict`, *optional*): Record of its run; of a run's other stages as [`stage_record`] cuts it out.
         context (`dict`, *optional*): What only the writer knows: `model_name`, `repository` (for the snippet, default
             the name), `description`, `training_data` (list of `name`, `licence`, `source`), `base_models` (ids on the
-            Hub), `reproduce`, `example`, `copy_token`.
+            Hub), `reproduce`, `example`, `copy_token`, `references` (of a model by reference, as its config has them).
 
     Returns:
         [`huggingface_hub.ModelCard`]: The card, with metadata that the Hub reads.
@@ -73,11 +74,14 @@ def render_card(
         "reproduce": record.get("run", {}).get("command", ""),
         "example": _example(record),
         "copy_token": "",
+        "references": {},
     }
     unknown = sorted(set(context or {}) - set(known))
     if unknown:
         raise ValueError(f"The card does not know {', '.join(unknown)}; expected some of {', '.join(known)}.")
     fields: dict[str, Any] = {**known, **(context or {})}
+    referred = [reference["id"] for reference in fields["references"].values()]
+    fields["base_models"] = list(dict.fromkeys([*referred, *fields["base_models"]]))
     sources = fields["training_data"]
     results = card_results(record)
     remote_code = model.config.model_type in OWN_MODELS
@@ -87,7 +91,7 @@ def render_card(
         library_name="transformers",
         pipeline_tag="feature-extraction" if model.config.model_type == "memory_autoencoder" else "text-generation",
         base_model=fields["base_models"] or None,
-        datasets=[source["hub"] for source in sources if "hub" in source] or None,
+        datasets=list(dict.fromkeys(source["hub"] for source in sources if "hub" in source)) or None,
         tags=["memory", "context-compression", model.config.model_type, *(["custom_code"] if remote_code else [])],
         model_name=fields["model_name"],
         eval_results=_metadata_results(results, sources, record) or None,
@@ -155,6 +159,11 @@ def training_sources(record: Mapping[str, Any]) -> list[dict[str, str]]:
     files = record.get("inputs", {}).get("files", {}).get("train", {})
     sources: dict[str, dict[str, str]] = {}
     for name in [*patterns, *files]:  # a glob pattern may hide what the names of its files tell
+        if name.startswith(HUB):
+            data = HubDataset.parse(name)
+            source = f"https://huggingface.co/datasets/{data.name} at {data.revision}"
+            sources[name] = {"name": data.name, "licence": "see its card", "source": source, "hub": data.name}
+            continue
         corpus = next((corpus for corpus in known if re.search(rf"(^|/){corpus}[/_]", name)), None)
         if corpus is not None:
             sources[corpus] = known[corpus]

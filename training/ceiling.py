@@ -290,7 +290,7 @@ def capacity(
     num_vectors: int = 1,
     prefix: Sequence[int] = (),
     steps: int = 500,
-    learning_rate: float = 0.1,
+    learning_rate: float = 0.3,
     seed: int = 0,
     keep: Callable[[int, Callable[[], dict[str, Any]]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
@@ -332,7 +332,7 @@ def against_ceiling(
     *,
     objective: str = "copy",
     steps: int = 500,
-    learning_rate: float = 0.1,
+    learning_rate: float = 0.3,
     refine_learning_rate: float = 0.02,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -396,7 +396,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--vectors", type=int, default=1, metavar="K", help="causal LM: vectors of a text (1)")
     add("--objective", choices=("copy", "blank_copy"), default="copy", help="memory model: how it writes")
     add("--steps", type=int, default=500, metavar="N", help="most optimiser steps (500)")
-    add("--learning-rate", type=float, default=0.1, metavar="X", help="of Adam, in units of the start's scale (0.1)")
+    add("--learning-rate", type=float, default=0.3, metavar="X", help="of Adam, in units of the start's scale (0.3)")
     add("--refine-learning-rate", type=float, default=0.02, metavar="X", help="from an encoder's memories (0.02)")
     add("--seed", type=int, default=0, metavar="N", help="of the random starts")
     add("--threads", type=int, metavar="N", help="processor threads")

@@ -105,13 +105,14 @@ def group(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tens
     return grouped
 
 
-def main(source: str, reference: Path, packages: Path) -> dict[str, Any]:
+def main(source: str, reference: Path, packages: Path, bases: Mapping[str, str]) -> dict[str, Any]:
     """Load `source` through every Auto class and compare it with the reference.
 
     Args:
         source (`str`): A folder, or a repository in the offline cache.
         reference (`Path`): Tensors from the writer, with settings in the metadata.
         packages (`Path`): The repository whose packages must stay out of reach.
+        bases (`Mapping[str, str]`): Of a source by reference, `encoder_base` and `decoder_base` as folders.
     """
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != packages.resolve()]
     sys.meta_path.insert(0, HidingFinder())
@@ -129,7 +130,7 @@ def main(source: str, reference: Path, packages: Path) -> dict[str, Any]:
     sys.addaudithook(Guard([Path(os.environ["HF_HOME"]), Path(os.environ["HF_MODULES_CACHE"])]))
 
     config = AutoConfig.from_pretrained(source, **trusted)
-    loading = {**trusted, "attn_implementation": settings["attn_implementation"], "output_loading_info": True}
+    loading = {**trusted, "attn_implementation": settings["attn_implementation"], "output_loading_info": True, **bases}
     body, body_report = AutoModel.from_pretrained(source, **loading)
     loaded = {"AutoConfig": config, "AutoModel": body}
     model, report = body, body_report
@@ -198,4 +199,4 @@ def check_equal_weights(body: Any, model: Any) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))))
+    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4]))))

@@ -14,7 +14,9 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import modeling_memory
+from modeling_memory.memory_saving import TRAINED
 from modeling_memory.processing_memory import MemoryProcessor
+from training.bases import Base
 from training.cards import render_card
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -47,7 +49,7 @@ TOKENIZER_FILES = (
 )
 ALLOWED_FILES = re.compile(
     r"README\.md|LICENSE|record\.json|config\.json|generation_config\.json|processor_config\.json|"
-    r"model\.safetensors|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json|"
+    r"trained\.safetensors|model\.safetensors|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json|"
     rf"(configuration|modeling|memory|generation|processing)_\w+\.py|(encoder_tokenizer/)?({TOKENIZER_FILES})"
 )
 
@@ -83,6 +85,7 @@ def write_hub_folder(
     folder: str | os.PathLike,
     record: Mapping[str, Any] | None = None,
     card_context: Mapping[str, Any] | None = None,
+    bases: Mapping[str, Base] | None = None,
 ) -> Path:
     """Write a model as a Hub folder that loads without this package.
 
@@ -98,25 +101,34 @@ def write_hub_folder(
         record (`dict`, *optional*): Record of the run; its numbers go into the card, and it is saved beside
             it.
         card_context (`dict`, *optional*): What only the writer knows, as in [`training.cards.render_card`].
+        bases (`dict`, *optional*): For `"encoder"`, `"decoder"` or both what they come from: their weights are then
+            referred to, and only what differs from them is written.
 
     Returns:
         `Path`: The folder.
 
     Raises:
-        ValueError: If the model is none of this package's, its dtypes differ, it lacks its processor, or the
-            place holds something else.
+        ValueError: If the model is none of this package's, its dtypes differ, it lacks its processor, the place
+            holds something else, or a base is not the model's.
     """
     target = Path(folder).expanduser().resolve()
     _check_publishable(model, processor)
+    if bases and model.config.model_type != "memory_encoder_decoder":
+        raise ValueError(f"A {model.config.model_type} has no bases to refer to; publish it by value.")
     _check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        model.save_pretrained(staging, max_shard_size=MAX_SHARD_SIZE)
+        sources: dict[str, Any] = (
+            {"by_reference": {part: base.source for part, base in bases.items()}} if bases else {}
+        )
+        model.save_pretrained(staging, max_shard_size=MAX_SHARD_SIZE, **sources)
         if processor is not None:
             processor.save_pretrained(staging)
         auto_map = auto_map_of(model.config.model_type)
-        _edit_json(staging / "config.json", lambda config: _without_paths(config, auto_map))
+        references = _edit_json(
+            staging / "config.json", lambda config: _with_references(_without_paths(config, auto_map), bases or {})
+        ).get("references", {})
         if isinstance(processor, MemoryProcessor):
             auto_map = {**auto_map, **PROCESSOR_AUTO_MAP}
             _edit_json(
@@ -128,7 +140,8 @@ def write_hub_folder(
             record = _portable(record)
             text = json.dumps(record, indent=1, ensure_ascii=False)
             (staging / "record.json").write_text(text + "\n", encoding="utf-8")
-        render_card(model, record, {**_prompts(model, processor), **(card_context or {})}).save(staging / "README.md")
+        context = {**_prompts(model, processor), **(card_context or {}), "references": references}
+        render_card(model, record, context).save(staging / "README.md")
         check_files(staging)
         staging.chmod(0o755)
         _replace(target, staging)
@@ -150,6 +163,13 @@ def check_files(folder: Path) -> None:
         raise PublishError(f"{', '.join(foreign)} must not be published")
     if "model.safetensors" in names and "model.safetensors.index.json" in names:
         raise PublishError("both model.safetensors and shards are there; the single file would win on loading")
+    if TRAINED in names:
+        if any(name.startswith("model") and "safetensors" in name for name in names):
+            raise PublishError(f"both {TRAINED} and weights of the bases are there")
+        references = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("references") or {}
+        nowhere = [part for part, reference in references.items() if not (reference["id"] and reference["revision"])]
+        if nowhere or not references:
+            raise PublishError(f"config.json does not say where the {(nowhere or ['decoder'])[0]} comes from")
     for name in ("config.json", "processor_config.json"):
         if name in names:
             settings = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -166,11 +186,13 @@ def check_files(folder: Path) -> None:
                 raise PublishError(f"{name} contains {place}, a place on this machine")
 
 
-def load_checkpoint(folder: str | os.PathLike) -> tuple[PreTrainedModel, Any]:
+def load_checkpoint(folder: str | os.PathLike, bases: Mapping[str, Base] | None = None) -> tuple[PreTrainedModel, Any]:
     """Load a model of this package and its processor from a folder.
 
     Args:
         folder (`str` or `os.PathLike`): A checkpoint or a Hub folder.
+        bases (`dict`, *optional*): Of one saved by reference, what encoder and decoder come from. By default they are
+            loaded from the Hub.
 
     Returns:
         The model, and its [`MemoryProcessor`] or `None`.
@@ -182,7 +204,9 @@ def load_checkpoint(folder: str | os.PathLike) -> tuple[PreTrainedModel, Any]:
     check_complete(folder)
     config = AutoConfig.from_pretrained(folder)
     auto_class = AutoModelForCausalLM if is_causal_lm(config.model_type) else AutoModel
-    model = auto_class.from_pretrained(folder)
+    references = getattr(config, "references", None) or {}
+    places = {f"{part}_base": base.source for part, base in (bases or {}).items() if part in references}
+    model = auto_class.from_pretrained(folder, **places)
     processor = MemoryProcessor.from_pretrained(folder) if (folder / "processor_config.json").exists() else None
     return model, processor
 
@@ -221,6 +245,10 @@ def check_complete(folder: Path) -> None:
         auto_map_of(str(config.get("model_type")))
     except ValueError as error:
         raise ValueError(f"{folder} cannot be published. {error}") from error
+    if config.get("references"):
+        if not (folder / TRAINED).is_file():
+            raise ValueError(f"{folder} has no {TRAINED}; the checkpoint is incomplete: save it again")
+        return
     if (folder / "model.safetensors").is_file():
         return
     index = folder / "model.safetensors.index.json"
@@ -288,9 +316,18 @@ def _copy_code(auto_map: Mapping[str, str], folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def _edit_json(path: Path, edit: Any) -> None:
-    edited = edit(json.loads(path.read_text(encoding="utf-8")))
+def _edit_json(path: Path, edit: Any) -> dict[str, Any]:
+    edited: dict[str, Any] = edit(json.loads(path.read_text(encoding="utf-8")))
     path.write_text(json.dumps(edited, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    return edited
+
+
+def _with_references(config: dict[str, Any], bases: Mapping[str, Base]) -> dict[str, Any]:
+    """A saved config whose bases, read from folders here, are named as the Hub knows them."""
+    for part, base in bases.items():
+        names = {"id": base.id, "revision": base.revision, "subfolder": base.subfolder or None}
+        config["references"][part] |= names
+    return config
 
 
 def _without_paths(config: dict[str, Any], auto_map: Mapping[str, str]) -> dict[str, Any]:

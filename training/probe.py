@@ -56,13 +56,14 @@ class Probe:
     """How models are probed.
 
     Attributes:
-        train (`list[str]`): Documents that decoders are trained on.
-        test (`list[str]`): Other documents, which are counted.
+        train (`list[str]`): Documents that decoders are trained on, in random order up to `train_tokens`.
+        test (`list[str]`): Other documents, which are counted, likewise up to `test_tokens`.
         lengths (`tuple[int, ...]`): Tokens of a text, by each model's own tokenizer.
         conditions (`tuple[str, ...]`): Of `CONDITIONS`.
         size (`DecoderSize`): The decoder, the same for all models.
         budget (`Budget`): Its training, the same for all models.
-        train_tokens (`int`): Most tokens of text to train on; read as often as the budget asks.
+        train_tokens (`int`): Most tokens of text to train on. With fewer than the budget reads texts come again, and a
+            decoder learns them by heart before it learns the vectors.
         test_tokens (`int`): Most tokens of text to count.
         table (`str`): `"frozen"`: the model as it is. `"replaced"`: with a new token table, trained with the decoder.
     """
@@ -72,9 +73,9 @@ class Probe:
     lengths: tuple[int, ...] = (8, 16, 32, 64)
     conditions: tuple[str, ...] = CONDITIONS
     size: DecoderSize = DecoderSize()
-    budget: Budget = Budget()
-    train_tokens: int = 131_072
-    test_tokens: int = 16_384
+    budget: Budget = Budget(steps=200, batch_tokens=1024)
+    train_tokens: int = 204_800
+    test_tokens: int = 8192
     table: str = "frozen"
 
     def settings(self) -> dict[str, Any]:
@@ -125,10 +126,11 @@ def _probe_model(
 ) -> dict[str, Any]:
     trained = load_encoder(place, seed=setting.budget.seed, **loading).to(device)
     encoders = {"trained": trained}
+    train_texts, test_texts = (in_random_order(texts, setting.budget.seed) for texts in (setting.train, setting.test))
     lengths: dict[str, dict[str, Any]] = {}
     for length in setting.lengths:
-        train = cut_rows(trained.tokenizer, setting.train, length, max(2, setting.train_tokens // length))
-        test = cut_rows(trained.tokenizer, setting.test, length, max(2, setting.test_tokens // length))
+        train = cut_rows(trained.tokenizer, train_texts, length, max(2, setting.train_tokens // length))
+        test = cut_rows(trained.tokenizer, test_texts, length, max(2, setting.test_tokens // length))
         conditions = lengths.setdefault(str(length), {})
         for condition in setting.conditions:
             if condition == "untrained" and place.startswith(UNTRAINED):
@@ -170,7 +172,7 @@ def _cell(
         "chunk_length": encoder.chunk_length,
         "bottleneck": encoder.bottleneck and weights_checksum(encoder.bottleneck),
     }
-    texts = {"train": _checksum(train.tokens), "test": _checksum(test.tokens)}
+    texts = {"train": tokens_checksum(train.tokens), "test": tokens_checksum(test.tokens)}
     asked = {"encoder": read_by, "texts": texts, "shuffled": condition == "shuffled", **setting.settings()}
     file = folder / "cells" / f"{fingerprint(asked)}.json"
     before = read_json(file)
@@ -178,7 +180,7 @@ def _cell(
         return before["result"]
 
     def vectors(rows: TextRows) -> torch.Tensor:
-        kept = folder / "vectors" / f"{fingerprint({**read_by, 'tokens': _checksum(rows.tokens)})}.safetensors"
+        kept = folder / "vectors" / f"{fingerprint({**read_by, 'tokens': tokens_checksum(rows.tokens)})}.safetensors"
         if kept.is_file():
             return load_file(kept)["vectors"]
         read = read_all(encoder, rows.tokens)
@@ -219,8 +221,19 @@ def weights_checksum(module: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _checksum(tensor: torch.Tensor) -> str:
+def tokens_checksum(tensor: torch.Tensor) -> str:
+    """Return a digest of token ids and of their shape."""
     return hashlib.sha256(str(tuple(tensor.shape)).encode() + tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def in_random_order(texts: Sequence[str], seed: int) -> list[str]:
+    """Return documents in another order, so that the most tokens to read are not all of the first book.
+
+    >>> sorted(in_random_order(["a", "b", "c"], seed=0))
+    ['a', 'b', 'c']
+    """
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
+    return [texts[index] for index in order.tolist()]
 
 
 def split_texts(texts: Sequence[str], share: float = 0.1) -> tuple[list[str], list[str]]:
@@ -327,13 +340,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--heads", type=int, default=4, metavar="N", help="heads of the decoder (4)")
     add("--expansion", choices=("unroll", "repeat"), default="unroll", help="how the decoder reads a vector")
     spend = parser.add_mutually_exclusive_group()
-    spend.add_argument("--steps", type=int, default=400, metavar="N", help="training steps of each decoder (400)")
+    spend.add_argument("--steps", type=int, default=200, metavar="N", help="training steps of each decoder (200)")
     spend.add_argument("--tokens", type=int, metavar="N", help="instead: tokens that each decoder is trained on")
-    add("--batch-tokens", type=int, default=2048, metavar="N", help="tokens of a step (2048)")
+    add("--batch-tokens", type=int, default=1024, metavar="N", help="tokens of a step (1024)")
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="optimizer of the decoder")
     add("--learning-rate", type=float, default=5e-3, metavar="X", help="peak of AdamW (5e-3)")
-    add("--train-tokens", type=int, default=131_072, metavar="N", help="most tokens of text to train on (131072)")
-    add("--test-tokens", type=int, default=16_384, metavar="N", help="most tokens of text to count on (16384)")
+    add("--train-tokens", type=int, metavar="N", help="most tokens of text to train on (default: each text read once)")
+    add("--test-tokens", type=int, default=8192, metavar="N", help="most tokens of text to count on (8192)")
     add("--seed", type=int, default=0, metavar="N", help="of fresh weights and of the order of texts")
     add("--threads", type=int, metavar="N", help="processor threads")
     add("--to", default="runs/probe", metavar="FOLDER", help="where cells, record and figure go (runs/probe)")
@@ -378,7 +391,7 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
             learning_rate=options.learning_rate,
             seed=options.seed,
         ),
-        train_tokens=options.train_tokens,
+        train_tokens=steps * options.batch_tokens if options.train_tokens is None else options.train_tokens,
         test_tokens=options.test_tokens,
         table=options.table,
     )

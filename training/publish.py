@@ -4,6 +4,7 @@
 python -m training.publish runs/quickstart/hub --to ~/my-model
 python -m training.publish runs/quickstart/hub --to ~/my-model --push me/my-model --private
 python -m training.publish runs/quickstart/stages/autoencoder/model --to ~/my-autoencoder --pull-request --push me/ae
+python -m training.publish my-checkpoint --to ~/my-adapter --by-reference --base decoder=HuggingFaceTB/SmolLM2-135M
 ```
 """
 
@@ -13,10 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from training.bases import Base, check_bases_on_hub, find_bases
 from training.cards import stage_record
 from training.hub_folder import (
     ALLOWED_FILES,
     PublishError,
+    check_complete,
     load_checkpoint,
     load_processor,
     write_hub_folder,
@@ -46,6 +49,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--base-model", action="append", default=[], metavar="ID", help="Hub id of a model it was trained from"
     )
+    reference = parser.add_argument_group("by reference")
+    reference.add_argument(
+        "--by-reference", action="store_true", help="leave out weights of encoder and decoder that are their bases'"
+    )
+    reference.add_argument(
+        "--base",
+        action="append",
+        default=[],
+        metavar="PART=ID[@REVISION]",
+        help="what encoder or decoder comes from (default: what the checkpoint says); a part not named goes by value",
+    )
+    reference.add_argument(
+        "--base-folder", action="append", default=[], metavar="PART=FOLDER", help="a copy of it, against a download"
+    )
     hub = parser.add_argument_group("the Hub")
     hub.add_argument("--push", metavar="USER/NAME", help="push the folder there, in one commit; created if need be")
     hub.add_argument("--private", action="store_true", help="create the repository private")
@@ -68,7 +85,9 @@ def publish(options: argparse.Namespace) -> None:
     if options.domains:
         measured = _read(Path(options.domains).expanduser())
         record = {**(record or {}), "domains": measured["domains"]}
-    model, _ = load_checkpoint(checkpoint)
+    bases = _find_bases(checkpoint, options)
+    model, _ = load_checkpoint(checkpoint, bases)
+    referred = bases if options.by_reference else {}
     context = {
         "model_name": options.name or options.push,
         "repository": options.push,
@@ -81,14 +100,16 @@ def publish(options: argparse.Namespace) -> None:
         options.to,
         record,
         {name: value for name, value in context.items() if value},
+        referred,
     )
     print("loading it in clean processes ...", flush=True)
-    report = verify_hub_folder(folder, model)
+    report = verify_hub_folder(folder, model, bases=referred)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{options.to}: {size / 1e6:.1f} MB, loads bit for bit as folder and as repository")
     print(f"checked: {', '.join(report['hub']['loaded'])}, forward and generation")
     if options.push:
         print(f"pushing to {options.push} ...", flush=True)
+        check_bases_on_hub(referred)
         pushed = push_folder(
             folder,
             options.push,
@@ -100,6 +121,17 @@ def publish(options: argparse.Namespace) -> None:
             print(f"deleted there: {name}")
         print(f"published: {pushed.url}")
         print(f'from_pretrained("{pushed.repo_id}", revision="{pushed.revision}", trust_remote_code=True)')
+
+
+def _find_bases(checkpoint: Path, options: argparse.Namespace) -> dict[str, Base]:
+    """Find what a checkpoint stands on, if it is saved by reference or is to be published so."""
+    check_complete(checkpoint)
+    config = read_json(checkpoint / "config.json") or {}
+    if options.by_reference or config.get("references"):
+        return find_bases(config, options.base, options.base_folder)
+    if options.base or options.base_folder:
+        raise ValueError("--base and --base-folder are for --by-reference, or for a checkpoint saved so")
+    return {}
 
 
 def find_record(checkpoint: Path, given: str | None, stage: str | None) -> dict[str, Any] | None:

@@ -168,12 +168,13 @@ class TrainingRecipe:
 class WarmStartRecipe:
     """What a new stage takes over from earlier ones, besides the weights it is joined from.
 
-    `tables_from` copies token table and output head of that stage where shapes agree;
-    `projector_scale` multiplies the freshly initialised projector's last linear weight.
+    `tables_from` copies token table and output head of that stage where shapes agree; `projector` is where a fresh
+    projector starts, `last_token` being the least-squares map from a memory to the embedding of the last token that it
+    has read; `projector_scale` multiplies its last linear weight.
     """
 
     tables_from: str | None = None
-    projector: Literal["default", "identity"] = "default"
+    projector: Literal["default", "identity", "last_token"] = "default"
     projector_scale: float = 1.0
 
 

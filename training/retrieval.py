@@ -1,7 +1,8 @@
 """Retrieval by one vector a text: training by contrast, and how often a piece of a text finds its text.
 
 ```bash
-python -m training.retrieval runs/quickstart/stages/decoder/model --query ngram --length 16
+python -m training.retrieval causal=runs/quickstart/stages/decoder/model \
+    autoencoder=runs/quickstart/stages/autoencoder/model --query ngram --length 16
 ```
 
 A query is a piece of a text: n tokens in a row (`ngram`), or n tokens drawn from it (`bag`). Texts and queries are
@@ -18,6 +19,7 @@ masked, and all test texts are searched.
 
 import argparse
 import copy
+import re
 import shlex
 import sys
 import time
@@ -36,11 +38,19 @@ from modeling_memory.memory_encoder import encode_chunks
 from modeling_memory.memory_pooling import LastPooling
 from training.data import file_checksums
 from training.fit import Budget, Order, fit
-from training.frozen import cut_rows, load_encoder
+from training.frozen import FrozenEncoder, cut_rows, load_encoder
 from training.metrics import wilson_interval
-from training.probe import read_texts, weights_checksum
-from training.record import describe_code, describe_hardware, peak_memory_bytes, write_record
-from training.strict_yaml import portable_path
+from training.probe import in_random_order, named_models, read_texts, tokens_checksum, weights_checksum
+from training.record import (
+    describe_code,
+    describe_hardware,
+    fingerprint,
+    peak_memory_bytes,
+    read_json,
+    write_json,
+    write_record,
+)
+from training.strict_yaml import portable_path, portable_word
 
 QUERIES = ("ngram", "bag")
 
@@ -243,7 +253,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Train an encoder to find texts by pieces of them, and measure it before and after.",
     )
     add = parser.add_argument
-    add("model", help="folder or Hub id to start from: a causal LM, an autoencoder, any encoder; untrained:MODEL too")
+    add("models", nargs="+", metavar="MODEL", help="folder or Hub id to start from: a causal LM, an autoencoder, any "
+        "encoder; NAME=MODEL names it in the table, untrained:MODEL has fresh weights")  # fmt: skip
     add("--text", action="append", default=[], metavar="FILE", help="training text (default: the books here)")
     add("--test", action="append", default=[], metavar="FILE", help="text to search (default: a tenth of the text)")
     add("--query", choices=QUERIES, default="ngram", help="what is trained on; both are measured")
@@ -263,34 +274,22 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
     """Train and measure as the command line says; return the record."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    started, created_at, code = time.perf_counter(), datetime.now(timezone.utc), describe_code()
+    created_at, code = datetime.now(timezone.utc), describe_code()
     folder = Path(options.to)
     documents, held_out, files = read_texts(options.text, options.test)
-    encoder = load_encoder(options.model, seed=options.seed)
-    encoder.num_vectors(options.length)  # says if texts are too long
-    if encoder.chunk_length is not None and options.length > encoder.chunk_length:
-        raise ValueError(f"{encoder.name} reads {encoder.chunk_length} tokens at a time; give --length up to that")
-    train = cut_rows(encoder.tokenizer, documents, options.length).tokens
-    test = cut_rows(encoder.tokenizer, held_out, options.length).tokens.unique(dim=0)
-    test = test[torch.linspace(0, len(test) - 1, min(options.texts, len(test))).round().long()]
-    rules = [QueryRule(kind, options.query_tokens) for kind in QUERIES]  # type: ignore[arg-type]
-    rule = QueryRule(options.query, options.query_tokens)
-    metrics: dict[str, Any] = {"before": evaluate_retrieval(RetrievalEncoder(encoder.body), test, rules)}
-    budget = None
-    if options.steps:
-        budget = Budget(
-            steps=options.steps,
-            batch_tokens=options.batch_tokens,
-            optimizer="adamw",
-            learning_rate=options.learning_rate,
-            seed=options.seed,
-        )
-        checkpoint = folder / "checkpoint"
-        model = train_retrieval(encoder.body, train, rule, budget, checkpoint=checkpoint, label="retrieval")
-        metrics["after"] = evaluate_retrieval(model, test, rules)
-        model.body.save_pretrained(folder / "model")
-        encoder.tokenizer.save_pretrained(folder / "model")
-        checkpoint.unlink(missing_ok=True)
+    models = named_models(options.models)
+    encoders = {name: load_encoder(place, seed=options.seed) for name, place in models.items()}
+    for encoder in encoders.values():
+        encoder.num_vectors(options.length)  # says if texts are too long
+        if encoder.chunk_length is not None and options.length > encoder.chunk_length:
+            raise ValueError(f"{encoder.name} reads {encoder.chunk_length} tokens at a time; give --length up to that")
+        QueryRule(options.query, options.query_tokens).make(torch.zeros(1, options.length, dtype=torch.long), seed=0)
+    results = []
+    for name, encoder in encoders.items():
+        place = folder / re.sub(r"[^\w.-]+", "_", name)
+        results.append({"name": name, "model": portable_path(models[name]),
+                        **_measure(name, encoder, documents, held_out, options, place)})  # fmt: skip
+    names = ("query", "query_tokens", "length", "texts", "steps", "batch_tokens", "learning_rate")
     record = {
         "run": {
             "recipe_name": None,
@@ -300,24 +299,69 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         },
         "code": code,
         "hardware": describe_hardware(torch.device("cpu")),
-        "inputs": {
-            "files": file_checksums(files),
-            "model": portable_path(options.model),
-            "weights": weights_checksum(encoder.body),
-        },
-        "recipe": {"query": asdict(rule), "length": options.length, "budget": budget and asdict(budget)},
-        "metrics": metrics,
-        "seconds": round(time.perf_counter() - started, 1),
+        "inputs": {"files": file_checksums(files)},
+        "recipe": {name: getattr(options, name) for name in names},
+        "seeds": {"retrieval": options.seed},
+        "metrics": {"models": results},
+        "seconds": round(sum(result["seconds"] for result in results), 1),
         "peak_memory_bytes": peak_memory_bytes(),
     }
     write_record(folder / "record.json", record)
-    for when, results in metrics.items():
-        for name, found in results.items():
-            low, high = found["top_1_interval"]
-            print(f"{when:<8}{name:<10} top-1 {found['top_1']:.1%} ({low:.1%} to {high:.1%}), recall at 10 "
-                  f"{found['recall_at_10']:.1%}, chance {found['chance']:.1%}")  # fmt: skip
+    for result in results:
+        for when in ("before", "after"):
+            for kind, found in result.get(when, {}).items():
+                low, high = found["top_1_interval"]
+                print(f"{result['name']}, {when:<8}{kind:<10} top-1 {found['top_1']:.1%} ({low:.1%} to {high:.1%}), "
+                      f"recall at 10 {found['recall_at_10']:.1%}, chance {found['chance']:.1%}")  # fmt: skip
     print(f"record: {folder / 'record.json'}")
     return record
+
+
+def _measure(
+    name: str,
+    encoder: FrozenEncoder,
+    documents: Sequence[str],
+    held_out: Sequence[str],
+    options: argparse.Namespace,
+    folder: Path,
+) -> dict[str, Any]:
+    """Measure an encoder, train it, measure it again, and keep the result."""
+    started = time.perf_counter()
+    order = in_random_order(documents, options.seed)
+    wanted = max(2, options.steps * options.batch_tokens // options.length)  # each text once, as far as the text goes
+    train = cut_rows(encoder.tokenizer, order, options.length, wanted).tokens
+    test = cut_rows(encoder.tokenizer, held_out, options.length).tokens.unique(dim=0)
+    test = test[torch.linspace(0, len(test) - 1, min(options.texts, len(test))).round().long()]
+    rules = [QueryRule(kind, options.query_tokens) for kind in QUERIES]  # type: ignore[arg-type]
+    rule = QueryRule(options.query, options.query_tokens)
+    budget = options.steps and Budget(
+        steps=options.steps,
+        batch_tokens=options.batch_tokens,
+        optimizer="adamw",
+        learning_rate=options.learning_rate,
+        seed=options.seed,
+    )
+    weights = weights_checksum(encoder.body)
+    texts = [tokens_checksum(tokens) for tokens in (train, test)]
+    asked = {"weights": weights, "texts": texts, "query": asdict(rule), "budget": budget and asdict(budget)}
+    file = folder / f"result-{fingerprint(asked)}.json"
+    known = read_json(file)
+    if known is not None:
+        return known
+    result: dict[str, Any] = {
+        "weights": weights,
+        "before": evaluate_retrieval(RetrievalEncoder(encoder.body), test, rules),
+    }
+    if budget:
+        checkpoint = file.with_suffix(".checkpoint")
+        model = train_retrieval(encoder.body, train, rule, budget, checkpoint=checkpoint, label=name)
+        result["after"] = evaluate_retrieval(model, test, rules)
+        model.body.save_pretrained(folder / "model")
+        encoder.tokenizer.save_pretrained(folder / "model")
+        checkpoint.unlink(missing_ok=True)
+    result["seconds"] = round(time.perf_counter() - started, 1)
+    write_json(file, result)
+    return result
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -326,7 +370,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     transformers.utils.logging.disable_progress_bar()
     try:
-        run(options, shlex.join(["python", "-m", "training.retrieval", *map(portable_path, words)]))
+        run(options, shlex.join(["python", "-m", "training.retrieval", *map(portable_word, words)]))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

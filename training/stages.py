@@ -42,6 +42,7 @@ from training.rows import ObjectiveCollator, TokenRows
 from training.stopping import StoppedError
 from training.token_stream import StreamedRows, TokenStream
 from training.trainer import MemoryTrainer, training_arguments
+from training.warm_start import FITTED_CHUNKS, start_projector
 
 MODEL_CLASSES = {
     "autoencoder": MemoryAutoencoder,
@@ -167,6 +168,19 @@ class StageRunner:
         train_rows = self._train_rows(stage, model, training.max_steps * batch_rows, order)
         if isinstance(collator, PairCollator):
             collator.encoded = self._encoded_pairs(stage, model, train_rows.text)
+        if stage.kind == "memory" and "model" not in stage.from_:
+            where = f"stages.{stage.name}.warm_start"
+            number = -(-FITTED_CHUNKS * model.config.chunk_length // rows.row_length)
+            sample: list[tuple[Any, ...]] = []
+            if not isinstance(collator, PairCollator):
+                fitted = self._train_rows(stage, model, number, order)
+                sample = [fitted[i] for i in range(number)]
+            elif stage.warm_start.projector == "last_token":
+                raise ValueError(
+                    f"{where}.projector is last_token, but the encoder has a tokenizer of its own, whose last token "
+                    "is none of the decoder's; use default"
+                )
+            start_projector(model, stage.warm_start, sample, where)
         # Before the first step: a layout that does not fit says so here.
         first_batch = collator([train_rows[i] for i in range(training.batch_size)])
         if training.attention is not None:

@@ -198,9 +198,12 @@ def portable_path(path: str | Path) -> str:
 
     >>> portable_path("configuration/recipes/debug_cpu.yaml")
     'configuration/recipes/debug_cpu.yaml'
-    >>> portable_path("/somewhere/else/text.txt")
-    'text.txt'
+    >>> portable_path("/somewhere/else/text.txt"), portable_path("untrained:/somewhere/else/model")
+    ('text.txt', 'untrained:model')
     """
+    prefix, colon, rest = str(path).partition(":")
+    if colon and len(prefix) > 1 and prefix.isidentifier() and Path(rest).is_absolute():
+        return f"{prefix}:{portable_path(rest)}"
     if not Path(path).is_absolute():
         return str(path)
     for root in (Path.cwd(), REPOSITORY):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from modeling_memory.processing_memory import MemoryProcessor
 from training import clean_process
+from training.bases import Base
 from training.hub_folder import (
     REPOSITORY,
     PublishError,
@@ -31,7 +33,10 @@ SAMPLE_CONTEXT = "a man in the sand and the sea"
 
 
 def verify_hub_folder(
-    folder: str | os.PathLike, model: PreTrainedModel | None = None, timeout: float = 1800
+    folder: str | os.PathLike,
+    model: PreTrainedModel | None = None,
+    timeout: float = 1800,
+    bases: Mapping[str, Base] | None = None,
 ) -> dict[str, Any]:
     """Load a Hub folder in clean processes and compare it bit for bit with its writer.
 
@@ -43,6 +48,8 @@ def verify_hub_folder(
         model (`PreTrainedModel`, *optional*): The model that was written. By default it is read back from the
             folder here, which checks the loading but not the writing.
         timeout (`float`): Seconds for each process.
+        bases (`dict`, *optional*): Of a folder by reference, what encoder and decoder come from. One process is given
+            their folders, the other finds them in the Hub's cache, by the ids and commits that the folder names.
 
     Returns:
         `dict`: For `"folder"` and `"hub"`, the module the model came from, the Auto classes and the cases
@@ -56,24 +63,29 @@ def verify_hub_folder(
     check_complete(folder)
     check_files(folder)
     if model is None:
-        model, _ = load_checkpoint(folder)
+        model, _ = load_checkpoint(folder, bases)
     with tempfile.TemporaryDirectory(prefix="verify-") as name:
         work = Path(name)
-        _write_reference(folder, model, work / "reference.safetensors")
-        home = work / "home"
-        _write_cache_entry(folder, home / "hub" / "models--me--memory-model")
+        _write_reference(folder, model, work / "reference.safetensors", bases)
+        cache = work / "home" / "hub"
+        _write_cache_entry(folder, cache / "models--me--memory-model")
+        for base in (bases or {}).values():
+            _write_cache_entry(base.folder, cache / f"models--{base.id.replace('/', '--')}", base.revision)
+        places = {f"{part}_base": base.source for part, base in (bases or {}).items()}
         return {
-            kind: _run_clean(source, work, timeout)
-            for kind, source in (("folder", str(folder)), ("hub", "me/memory-model"))
+            "folder": _run_clean(str(folder), work, timeout, places),
+            "hub": _run_clean("me/memory-model", work, timeout, {}),
         }
 
 
-def _write_reference(folder: Path, model: PreTrainedModel, path: Path) -> None:
+def _write_reference(folder: Path, model: PreTrainedModel, path: Path, bases: Mapping[str, Base] | None) -> None:
     """Compute what the clean processes have to find again."""
     was_training = model.training
     device = next(model.parameters()).device
     if device.type != "cpu":  # another device computes other last bits
-        model = model.__class__.from_pretrained(folder, attn_implementation=model.config._attn_implementation)
+        places: dict[str, Any] = {f"{part}_base": base.source for part, base in (bases or {}).items()}
+        implementation = model.config._attn_implementation
+        model = model.__class__.from_pretrained(folder, attn_implementation=implementation, **places)
     processor = load_processor(folder)
     tokenizer = processor.tokenizer if isinstance(processor, MemoryProcessor) else processor
     request = _processor_request(model.config) if isinstance(processor, MemoryProcessor) else None
@@ -136,23 +148,24 @@ def _processor_request(config: Any) -> dict[str, Any] | None:
     return {"text": [SAMPLE_TEXT[:3], SAMPLE_TEXT[:2]], "context": [context, context[:1]], "padding_side": "left"}
 
 
-def _write_cache_entry(folder: Path, entry: Path) -> None:
+def _write_cache_entry(folder: Path, entry: Path, commit: str = "0123456789abcdef0123456789abcdef01234567") -> None:
     """Lay a folder out as a downloaded repository."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    (entry / "refs").mkdir(parents=True)
+    (entry / "refs").mkdir(parents=True, exist_ok=True)
     (entry / "refs" / "main").write_text(commit, encoding="utf-8")
     for path in folder.rglob("*"):
         if path.is_file():
             place = entry / "snapshots" / commit / path.relative_to(folder)
             place.parent.mkdir(parents=True, exist_ok=True)
+            if place.exists():  # one repository may be the base of both parts
+                continue
             try:
-                place.symlink_to(path)
+                place.symlink_to(path.resolve())
             except OSError:  # a file system without links
                 shutil.copyfile(path, place)
 
 
-def _run_clean(source: str, work: Path, timeout: float) -> dict[str, Any]:
-    """Run `clean_process.py` on a source; return its report."""
+def _run_clean(source: str, work: Path, timeout: float, bases: Mapping[str, str]) -> dict[str, Any]:
+    """Run `clean_process.py` on a source and the places of its bases; return its report."""
     elsewhere = work / "elsewhere"
     elsewhere.mkdir(exist_ok=True)
     kept = {
@@ -166,7 +179,15 @@ def _run_clean(source: str, work: Path, timeout: float) -> dict[str, Any]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     script = str(Path(clean_process.__file__).resolve())
-    command = [sys.executable, "-I", script, source, str(work / "reference.safetensors"), str(REPOSITORY)]
+    command = [
+        sys.executable,
+        "-I",
+        script,
+        source,
+        str(work / "reference.safetensors"),
+        str(REPOSITORY),
+        json.dumps(bases),
+    ]
     try:
         result = subprocess.run(
             command,

@@ -118,3 +118,53 @@ def read_slots(model, chunks: list[torch.Tensor], token_ids: torch.Tensor) -> to
             rank += 1
     assert not memories
     return model.decoder(inputs_embeds=torch.stack(sequence)[None], use_cache=False).logits[0]
+
+
+def read_behind_context(model, chunks: list[torch.Tensor], token_ids: torch.Tensor) -> torch.Tensor:
+    """Logits `(n, V)` of one prompt with slots whose tokens behind the last slot fold, window after window.
+
+    With `memory_policy="drop_oldest"` the oldest of the folded memories make room, those of the slots stay.
+    """
+    config, table = model.config, model.get_input_embeddings()
+    last = max(place for place, token in enumerate(token_ids) if token == config.memory_token_id)
+    memories, front, num_clear, asked = encode_context(model, chunks), [], 0, False
+    for token in token_ids[: last + 1]:
+        if token == config.memory_token_id:
+            front.append(memories.pop(0))
+            continue
+        asked = asked or is_marker(model, token)
+        embed = table(token)
+        if config.window_positions and asked:
+            embed = embed + model.window_positions.weight[num_clear % config.window_length]
+        front.append(embed)
+        num_clear += 1
+    assert not memories
+    logits = [model.decoder(inputs_embeds=torch.stack(front)[None], use_cache=False).logits[0]]
+    folded: list[torch.Tensor] = []
+    behind = token_ids[last + 1 :]
+    for start in range(0, len(behind), config.window_length):
+        window = behind[start : start + config.window_length]
+        if config.memory_policy == "drop_oldest":
+            room = config.max_memories - (len(front) - num_clear)
+            folded = folded[max(0, len(folded) - room) :]
+        logits.append(decode_behind(model, front + folded, window, asked))
+        asked = asked or any(is_marker(model, token) for token in window)
+        for offset in range(0, config.window_length, config.chunk_length):
+            if start + config.window_length < len(behind):
+                folded.extend(encode_chunk(model, window[offset : offset + config.chunk_length]))
+    return torch.cat(logits)
+
+
+def read_with_room(model, token_ids: torch.Tensor) -> torch.Tensor:
+    """Logits `(n, V)` of plain text with `memory_policy="drop_oldest"`: the oldest memories make room."""
+    config = model.config
+    logits, folded, asked = [], [], False
+    for start in range(0, len(token_ids), config.window_length):
+        window = token_ids[start : start + config.window_length]
+        folded = folded[max(0, len(folded) - config.max_memories) :]
+        logits.append(decode_behind(model, folded, window, asked))
+        asked = asked or any(is_marker(model, token) for token in window)
+        for offset in range(0, config.window_length, config.chunk_length):
+            if start + config.window_length < len(token_ids):
+                folded.extend(encode_chunk(model, window[offset : offset + config.chunk_length]))
+    return torch.cat(logits)
