@@ -146,6 +146,8 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         self_memory (`bool`): Whether plain text longer than a window folds its full windows into memories. Needs one
             tokenizer for encoder and decoder.
         freeze_encoder (`bool`): Encoder in `eval()` without gradients, always.
+        encoder_trained_from (`int`, *optional*): First layer of a frozen encoder that trains all the same, with all
+            behind it; token table and the layers before stay frozen.
         freeze_decoder (`bool`): Decoder in `eval()`, its parameters without gradients.
         initializer_range (`float`): Root mean square of a fresh projector's outputs for inputs of unit scale.
         adapters (`dict`, *optional*): Low-rank adapters by name: `parts` and fields of peft's `LoraConfig`. See
@@ -187,6 +189,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         self_memory: bool = True,
         freeze_encoder: bool = True,
         freeze_decoder: bool = False,
+        encoder_trained_from: int | None = None,
         initializer_range: float = 0.02,
         adapters: dict[str, dict[str, Any]] | None = None,
         references: dict[str, dict[str, Any]] | None = None,
@@ -214,6 +217,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         self.self_memory = self_memory
         self.freeze_encoder = freeze_encoder
         self.freeze_decoder = freeze_decoder
+        self.encoder_trained_from = encoder_trained_from
         self.initializer_range = initializer_range
         self.adapters = adapters or {}
         self.references = references or {}
@@ -256,6 +260,25 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
                 f"{self.decoder.hidden_size}, {bytes_per_value} bytes a value). Raise it."
             )
         return num_bytes // size
+
+    def memories_at_ratio(self, num_tokens: int, ratio: float) -> int:
+        """Return how many memories stand for so many tokens of a context at a ratio of tokens to one memory.
+
+        Args:
+            num_tokens (`int`): Text tokens of the context.
+            ratio (`float`): Tokens to a memory, at least; 16 of 100 tokens asks for 6 memories.
+
+        Raises:
+            ValueError: If the ratio is not positive, or asks for less than one memory.
+        """
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not ratio > 0:
+            raise ValueError(f"`ratio` is {ratio!r}; expected a number of tokens to one memory, above 0.")
+        if num_tokens < ratio:
+            raise ValueError(
+                f"A ratio of {ratio} tokens to a memory leaves {num_tokens} tokens without a memory. Lower it to "
+                f"{num_tokens} or less."
+            )
+        return int(num_tokens // ratio)
 
     @property
     def vocab_size(self) -> int | None:
@@ -341,7 +364,14 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         for name in ("projector_norm", "window_positions", "self_memory", "freeze_encoder", "freeze_decoder"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; expected True or False.")
-        for name in ("max_memories", "memory_token_id", "copy_token_id", "blank_token_id", "projector_hidden_size"):
+        for name in (
+            "max_memories",
+            "memory_token_id",
+            "copy_token_id",
+            "blank_token_id",
+            "projector_hidden_size",
+            "encoder_trained_from",
+        ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
                 raise ValueError(f"`{name}` is {value!r}; expected an integer or None.")
@@ -351,6 +381,11 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` is {value!r}; expected a number.")
         if self.projector_hidden_size is not None and self.projector_hidden_size < 1:
             raise ValueError(f"`projector_hidden_size` is {self.projector_hidden_size}; expected 1 or more.")
+        if self.encoder_trained_from is not None and not self.freeze_encoder:
+            raise ValueError(
+                f"`encoder_trained_from` is {self.encoder_trained_from}, but with `freeze_encoder=False` the whole "
+                "encoder trains. Leave one of them out."
+            )
         if self.initializer_range < 0:
             raise ValueError(f"`initializer_range` is {self.initializer_range}; expected 0 or more.")
 

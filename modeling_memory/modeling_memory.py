@@ -43,7 +43,15 @@ from .memory_adapters import MemoryAdapterMixin, adapted_modules, inject_adapter
 from .memory_cache import MemoryCache  # noqa: F401
 from .memory_decoding import MemoryDecodingMixin  # noqa: F401
 from .memory_encoder import build_encoder, encode_chunks
-from .memory_parts import HUB_OPTIONS, check_decoder, embedding_scale, load_decoder, load_encoder, load_whole
+from .memory_parts import (
+    HUB_OPTIONS,
+    check_decoder,
+    embedding_scale,
+    layers_from,
+    load_decoder,
+    load_encoder,
+    load_whole,
+)
 from .memory_pooling import PooledQueryPooling, QueryPooling, build_pooling
 from .memory_projector import MemoryProjector
 from .memory_reading import MemoryReadingMixin
@@ -291,7 +299,14 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
         ):
             for name, parameter in part.named_parameters() if frozen else ():
                 parameter.requires_grad_(is_adapter(name))
+        for layer in self._thawed_layers():
+            layer.requires_grad_(True)
         self.train(self.training)
+
+    def _thawed_layers(self) -> list[nn.Module]:
+        """Return the layers of a frozen encoder that train all the same."""
+        first = self.config.encoder_trained_from
+        return [] if first is None else layers_from(self.encoder, first)
 
     def train(self, mode: bool = True) -> "MemoryEncoderDecoderModel":
         """Set training mode, except in frozen parts."""
@@ -300,6 +315,8 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
             self.encoder.eval()
         if self.config.freeze_decoder:
             self.decoder.eval()
+        for layer in self._thawed_layers():
+            layer.train(mode)
         for _, module in adapted_modules(self):
             module.lora_dropout.train(mode)
         return self

@@ -180,6 +180,44 @@ class MemoryProcessor(ProcessorMixin):
         pieces = [ids[i : i + self.chunk_length] for i in range(0, len(ids), self.chunk_length)]
         return [self._chunk_prefix + piece + self._chunk_suffix for piece in pieces]
 
+    def chunk_spans(self, context: str) -> list[tuple[int, int]]:
+        """Say which characters of a context each of its chunks stands for.
+
+        White space between two chunks counts with the later one, as decoders' tokenizers put it in front of words. A
+        character of several tokens counts where its first token stands.
+
+        Args:
+            context (`str`): The text to be remembered.
+
+        Returns:
+            `list` of `(int, int)`: First character and the one behind the last, of each chunk of [`split_context`];
+            together they are the whole context, each character once.
+
+        Raises:
+            ValueError: As [`split_context`], and if the tokenizer is not a fast one, which knows no characters.
+        """
+        num_chunks = len(self.split_context(context))
+        tokenizer = self.encoder_tokenizer or self.tokenizer
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"A {type(tokenizer).__name__} does not say which characters its tokens stand for; use a fast "
+                f"tokenizer (`AutoTokenizer` loads one by default)."
+            )
+        offsets = tokenizer(
+            context,
+            add_special_tokens=False,
+            truncation=False,
+            padding=False,
+            verbose=False,
+            return_offsets_mapping=True,
+        )["offset_mapping"]
+        borders, furthest = [0], 0
+        for i, (_, end) in enumerate(offsets, start=1):
+            furthest = max(furthest, end)
+            if i % self.chunk_length == 0 and len(borders) < num_chunks:
+                borders.append(furthest)
+        return list(zip(borders, [*borders[1:], len(context)], strict=True))
+
     def __call__(
         self,
         text: str | Sequence[str] | None = None,

@@ -8,6 +8,7 @@ A recipe is read in three steps, each of which names the dotted path of what it 
 """
 
 import glob
+import importlib.util
 import json
 import re
 import typing
@@ -32,8 +33,10 @@ Suite = Literal["retention", "copy", "blank_copy", "clm"]
 OBJECTIVES: dict[str, tuple[str, ...]] = {
     "autoencoder": ("reconstruction",),
     "causal_lm": ("causal",),
-    "memory": ("causal", "copy", "blank_copy"),
+    "memory": ("causal", "copy", "blank_copy", "distillation"),
 }
+FREEZING = {"freeze_encoder", "freeze_decoder", "encoder_trained_from"}
+PACKAGE = "package:"
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class DataRecipe:
     Hub as `hub:ID@COMMIT:CONFIG:SPLIT`.
 
     With `streaming` the train split is tokenised as far as it is read and never held in memory; rows are shuffled
-    within blocks of `shuffle_rows`.
+    within blocks of `shuffle_rows`. `cache_dir` keeps tokens and the states of frozen encoders (`encode_once`) where
+    several runs find them; default: the run's own folder.
     """
 
     train: list[str]
@@ -52,15 +56,52 @@ class DataRecipe:
     max_train_tokens: int | None = None
     streaming: bool = False
     shuffle_rows: int = 4096
+    cache_dir: str | None = None
 
 
 @dataclass(frozen=True)
 class TokenizerRecipe:
-    """A byte-level BPE trained on the train split, or the folder of an existing tokenizer."""
+    """A byte-level BPE trained on the train split, or an existing one, its path like that of a pretrained model."""
 
     vocab_size: int = 2048
     path: str | None = None
+    revision: str | None = None
     max_train_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class PretrainedRecipe:
+    """A model that was trained elsewhere; stages name it in `from` as they name earlier stages.
+
+    `path` is a Hub id, a folder relative to the current directory or the repository, or `package:MODULE/FOLDER` of an
+    installed package. `tokenizer: own` means that it reads text with the tokenizer beside its weights, `shared` with
+    the run's. `config` is its architecture, from which memory and time are estimated before anything is downloaded;
+    a model that turns out to be another one is refused.
+    """
+
+    path: str
+    revision: str | None = None
+    tokenizer: Literal["own", "shared"] = "own"
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def source(self) -> str:
+        """What `from_pretrained` takes: the folder where it is one, else the id.
+
+        Raises:
+            ValueError: If the path names a package that is not installed.
+        """
+        if self.path.startswith(PACKAGE):
+            module, _, inner = self.path.removeprefix(PACKAGE).partition("/")
+            found = importlib.util.find_spec(module)
+            if found is None or found.origin is None:
+                raise ValueError(
+                    f"{self.path} is in the package {module}, which is not installed; "
+                    f"pip install {module.replace('_', '-')}, or give another path"
+                )
+            return str(Path(found.origin).parent / inner)
+        beside = REPOSITORY / self.path
+        return str(beside) if not Path(self.path).is_dir() and beside.is_dir() else self.path
 
 
 @dataclass(frozen=True)
@@ -76,6 +117,10 @@ class RowsRecipe:
     `every` gives an objective only every n-th row of a batch: `{causal: 4}` rehearses on a quarter of the rows.
     With `documents` a row is one document, or a piece of at most `row_length` tokens of a longer one, and rows are
     padded; without it rows of `row_length` tokens cross from one document into the next.
+    `num_memories` are memories per chunk, of which each batch draws one number, so that one model serves many
+    budgets; default: always `model.memories_per_chunk`. Slots layout only.
+    Where the encoder has a tokenizer of its own, lengths count the encoder's tokens: a row is `row_length` of them,
+    the first `source_length` (default: half of the row) become memories, and the decoder reads the rest in its own.
     """
 
     row_length: int
@@ -88,6 +133,7 @@ class RowsRecipe:
     every: dict[str, int] = field(default_factory=dict)
     encode_once: bool = False
     documents: bool = False
+    num_memories: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -115,6 +161,7 @@ class TrainingRecipe:
     loss_chunk: int | None = None
     group_by_length: bool = False
     watch_steps: int | None = None
+    distillation_temperature: float = 1.0
     num_workers: int = 0
     logging_steps: int = 50
     eval_steps: int | None = None
@@ -139,7 +186,10 @@ class WarmStartRecipe:
 
 @dataclass(frozen=True)
 class StageRecipe:
-    """One model trained on one mixture of objectives, starting from nothing or from earlier stages."""
+    """One model trained on one mixture of objectives, starting from nothing or from earlier stages.
+
+    `adapters` are the arguments of `add_adapters`: `{parts: [decoder], r: 8}` puts LoRA beside the frozen decoder.
+    """
 
     name: str
     kind: StageKind
@@ -149,6 +199,7 @@ class StageRecipe:
     from_: dict[str, str] = field(default_factory=dict)
     objectives: dict[str, float] = field(default_factory=dict)
     warm_start: WarmStartRecipe = field(default_factory=WarmStartRecipe)
+    adapters: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -190,6 +241,14 @@ class Recipe:
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
     publish: PublishRecipe = field(default_factory=PublishRecipe)
+    pretrained: dict[str, PretrainedRecipe] = field(default_factory=dict)
+
+    def encoder_of(self, stage: StageRecipe) -> PretrainedRecipe | None:
+        """Return the pretrained encoder of a memory stage, if it has one with a tokenizer of its own."""
+        while stage.from_.get("model", "") in {other.name for other in self.stages}:
+            stage = self.stage(stage.from_["model"])
+        found = self.pretrained.get(stage.from_.get("encoder", ""))
+        return found if found is not None and found.tokenizer == "own" else None
 
     def stage(self, name: str) -> StageRecipe:
         """Return the stage called `name`."""
@@ -294,6 +353,9 @@ def check_recipe(recipe: Recipe) -> None:
             "data.streaming reads text only as far as it is needed, so tokenizer.max_train_bytes must say on how much "
             "of it the tokenizer is trained; or name a finished tokenizer in tokenizer.path"
         )
+    for name in recipe.pretrained:
+        if name in {stage.name for stage in recipe.stages}:
+            raise ValueError(f"pretrained.{name} has the name of a stage; names must differ")
     earlier: dict[str, StageRecipe] = {}
     for stage in recipe.stages:
         path = f"stages.{stage.name}"
@@ -301,9 +363,13 @@ def check_recipe(recipe: Recipe) -> None:
             raise ValueError(f"{path}: a stage name becomes a folder: use letters, digits, '-' and '_'")
         if stage.name in earlier:
             raise ValueError(f"{path} is defined twice; stage names must differ")
-        _check_references(stage, earlier, path)
+        _check_references(stage, earlier, recipe.pretrained, path)
         _check_objectives(stage, path)
         _check_training(stage, path)
+        if recipe.encoder_of(stage) is not None and recipe.data.streaming:
+            raise ValueError(
+                f"{path}: an encoder with a tokenizer of its own reads whole documents, not data.streaming"
+            )
         if stage.data.encode_once and (
             stage.kind != "memory" or stage.data.layout != "slots" or recipe.data.streaming
         ):
@@ -311,6 +377,7 @@ def check_recipe(recipe: Recipe) -> None:
                 f"{path}.data.encode_once is for memory stages with data.layout: slots, and not with data.streaming"
             )
         _check_documents(stage, path, streaming=recipe.data.streaming)
+        _check_budgets(stage, recipe, path)
         earlier[stage.name] = stage
     for key in ("no_memory", "full_context", "autoencoder"):
         kinds = ("autoencoder",) if key == "autoencoder" else ("causal_lm",)
@@ -335,7 +402,9 @@ def _check_reference(
     return earlier[name]
 
 
-def _check_references(stage: StageRecipe, earlier: dict[str, StageRecipe], path: str) -> None:
+def _check_references(
+    stage: StageRecipe, earlier: dict[str, StageRecipe], pretrained: dict[str, PretrainedRecipe], path: str
+) -> None:
     keys = set(stage.from_)
     allowed: list[set[str]] = [{"model"}]
     allowed.append({"encoder", "decoder"} if stage.kind == "memory" else set())
@@ -344,16 +413,45 @@ def _check_references(stage: StageRecipe, earlier: dict[str, StageRecipe], path:
         raise ValueError(f"{path}.from has the keys {sorted(keys)}, expected {expected}")
     for key, name in stage.from_.items():
         kinds = {"model": (stage.kind,), "encoder": ("autoencoder",), "decoder": ("causal_lm",)}[key]
+        if name in pretrained:
+            continue
         _check_reference(name, kinds, earlier, f"{path}.from.{key}")
     _check_reference(
         stage.warm_start.tables_from, ("autoencoder", "causal_lm"), earlier, f"{path}.warm_start.tables_from"
     )
+    if stage.kind != "memory" and stage.adapters:
+        raise ValueError(f"{path}.adapters are for memory stages; a stage of kind {stage.kind} has none")
     if not stage.from_ and not stage.model:
         raise ValueError(f"{path} has neither model nor from: describe a new model or name the stage it continues")
-    if "model" in stage.from_ and set(stage.model) - {"freeze_encoder", "freeze_decoder"}:
+    if "model" in stage.from_ and set(stage.model) - FREEZING:
         raise ValueError(
             f"{path}.model is {json.dumps(stage.model)}, but a continued stage keeps its model: only "
-            "freeze_encoder and freeze_decoder may change; remove the rest"
+            "freeze_encoder, freeze_decoder and encoder_trained_from may change; remove the rest"
+        )
+
+
+def _check_budgets(stage: StageRecipe, recipe: Recipe, path: str) -> None:
+    rows, slots = stage.data, stage.kind == "memory" and stage.data.layout == "slots"
+    if rows.num_memories and (not slots or (rows.encode_once and recipe.encoder_of(stage) is None)):
+        raise ValueError(
+            f"{path}.data.num_memories is for memory stages with data.layout: slots, and states that were encoded "
+            "once with one tokenizer are pooled already"
+        )
+    for count in rows.num_memories:
+        _check_positive(count, f"{path}.data.num_memories")
+    if "distillation" in stage.objectives and (not slots or stage.training.loss_chunk is not None):
+        raise ValueError(
+            f"{path}.objectives.distillation compares with the decoder on the whole text: it needs data.layout: slots "
+            "and no training.loss_chunk"
+        )
+    if stage.training.distillation_temperature <= 0:
+        raise ValueError(
+            f"{path}.training.distillation_temperature is {stage.training.distillation_temperature}, expected above 0"
+        )
+    if recipe.encoder_of(stage) is not None and not slots:
+        raise ValueError(
+            f"{path}: the encoder has a tokenizer of its own, so the text of memories and the decoder's are different "
+            "tokens; set data.layout: slots"
         )
 
 

@@ -111,6 +111,29 @@ def special_tokens_of(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
     )
 
 
+def complete_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Give a tokenizer that was made elsewhere what slots and padding need, where it lacks it.
+
+    `<memory>` gets the id behind its last one; padding, which is always masked, is the end token. Markers are not
+    added: they would need rows of the model's tables.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Any; changed in place.
+
+    Raises:
+        ValueError: If it has neither a padding nor an end token.
+    """
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                "the tokenizer has neither a padding nor an end token; set one, e.g. tokenizer.eos_token = '</s>'."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    if MEMORY not in tokenizer.get_added_vocab():
+        tokenizer.add_special_tokens({"extra_special_tokens": [MEMORY]}, replace_extra_special_tokens=False)
+    return tokenizer
+
+
 def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """Return how many bytes of text each id stands for, so that any row's bytes can be counted exactly.
 

@@ -33,7 +33,7 @@ from transformers import (
 from training.checkpoints import PART, WRITE_ERRORS, commit, frozen_names, last_complete_checkpoint, rotate, save_split
 from training.chunked_loss import check_head, chunked_cross_entropy, without_head
 from training.documents import DocumentRows
-from training.objectives import IGNORED, combine_losses, targets_of
+from training.objectives import IGNORED, combine_losses, distillation_loss, targets_of
 from training.optimizer import build_optimizer
 from training.recipe import TrainingRecipe
 from training.record import peak_memory_bytes
@@ -53,13 +53,19 @@ class NonFiniteLossError(RuntimeError):
     """The loss, or a weight about to be saved, is not a finite number."""
 
 
-def run_objective(model: nn.Module, batch: Mapping[str, torch.Tensor], **kwargs: Any) -> Any:
+def run_objective(
+    model: nn.Module, batch: Mapping[str, torch.Tensor], *, temperature: float = 1.0, **kwargs: Any
+) -> Any:
     """Run a model on the batch of one objective.
+
+    A batch with `teacher_input_ids` is one of distillation: the loss is the divergence from the decoder itself, its
+    adapters off, that reads the whole text in clear. It is in eval mode then and takes no gradient.
 
     Args:
         model (`nn.Module`): The model, possibly wrapped for several processes.
         batch (`Mapping`): As made by the collator; `shift_labels` `(B, T)` or unshifted `labels` `(B, L)`,
             and optionally `columns`, the columns that have a target in some row.
+        temperature (`float`): Of distillation.
         kwargs: Further arguments of the model's `forward`.
 
     Returns:
@@ -74,19 +80,61 @@ def run_objective(model: nn.Module, batch: Mapping[str, torch.Tensor], **kwargs:
     if "columns" in batch:
         targets = targets[:, batch["columns"]]
         kwargs["logits_to_keep"] = batch["columns"]
+    teacher = teacher_logits(own, batch) if "teacher_input_ids" in batch else None
     logits = model(**inputs, use_cache=False, **kwargs).logits
+    if teacher is not None:
+        return distillation_loss(logits[targets != IGNORED], teacher, temperature), logits, targets
     loss = own.loss_function(
         logits=logits, labels=None, vocab_size=logits.shape[-1], shift_labels=targets, num_items_in_batch=1
     )
     return loss, logits, targets
 
 
+@torch.no_grad()
+def teacher_logits(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return what a memory model's decoder, as it was before its adapters, says of the targets: logits `(N, V)`.
+
+    Args:
+        model (`MemoryEncoderDecoderForCausalLM`): The model.
+        batch (`Mapping`): With `teacher_input_ids`, `teacher_attention_mask` and `teacher_labels`, each `(B, T')`.
+    """
+    was_training = model.decoder.training
+    with model.adapters_off():
+        model.decoder.eval()
+        logits = model.decoder(
+            input_ids=batch["teacher_input_ids"], attention_mask=batch["teacher_attention_mask"], use_cache=False
+        ).logits
+    model.decoder.train(was_training)
+    model.train(model.training)  # frozen parts and adapters as they belong
+    return logits[batch["teacher_labels"] != IGNORED]
+
+
 def model_inputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Return the arguments of a model's `forward` in a batch; ready encoder states are projected to memories."""
-    inputs = {name: tensor for name, tensor in batch.items() if name not in ("shift_labels", "columns", "labels")}
+    inputs = {
+        name: tensor
+        for name, tensor in batch.items()
+        if name not in ("shift_labels", "columns", "labels") and not name.startswith("teacher_")
+    }
+    if "token_states" in inputs:
+        inputs["memory_embeds"] = _memories_of_states(
+            model, inputs.pop("token_states"), inputs.pop("context_attention_mask"),
+            inputs.pop("context_num_memories", None),
+        )  # fmt: skip
     if "memory_states" in inputs:
         inputs["memory_embeds"] = model.projector(inputs.pop("memory_states").to(model.decoder.dtype))
     return inputs
+
+
+def _memories_of_states(
+    model: nn.Module, states: torch.Tensor, mask: torch.Tensor, num_memories: torch.Tensor | None
+) -> torch.Tensor:
+    """Pool and project ready token states `(B, C, L, E)`, with an equal budget for all chunks; `(B, C * K, D)`."""
+    counts = None if num_memories is None else num_memories.flatten()
+    pooled = model.pooling(states.flatten(0, 1), mask.flatten(0, 1), counts)  # (B * C, K, E)
+    if counts is not None:
+        pooled = pooled[:, : int(counts[0])]
+    return model.projector(pooled.to(model.decoder.dtype)).reshape(len(states), -1, model.config.decoder.hidden_size)
 
 
 def run_objective_chunked(
@@ -203,6 +251,8 @@ class MemoryTrainer(Trainer):
         folds = getattr(self.model.config, "window_length", None) is not None
         layout = getattr(collator, "options", {}).get("layout", "self")
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharded and "distillation" in self.objectives:
+            raise ValueError("distillation's teacher needs a whole decoder; leave it out with FSDP or DeepSpeed")
         if sharded and getattr(self.train_dataset, "encoded", None) is not None:
             raise ValueError("data.encode_once needs a whole projector; leave it out with FSDP or DeepSpeed")
         if sharded and folds and layout == "self" and not self.training.gradient_checkpointing:
@@ -290,7 +340,8 @@ class MemoryTrainer(Trainer):
         """
         chunk = self.training.loss_chunk
         if chunk is None:
-            loss_sum, logits, targets = run_objective(model, batch)
+            temperature = self.training.distillation_temperature
+            loss_sum, logits, targets = run_objective(model, batch, temperature=temperature)
             present = targets != IGNORED
             count = present.sum()
             correct = ((logits.detach().argmax(-1) == targets) & present).sum() if judge else torch.zeros_like(count)
@@ -318,6 +369,11 @@ class MemoryTrainer(Trainer):
                 logs[f"{prefix}{name}_token_accuracy"] = correct / judged
         if prefix and all(f"eval_{name}_loss" in logs for name in self.objectives):
             logs["eval_loss"] = sum(weight * logs[f"eval_{name}_loss"] for name, weight in self.objectives.items())
+        projector = getattr(self.model, "projector", None)
+        if projector is not None and not prefix and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            weights = [parameter.detach().float().norm() for parameter in projector.parameters()]
+            if weights:  # its norm is free; a run that lets it grow without end shows here
+                logs["projector_norm"] = torch.stack(weights).norm().item()
         tokens, since = self._tokens_since
         if tokens and not prefix:
             now = time.perf_counter()
