@@ -154,6 +154,16 @@ def fit_exponent(sizes: Sequence[float], seconds: Sequence[float]) -> dict[str, 
     return {"exponent": slope, "factor": math.exp(intercept), "r_squared": 1 - left / total if total else 1.0}
 
 
+def duration(seconds: float) -> str:
+    """Seconds with three digits, as milliseconds below one.
+
+    >>> [duration(value) for value in (0.00123, 0.0456, 3.21, 123.4)]
+    ['1.23 ms', '45.6 ms', '3.21 s', '123 s']
+    """
+    value, unit = (1000 * seconds, "ms") if seconds < 1 else (seconds, "s")
+    return f"{value:.{max(0, 3 - len(str(int(value))))}f} {unit}"
+
+
 def describe_run(benchmark: str, command: str, seeds: Mapping[str, int]) -> dict[str, Any]:
     """Begin a record: what was run, by which code, on which machine, from which seeds."""
     return {

@@ -26,6 +26,16 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from benchmarks.instruments import capacity_lines, ceiling_lines, fidelity_lines, probe_lines, retrieval_lines
+from benchmarks.measure import duration
+from benchmarks.rolling_tables import (
+    draw_rolling,
+    first_token_lines,
+    generation_lines,
+    goal_lines,
+    quality_lines,
+    reading_lines,
+)
+from benchmarks.store_tables import store_faults_lines, store_lines, store_search_lines
 from training.figures import COLOURS, write_ceiling_figure, write_figures, write_probe_figure
 from training.record import fingerprint, read_json
 from training.sample import sample_lines
@@ -283,6 +293,12 @@ def _sourced(lines: Callable[[Record, str], list[str]]) -> Callable[[Record, str
     return with_source
 
 
+def _with_source_below(lines: Callable[[Record, str], list[str]]) -> Callable[[Record, str], list[str]]:
+    """Let a table be followed by where its numbers come from."""
+    return lambda record, link: [*lines(record, link), "", source_line(record, link)]
+
+
+_ROLLING = "python -m benchmarks.rolling --threads 2"
 _QUICKSTART = "python -m training.run configuration/recipes/quickstart.yaml"
 TABLES = {
     "quickstart": Table("quickstart", quickstart_table, _QUICKSTART),
@@ -298,6 +314,14 @@ TABLES = {
     "capacity": Table("capacity", _sourced(capacity_lines), "python -m training.ceiling"),
     "retrieval": Table("retrieval", _sourced(retrieval_lines), "python -m training.retrieval"),
     "fidelity": Table("fidelity", _sourced(fidelity_lines), "python -m training.evaluate runs/quickstart/hub"),
+    "store": Table("store", _sourced(store_lines), "python -m benchmarks.store"),
+    "store_search": Table("store", _sourced(store_search_lines), "python -m benchmarks.store"),
+    "store_faults": Table("store_faults", _sourced(store_faults_lines), "python -m benchmarks.store_faults"),
+    "rolling": Table("rolling", _with_source_below(goal_lines), _ROLLING),
+    "rolling_first_token": Table("rolling", _with_source_below(first_token_lines), _ROLLING),
+    "rolling_generation": Table("rolling", _with_source_below(generation_lines), _ROLLING),
+    "rolling_reading": Table("rolling", _with_source_below(reading_lines), _ROLLING),
+    "rolling_quality": Table("rolling", _with_source_below(quality_lines), _ROLLING),
 }
 
 
@@ -336,16 +360,6 @@ def percent(condition: Record) -> str:
     """
     low, high = condition["token_accuracy_interval"]
     return f"{condition['token_accuracy']:.1%} ({100 * low:.1f} to {100 * high:.1f})"
-
-
-def duration(seconds: float) -> str:
-    """Seconds with three digits, as milliseconds below one.
-
-    >>> [duration(value) for value in (0.00123, 0.0456, 3.21, 123.4)]
-    ['1.23 ms', '45.6 ms', '3.21 s', '123 s']
-    """
-    value, unit = (1000 * seconds, "ms") if seconds < 1 else (seconds, "s")
-    return f"{value:.{max(0, 3 - len(str(int(value))))}f} {unit}"
 
 
 def source_line(record: Record, link: str) -> str:
@@ -468,6 +482,7 @@ DRAWINGS = {
     "probe": lambda record, folder: [write_probe_figure(record, folder)],
     "ceiling": lambda record, folder: [write_ceiling_figure(record, folder)],
     "capacity": lambda record, folder: [write_ceiling_figure(record, folder)],
+    "rolling": draw_rolling,
 }
 
 

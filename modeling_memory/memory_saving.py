@@ -169,8 +169,11 @@ def load_by_reference(
         raise ValueError(f"{TRAINED} does not fit its config: unknown {sorted(unknown)}, missing {sorted(missing)}.")
     model.load_state_dict(trained, strict=False)
     model.tie_weights()
-    if isinstance(kwargs.get("dtype"), (str, torch.dtype)) and kwargs["dtype"] != "auto":
-        wanted = getattr(torch, str(kwargs["dtype"]).removeprefix("torch."))
+    wanted = kwargs.get("dtype")
+    if wanted in (None, "auto"):
+        wanted = config.dtype  # earlier releases of the library hand `dtype` over in the config
+    if wanted is not None:
+        wanted = getattr(torch, str(wanted).removeprefix("torch."))
         for parameter in model.parameters():
             parameter.data = parameter.data.to(wanted if parameter.is_floating_point() else parameter.dtype)
         model.config.dtype = wanted

@@ -18,8 +18,8 @@ from modeling_memory.memory_saving import TRAINED
 from modeling_memory.processing_memory import MemoryProcessor
 from training.bases import Base
 from training.cards import render_card
+from training.strict_yaml import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 CODE = Path(modeling_memory.__file__).resolve().parent
 MAX_SHARD_SIZE = "4GB"
 

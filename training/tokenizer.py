@@ -4,14 +4,13 @@ Ids are fixed: `<pad>` 0, `<bos>` 1, `<eos>` 2, `<copy>` 3, `<blank>` 4, and `<m
 slot id needs no row in a token table, so tables of `vocab_size` rows hold all other tokens.
 """
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from modeling_memory.memory_fingerprint import tokenizer_checksum as tokenizer_checksum
 from training.objectives import SpecialTokens
 
 PAD, BOS, EOS, COPY, BLANK, MEMORY = "<pad>", "<bos>", "<eos>", "<copy>", "<blank>", "<memory>"
@@ -140,23 +139,6 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     lengths[list(indices)] = torch.tensor([len(name) for name in names])  # one character of a piece is one byte
     lengths[sorted(tokenizer.added_tokens_decoder)] = 0
     return lengths
-
-
-def tokenizer_checksum(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the SHA-256 of what decides how text becomes ids.
-
-    Padding and truncation are left out: the library stores the last call's choice in the same object.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): A fast tokenizer.
-
-    >>> first, second = (train_tokenizer(["abab"], vocab_size=262) for _ in range(2))
-    >>> tokenizer_checksum(first) == tokenizer_checksum(second)
-    True
-    """
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state.pop("padding"), state.pop("truncation")
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _evenly(texts: list[str], max_bytes: int) -> Iterator[str]:
