@@ -12,7 +12,7 @@ POOLINGS = ("last", "mean", "first", "queries", "pooled_queries")
 PROJECTOR_TYPES = ("identity", "linear", "mlp", "bottleneck")
 MEMORY_POSITIONS = ("contiguous", "fixed")
 ABSENT_MEMORIES = ("mask", "ones", "zeros")
-MEMORY_POLICIES = ("error", "drop_oldest")
+MEMORY_POLICIES = ("error", "drop_oldest", "keep_nearest")
 FORMAT_VERSION = 1
 COUNTING_FROM_PADDING = (
     "roberta",
@@ -140,7 +140,9 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         max_memories (`int`, *optional*): Most memory vectors a text may need. Default: what the decoder's positions
             and attention windows leave beside one window; required by fixed positions.
         memory_policy (`str`): What happens when a text folds into more memories than `max_memories` or the decoder's
-            positions allow: `"error"`, or `"drop_oldest"`: the oldest make room, those of a context in slots never.
+            positions allow: `"error"`; `"drop_oldest"`: the oldest make room; `"keep_nearest"`: each window sees the
+            memories of the window before it and those most like them (cosine), and all are kept, since the next may
+            see others. Those of a context in slots always stay.
         self_memory (`bool`): Whether plain text longer than a window folds its full windows into memories. Needs one
             tokenizer for encoder and decoder.
         freeze_encoder (`bool`): Encoder in `eval()` without gradients, always.
@@ -271,7 +273,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         capacity = self.memory_capacity
         if not self.self_memory:
             return self._decoder_room()
-        if capacity is None or self.memory_policy == "drop_oldest":
+        if capacity is None or self.memory_policy != "error":
             return None
         return self.window_length * (1 + capacity // self.memories_per_window)
 
@@ -363,6 +365,10 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
             raise ValueError("`memory_positions='fixed'` reserves room for `max_memories`, which is not set. Set it.")
         if self.max_memories is not None and self.max_memories < 0:
             raise ValueError(f"`max_memories` is {self.max_memories}; expected 0 or more vectors.")
+        if self.max_memories == 0 and self.memory_policy == "keep_nearest":
+            raise ValueError(
+                "`memory_policy='keep_nearest'` has no memory to keep: `max_memories` is 0. Set it to 1 or more."
+            )
         room = self._decoder_room()
         needed = (self.max_memories or 0) + self.window_length
         if room is not None and needed > room:

@@ -203,8 +203,12 @@ class MemoryGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"Prompt and new tokens may fold into {num_memories} memories, but the model takes "
                 f"{config.memory_capacity} (`max_memories` {config.max_memories}). Lower `max_new_tokens`, or let the "
-                "oldest make room: `model.config.memory_policy = 'drop_oldest'`."
+                "oldest make room (`model.config.memory_policy = 'drop_oldest'`) or the least alike ('keep_nearest')."
             )
+
+    def create_masks_for_generate(self, attention_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor | None:
+        """Leave the mask as it is, 1 for tokens: the decoder makes its own of it, for a static cache too."""
+        return attention_mask
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         processors = super()._get_logits_processor(*args, **kwargs)

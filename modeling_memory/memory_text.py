@@ -87,7 +87,7 @@ def check_text(config: PreTrainedConfig, text: Text, cache: Cache | None) -> Non
         )
     if text.input_ids is not None and (tensor.is_floating_point() or tensor.dtype == torch.bool):
         raise ValueError(f"`input_ids` has type {tensor.dtype}; expected integers. Embeddings go to `inputs_embeds`.")
-    past = 0 if cache is None else cache.get_seq_length()
+    past = 0 if cache is None else int(cache.get_seq_length())  # a tensor in a static cache
     mask = text.attention_mask
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4)):
         given = f"has shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else f"is a {type(mask).__name__}"
