@@ -31,9 +31,9 @@ def probe_lines(record: dict[str, Any], link: str) -> list[str]:
         "",
         "Token accuracy with its 95 % interval, information ratio against a uniform guess, and bits per byte of text "
         "(the memory's own not counted), on test texts; beside them the share of test tokens that occur more than "
-        "once in the training texts, which bounds the accuracy. "
-        f"Decoder: {decoder['model_type'].replace('_', ' ')}, {decoder['num_hidden_layers']} layers of width "
-        f"{decoder['hidden_size']}, {decoder['expansion']}, trained for {budget['steps']:,} steps of "
+        f"once in the training texts, which bounds the accuracy. Decoder: {decoder['model_type'].replace('_', ' ')}, "
+        f"{decoder['num_hidden_layers']} layers of width {decoder['hidden_size']}, {decoder['expansion']}, trained "
+        f"for {budget['steps']:,} steps of "
         f"{budget['batch_tokens']:,} tokens, the same for all; {record['seconds'] / 60:.0f} minutes in all.",
     ]
     return lines

@@ -264,13 +264,12 @@ def switches_table(record: Record, link: str) -> list[str]:
         compiling = f"compiled, the first step took {compiled['seconds_of_first_step']['compiled']:.0f} s"
     whole, chunked = (memory[name]["bytes"] / 2**20 for name in ("whole", "chunked"))
     sentence = (
-        "Each against the plain step of the same rows, timed in turn on a machine with other work; "
-        f"{compiling}. Rows grouped by length: a pass over {lengths['rows']} documents of the shipped text, against "
-        f"steps of any length; [{after:.1%}]({link}) of the columns are padding instead of {before:.1%}. "
-        f"2 processes share the rows of one, a core each of {pick(record, 'metrics.processes.cores')}. "
-        f"The loss of {memory['tokens']:,} tokens over a vocabulary of {memory['vocab_size']:,}, both ways: "
-        f"[{whole:,.0f} MiB]({link}) with all logits, "
-        f"[{chunked:,.0f} MiB]({link}) with those of {memory['chunk']} tokens at a time. "
+        f"Each against the plain step of the same rows, timed in turn on a machine with other work; {compiling}. Rows "
+        f"grouped by length: a pass over {lengths['rows']} documents of the shipped text, against steps of any "
+        f"length; [{after:.1%}]({link}) of the columns are padding instead of {before:.1%}. 2 processes share the "
+        f"rows of one, a core each of {pick(record, 'metrics.processes.cores')}. The loss of {memory['tokens']:,} "
+        f"tokens over a vocabulary of {memory['vocab_size']:,}, both ways: [{whole:,.0f} MiB]({link}) with all "
+        f"logits, [{chunked:,.0f} MiB]({link}) with those of {memory['chunk']} tokens at a time. "
     )
     return [*lines, "", sentence + source_line(record, link)]
 

@@ -34,10 +34,10 @@ def store_lines(record: dict[str, Any], link: str) -> list[str]:
         f"{record['given']['tokens_per_memory']} tokens, all files of the store counted, the text not kept (in clear "
         f"it takes {formats['text_bytes_per_token']:.1f} bytes per token). Not stored at all: blank copy "
         f"{encoded['blank_copy']['token_accuracy']:.2%}, loss {encoded['blank_copy']['loss']:.4f}; next tokens, loss "
-        f"{encoded['causal']['loss']:.4f}. "
-        f"Remembering {given['texts']} texts of {given['tokens']:,} tokens in batches of {given['batch_size']} "
-        f"chunks: {rates['fast']:,.0f} tokens per second, [{ratio['median']:.1f} times]({link}) (at least "
-        f"{speed['target']:g}{missed}) the tokens of one chunk and one text after the other (quartiles "
+        f"{encoded['causal']['loss']:.4f}. Remembering {given['texts']} texts of {given['tokens']:,} tokens in "
+        f"batches of {given['batch_size']} chunks: {rates['fast']:,.0f} tokens per second, [{ratio['median']:.1f} "
+        f"times]({link}) (at least {speed['target']:g}{missed}) the tokens of one chunk and one text after the other "
+        "(quartiles "
         f"{ratio['first_quartile']:.1f} to {ratio['third_quartile']:.1f}, {record['repetitions']} rounds).",
     ]
 

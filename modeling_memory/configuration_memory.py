@@ -316,14 +316,12 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         if self.window_length % self.chunk_length:
             raise ValueError(
                 f"`window_length` is {self.window_length} and `chunk_length` is {self.chunk_length}; a window must "
-                "hold "
-                "whole chunks. Choose a window length that is a multiple of the chunk length."
+                "hold whole chunks. Choose a window length that is a multiple of the chunk length."
             )
         if self.memories_per_chunk > self.chunk_length:
             raise ValueError(
                 f"`memories_per_chunk` is {self.memories_per_chunk}, more than the {self.chunk_length} tokens of a "
-                "chunk. "
-                "Lower it or lengthen the chunk."
+                "chunk. Lower it or lengthen the chunk."
             )
         self._validate_types()
         for name, known in (
@@ -347,8 +345,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         if self.projector_type == "identity" and self.encoder.hidden_size != self.decoder.hidden_size:
             raise ValueError(
                 f"An identity projector needs equal widths, but the encoder has {self.encoder.hidden_size} and the "
-                "decoder "
-                f"{self.decoder.hidden_size}. Use `projector_type='linear'`."
+                f"decoder {self.decoder.hidden_size}. Use `projector_type='linear'`."
             )
         if self.projector_noise < 0:
             raise ValueError(f"`projector_noise` is {self.projector_noise}; expected 0 or a positive half-width.")
@@ -424,15 +421,13 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         if self.self_memory and encoder_vocabulary is not None and encoder_vocabulary < self.vocab_size:
             raise ValueError(
                 f"`self_memory` feeds the decoder's ids to the encoder, but the encoder knows {encoder_vocabulary} "
-                "ids and "
-                f"the decoder {self.vocab_size}. Use one tokenizer, or set `self_memory=False` and give the context "
-                "through `context_input_ids`."
+                f"ids and the decoder {self.vocab_size}. Use one tokenizer, or set `self_memory=False` and give the "
+                "context through `context_input_ids`."
             )
         if self.window_positions and self.copy_token_id is None and self.blank_token_id is None:
             raise ValueError(
                 "`window_positions` tells tokens their places from the first marker on, but neither `copy_token_id` "
-                "nor "
-                "`blank_token_id` is set. Set one of them."
+                "nor `blank_token_id` is set. Set one of them."
             )
         special = {}
         for name in ("copy_token_id", "blank_token_id", "memory_token_id"):
@@ -444,8 +439,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
             if name != "memory_token_id" and token_id >= self.vocab_size:
                 raise ValueError(
                     f"`{name}` is {token_id}, but the decoder's token table has {self.vocab_size} rows. The marker "
-                    "must be a "
-                    "real row: add the token to the tokenizer and resize the tables."
+                    "must be a real row: add the token to the tokenizer and resize the tables."
                 )
             special[name] = token_id
         eos = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]

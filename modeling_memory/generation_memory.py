@@ -84,15 +84,13 @@ class MemoryGenerationMixin(GenerationMixin):
         assistant = "assistant_model" if kwargs.get("assistant_model") is not None else "assistant_early_exit"
         if kwargs.get("assistant_model") is not None or option("assistant_early_exit") is not None:
             raise ValueError(
-                f"`{assistant}` was given, but an assistant does not see the memories and its rejected tokens "
-                "cannot be taken "
-                "out of them. Generate without it."
+                f"`{assistant}` was given, but an assistant does not see the memories and its rejected tokens cannot "
+                "be taken out of them. Generate without it."
             )
         if option("prefill_chunk_size") is not None:
             raise ValueError(
                 f"`prefill_chunk_size` is {option('prefill_chunk_size')}, but a prompt cut at arbitrary columns loses "
-                "its slots "
-                "and windows. Leave it out: the windows are short already."
+                "its slots and windows. Leave it out: the windows are short already."
             )
         if not (rolling or self.config.window_positions):
             return
@@ -104,8 +102,7 @@ class MemoryGenerationMixin(GenerationMixin):
         if option("cache_implementation") not in (None, "dynamic"):
             raise ValueError(
                 f"`cache_implementation` is {option('cache_implementation')!r}, but a text that folds into memories "
-                "needs its own "
-                "cache. Leave it out, or pass `rolling_memory=False` with a prompt of one window."
+                "needs its own cache. Leave it out, or pass `rolling_memory=False` with a prompt of one window."
             )
 
     def _check_cached(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
@@ -134,8 +131,7 @@ class MemoryGenerationMixin(GenerationMixin):
         if padded.any():
             raise ValueError(
                 f"Row {int(padded.nonzero()[0])} of the prompt ends in padding, and the next token would be drawn "
-                "from it. Pad on the "
-                "left: `tokenizer.padding_side = 'left'`."
+                "from it. Pad on the left: `tokenizer.padding_side = 'left'`."
             )
 
     def prepare_inputs_for_generation(

@@ -47,14 +47,12 @@ class MemoryRollingMixin(MemoryDecodingMixin):
         if text.position_ids is not None:
             raise ValueError(
                 f"`position_ids` were given for a text of {windows.num_windows} windows, but a window's positions "
-                "follow from its "
-                "memories. Leave them out."
+                "follow from its memories. Leave them out."
             )
         if options.pop("output_attentions", None):
             raise ValueError(
                 f"`output_attentions` was asked of a text of {windows.num_windows} windows, whose attentions have no "
-                "layout over "
-                f"the text. Ask for a text of at most {self.config.window_length} tokens."
+                f"layout over the text. Ask for a text of at most {self.config.window_length} tokens."
             )
 
         memory_embeds, memory_mask = self._fold(windows)  # (B, M, D), (B, M)

@@ -154,9 +154,9 @@ def load_by_reference(
             place = given.get(part) or config.references[part]["id"]
             place = type(place).__name__ if isinstance(place, PreTrainedModel) else place
             raise ValueError(
-                f"The base of the {part} ({place}) has other weights than "
-                f"when this model was saved (sha256 {state_hash(omitted)[:12]} instead of "
-                f"{config.references[part]['sha256'][:12]}). Give the base and revision that it was trained on."
+                f"The base of the {part} ({place}) has other weights than when this model was saved (sha256 "
+                f"{state_hash(omitted)[:12]} instead of {config.references[part]['sha256'][:12]}). Give the base and "
+                "revision that it was trained on."
             )
     config = model_class.config_class.from_dict(config.to_dict())
     model = model_class(config, **bases)

@@ -147,8 +147,8 @@ class StoredMemories:
         text = shard.text(number)
         if text is None:
             raise MemoryStoreError(
-                f"The text {text_id!r} was not kept beside its memories. Begin the store with "
-                "`MemoryStore.open(..., create=True, keep_text=True)` to keep texts."
+                f"The text {text_id!r} was not kept beside its memories. Begin the store with `MemoryStore.open(..., "
+                "create=True, keep_text=True)` to keep texts."
             )
         return text
 

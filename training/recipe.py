@@ -96,8 +96,8 @@ class PretrainedRecipe:
             found = importlib.util.find_spec(module)
             if found is None or found.origin is None:
                 raise ValueError(
-                    f"{self.path} is in the package {module}, which is not installed; "
-                    f"pip install {module.replace('_', '-')}, or give another path"
+                    f"{self.path} is in the package {module}, which is not installed; pip install "
+                    f"{module.replace('_', '-')}, or give another path"
                 )
             return str(Path(found.origin).parent / inner)
         beside = REPOSITORY / self.path
@@ -313,8 +313,8 @@ def resolve_files(patterns: list[str], path: str = "files") -> list[Path]:
             found = found or sorted(glob.glob(pattern if Path(pattern).is_absolute() else root + pattern))
         if not found:
             raise ValueError(
-                f"{path}: no file matches {pattern!r} in the current directory or the repository; "
-                "correct the path or build the file first"
+                f"{path}: no file matches {pattern!r} in the current directory or the repository; correct the path or "
+                "build the file first"
             )
         files.extend(Path(name) for name in found)
     if not files:
@@ -425,8 +425,8 @@ def _check_references(
         raise ValueError(f"{path} has neither model nor from: describe a new model or name the stage it continues")
     if "model" in stage.from_ and set(stage.model) - FREEZING:
         raise ValueError(
-            f"{path}.model is {json.dumps(stage.model)}, but a continued stage keeps its model: only "
-            "freeze_encoder, freeze_decoder and encoder_trained_from may change; remove the rest"
+            f"{path}.model is {json.dumps(stage.model)}, but a continued stage keeps its model: only freeze_encoder, "
+            "freeze_decoder and encoder_trained_from may change; remove the rest"
         )
 
 
@@ -463,8 +463,8 @@ def _check_objectives(stage: StageRecipe, path: str) -> None:
         if name not in known:
             close = nearest(name, list(known))
             raise ValueError(
-                f"{path}.objectives.{name} is no objective of a stage of kind {stage.kind}{close}; "
-                f"known: {', '.join(known)}"
+                f"{path}.objectives.{name} is no objective of a stage of kind {stage.kind}{close}; known: "
+                f"{', '.join(known)}"
             )
         if weight <= 0:
             raise ValueError(
@@ -505,8 +505,8 @@ def _check_training(stage: StageRecipe, path: str) -> None:
         raise ValueError(f"{path}.training has a negative learning rate; give 0 or more")
     if training.warmup < 0 or training.decay < 0 or training.warmup + training.decay > 1:
         raise ValueError(
-            f"{path}.training.warmup {training.warmup} + decay {training.decay}: both are fractions of the "
-            "steps, not negative, and together at most 1"
+            f"{path}.training.warmup {training.warmup} + decay {training.decay}: both are fractions of the steps, not "
+            "negative, and together at most 1"
         )
     for pattern in training.lr_multipliers:
         try:

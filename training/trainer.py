@@ -398,9 +398,9 @@ class MemoryTrainer(Trainer):
         if bad:
             named = ", ".join(str(row) for row in rows.tolist())
             raise NonFiniteLossError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1} (batch of rows {named}). "
-                "The last checkpoint is kept: lower the learning rate or lengthen the warm-up and start again; "
-                "if it fails at the same rows, look at their text"
+                f"the loss is {loss.item()} at step {self.state.global_step + 1} (batch of rows {named}). The last "
+                "checkpoint is kept: lower the learning rate or lengthen the warm-up and start again; if it fails at "
+                "the same rows, look at their text"
             )
 
     def _get_output_dir(self, trial: Any) -> str:

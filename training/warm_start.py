@@ -28,8 +28,8 @@ def copy_tables(source: PreTrainedModel, target: PreTrainedModel, path: str) -> 
             continue
         if old.weight.shape != new.weight.shape:
             raise ValueError(
-                f"{path}: the tables have shapes {tuple(old.weight.shape)} and {tuple(new.weight.shape)}; "
-                "warm starting needs equal widths and vocabularies"
+                f"{path}: the tables have shapes {tuple(old.weight.shape)} and {tuple(new.weight.shape)}; warm "
+                "starting needs equal widths and vocabularies"
             )
         new.weight.copy_(old.weight)
 
