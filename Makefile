@@ -2,7 +2,7 @@
 PYTHON ?= python
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint types test test-slow quickstart check
+.PHONY: help install format lint types test test-slow test-oldest quickstart check
 
 help:  ## print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ test:  ## run the tests and the doctests (minutes on two cores)
 
 test-slow:  ## run the tests that take minutes each
 	$(PYTHON) -m pytest -m slow
+
+test-oldest:  ## run the package's tests on the oldest supported torch and transformers (downloads some gigabytes)
+	PYTHON=$(PYTHON) bash .ci/oldest
 
 quickstart:  ## train, evaluate and export the quickstart model (about 20 minutes on two cores)
 	$(PYTHON) -m training.run configuration/recipes/quickstart.yaml

@@ -6,7 +6,7 @@ CONDITIONS = {"embedding": "", "untrained": ", untrained", "shuffled": ", anothe
 
 
 def probe_lines(record: dict[str, Any], link: str) -> list[str]:
-    """A line for each model and condition, token accuracy and information ratio by length of the text."""
+    """A line for each model and condition: token accuracy, information ratio, bits per byte by length of the text."""
     models, recipe = record["metrics"]["models"], record["recipe"]
     lengths = list(models[0]["lengths"])
     lines = [
@@ -29,11 +29,11 @@ def probe_lines(record: dict[str, Any], link: str) -> list[str]:
     decoder, budget = recipe["decoder"], recipe["budget"]
     lines += [
         "",
-        "Token accuracy with its 95 % interval, and the information ratio against a uniform guess, on test texts; "
-        "beside them the share of test tokens that occur more than once in the training texts, which bounds the "
-        "accuracy. "
-        f"Decoder: {decoder['model_type'].replace('_', ' ')}, {decoder['num_hidden_layers']} layers of width "
-        f"{decoder['hidden_size']}, {decoder['expansion']}, trained for {budget['steps']:,} steps of "
+        "Token accuracy with its 95 % interval, information ratio against a uniform guess, and bits per byte of text "
+        "(the memory's own not counted), on test texts; beside them the share of test tokens that occur more than "
+        f"once in the training texts, which bounds the accuracy. Decoder: {decoder['model_type'].replace('_', ' ')}, "
+        f"{decoder['num_hidden_layers']} layers of width {decoder['hidden_size']}, {decoder['expansion']}, trained "
+        f"for {budget['steps']:,} steps of "
         f"{budget['batch_tokens']:,} tokens, the same for all; {record['seconds'] / 60:.0f} minutes in all.",
     ]
     return lines
@@ -43,7 +43,8 @@ def _cell(cell: dict[str, Any], link: str | None) -> str:
     low, high = cell["token_accuracy_interval"]
     accuracy = f"{cell['token_accuracy']:.1%}"
     accuracy = accuracy if link is None else f"[{accuracy}]({link})"
-    return f"{accuracy} ({100 * low:.1f} to {100 * high:.1f}), {cell['information_ratio']:.2f}"
+    rest = f"{cell['information_ratio']:.2f}, {cell['bits_per_byte']:.2f}"
+    return f"{accuracy} ({100 * low:.1f} to {100 * high:.1f}), {rest}"
 
 
 def ceiling_lines(record: dict[str, Any], link: str) -> list[str]:

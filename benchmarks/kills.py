@@ -35,10 +35,14 @@ SETTINGS = {"max_steps": 24, "logging_steps": 1, "eval_steps": 8, "save_steps": 
 RECIPE = "debug_cpu"
 
 
+def stages() -> list[str]:
+    """Names of the stages of a run."""
+    return [stage.name for stage in load_recipe(RECIPE).stages]
+
+
 def arguments(folder: Path) -> list[str]:
     """The command line of one run."""
-    stages = [stage.name for stage in load_recipe(RECIPE).stages]
-    overrides = [f"stages.{stage}.training.{key}={value}" for stage in stages for key, value in SETTINGS.items()]
+    overrides = [f"stages.{stage}.training.{key}={value}" for stage in stages() for key, value in SETTINGS.items()]
     return [RECIPE, f"output_dir={folder}", "publish.verify=false", *overrides]
 
 
@@ -77,7 +81,7 @@ def moment(folder: Path) -> str:
         if list(folder.glob(f"stages/{stage}/checkpoints/.part/*")):
             return f"stage {stage}, writing a checkpoint"
         return f"stage {stage}" + (", writing its model" if list(folder.glob(f"stages/{stage}/.*part")) else "")
-    if len(done) == len(load_recipe(RECIPE).stages):
+    if len(done) == len(stages()):
         return "evaluation, figures, Hub folder"
     return "between stages" if done else "tokenizer and text"
 
@@ -97,27 +101,31 @@ def lost_steps(folder: Path) -> list[int]:
 def differing(left: Path, right: Path) -> list[str]:
     """Weights of any stage that are not equal bit by bit."""
     wrong = []
-    for stage in load_recipe(RECIPE).stages:
-        files = [side / "stages" / stage.name / "model" / "model.safetensors" for side in (left, right)]
+    for stage in stages():
+        files = [side / "stages" / stage / "model" / "model.safetensors" for side in (left, right)]
         one, two = load_file(files[0]), load_file(files[1])
         names = one.keys() | two.keys()
         wrong += [
-            f"{stage.name}.{name}"
+            f"{stage}.{name}"
             for name in names
             if name not in one or name not in two or not torch.equal(one[name], two[name])
         ]
     return wrong
 
 
-def measure(kills: int, seed: int, folder: Path, minutes: float | None = None) -> dict[str, Any] | None:
-    """Kill runs until there were `kills` kills, each stage was hit and the last run is done.
+def measure(
+    kills: int, seed: int, folder: Path, minutes: float | None = None, *, hit: list[str] | None = None
+) -> dict[str, Any] | None:
+    """Kill runs until there were `kills` kills, some in each stage, and the last run is done.
 
     Args:
         kills (`int`): Kills at random moments, at least.
         seed (`int`): Seed of the moments.
         folder (`Path`): Where the runs go; a second call goes on there.
         minutes (`float`, *optional*): Begin no session after so many minutes, and return `None` if any is left.
+        hit (`list[str]`, *optional*): Stages that must be hit; default: all.
     """
+    hit = stages() if hit is None else hit
     end = math.inf if minutes is None else time.monotonic() + 60 * minutes
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "output.txt"
@@ -128,12 +136,10 @@ def measure(kills: int, seed: int, folder: Path, minutes: float | None = None) -
         write_json(folder / "straight.json", {"seconds": time.monotonic() - started})
     duration = read_json(folder / "straight.json")["seconds"]
     state = read_json(folder / "state.json") or {"moments": [], "lost": [], "runs": 0}
-    stages = [f"stage {stage.name}" for stage in load_recipe(RECIPE).stages]
 
     def missing() -> bool:
-        return len(state["moments"]) < kills or any(
-            all(moment.partition(",")[0] != stage for moment in state["moments"]) for stage in stages
-        )
+        seen = {moment.partition(",")[0] for moment in state["moments"]}
+        return len(state["moments"]) < kills or not seen >= {f"stage {name}" for name in hit}
 
     while missing() or (folder / "killed").exists():
         if time.monotonic() >= end:

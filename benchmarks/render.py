@@ -27,6 +27,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from benchmarks.instruments import capacity_lines, ceiling_lines, fidelity_lines, probe_lines, retrieval_lines
 from benchmarks.measure import duration
+from benchmarks.pairs import pairs_lines
 from benchmarks.rolling_tables import (
     draw_rolling,
     first_token_lines,
@@ -35,6 +36,7 @@ from benchmarks.rolling_tables import (
     quality_lines,
     reading_lines,
 )
+from benchmarks.store_tables import store_faults_lines, store_lines, store_search_lines
 from training.figures import COLOURS, write_ceiling_figure, write_figures, write_probe_figure
 from training.record import fingerprint, read_json
 from training.sample import sample_lines
@@ -237,20 +239,37 @@ def kills_table(record: Record, link: str) -> list[str]:
 
 def switches_table(record: Record, link: str) -> list[str]:
     """Speed of a training step by switch, and peak memory of the loss."""
-    steps, memory = pick(record, "metrics.steps"), pick(record, "metrics.loss_memory")
     lines = [
         "| training step, float32 unless said | tokens per second | times as fast (quartiles) |",
         "|---|---:|---:|",
     ]
-    for name, speed in steps["tokens_per_second"].items():
-        ratio = steps["times_as_fast"][name]
-        quartiles = f"{ratio['first_quartile']:.2f} to {ratio['third_quartile']:.2f}"
-        lines.append(f"| {name} | {speed:,.0f} | [{ratio['median']:.2f}]({link}) ({quartiles}) |")
+
+    def add(part: str, names: list[str], ratios: list[Record]) -> None:
+        speeds = pick(record, f"metrics.{part}.tokens_per_second")
+        for name, ratio in zip(names, ratios, strict=True):
+            quartiles = f"{ratio['first_quartile']:.2f} to {ratio['third_quartile']:.2f}"
+            lines.append(f"| {name} | {speeds[name]:,.0f} | [{ratio['median']:.2f}]({link}) ({quartiles}) |")
+
+    compiled = record["metrics"].get("compile")
+    for part in ("steps", "compile") if compiled else ("steps",):
+        ratios = pick(record, f"metrics.{part}.times_as_fast")
+        names = [name for name in ratios if name != "plain" or part == "steps"]  # the compiled ones' own plain is near
+        add(part, names, [ratios[name] for name in names])
+    for part, name in (("lengths", "rows grouped by length"), ("processes", "2 processes")):
+        add(part, [name], [pick(record, f"metrics.{part}.times_as_fast")])
+    lengths, memory = pick(record, "metrics.lengths"), pick(record, "metrics.loss_memory")
+    before, after = lengths["padding"].values()
+    compiling = "`compile` was not measured"
+    if compiled:
+        compiling = f"compiled, the first step took {compiled['seconds_of_first_step']['compiled']:.0f} s"
     whole, chunked = (memory[name]["bytes"] / 2**20 for name in ("whole", "chunked"))
     sentence = (
-        f"The loss of {memory['tokens']:,} tokens over a vocabulary of {memory['vocab_size']:,}, both ways: "
-        f"[{whole:,.0f} MiB]({link}) with all logits, "
-        f"[{chunked:,.0f} MiB]({link}) with those of {memory['chunk']} tokens at a time. "
+        f"Each against the plain step of the same rows, timed in turn on a machine with other work; {compiling}. Rows "
+        f"grouped by length: a pass over {lengths['rows']} documents of the shipped text, against steps of any "
+        f"length; [{after:.1%}]({link}) of the columns are padding instead of {before:.1%}. 2 processes share the "
+        f"rows of one, a core each of {pick(record, 'metrics.processes.cores')}. The loss of {memory['tokens']:,} "
+        f"tokens over a vocabulary of {memory['vocab_size']:,}, both ways: [{whole:,.0f} MiB]({link}) with all "
+        f"logits, [{chunked:,.0f} MiB]({link}) with those of {memory['chunk']} tokens at a time. "
     )
     return [*lines, "", sentence + source_line(record, link)]
 
@@ -292,9 +311,13 @@ TABLES = {
     "time_to_accuracy": Table("time_to_accuracy", time_to_accuracy_table, "python -m benchmarks.time_to_accuracy"),
     "probe": Table("probe", _sourced(probe_lines), "python -m training.probe"),
     "ceiling": Table("ceiling", _sourced(ceiling_lines), "python -m training.ceiling runs/quickstart/hub"),
+    "pairs": Table("pairs", _sourced(pairs_lines), "python -m benchmarks.pairs"),
     "capacity": Table("capacity", _sourced(capacity_lines), "python -m training.ceiling"),
     "retrieval": Table("retrieval", _sourced(retrieval_lines), "python -m training.retrieval"),
     "fidelity": Table("fidelity", _sourced(fidelity_lines), "python -m training.evaluate runs/quickstart/hub"),
+    "store": Table("store", _sourced(store_lines), "python -m benchmarks.store"),
+    "store_search": Table("store", _sourced(store_search_lines), "python -m benchmarks.store"),
+    "store_faults": Table("store_faults", _sourced(store_faults_lines), "python -m benchmarks.store_faults"),
     "rolling": Table("rolling", _with_source_below(goal_lines), _ROLLING),
     "rolling_first_token": Table("rolling", _with_source_below(first_token_lines), _ROLLING),
     "rolling_generation": Table("rolling", _with_source_below(generation_lines), _ROLLING),

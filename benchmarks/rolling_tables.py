@@ -180,8 +180,8 @@ def reading_lines(record: Record, link: str) -> list[str]:
     for title, cell in cells.items():
         times = [duration(cell["median"][str(n)]) for n in lengths]
         lines.append(
-            f"| {title.format(**cell['given'])} | {' | '.join(times)} | "
-            f"[{cell['fit']['exponent']:.2f}]({link}) | {cell['cpu_fit']['exponent']:.2f} |"
+            f"| {title.format(**cell['given'])} | {' | '.join(times)} | [{cell['fit']['exponent']:.2f}]({link}) | "
+            f"{cell['cpu_fit']['exponent']:.2f} |"
         )
     return [*lines, *missing(record, "reading/")]
 

@@ -254,8 +254,8 @@ def comparison_line(name: str, result: dict[str, Any]) -> str:
     fast, plain, ratio = result["spread"]["fast"], result["spread"]["plain"], result["ratio"]
     return (
         f"{name:<12} plain {plain['median']:.4f} s, fast {fast['median']:.4f} s, ratio {ratio['median']:.2f} "
-        f"(quartiles {ratio['first_quartile']:.2f} to {ratio['third_quartile']:.2f}, "
-        f"extremes {ratio['min']:.2f} to {ratio['max']:.2f})"
+        f"(quartiles {ratio['first_quartile']:.2f} to {ratio['third_quartile']:.2f}, extremes {ratio['min']:.2f} to "
+        f"{ratio['max']:.2f})"
     )
 
 

@@ -10,6 +10,10 @@ from .configuration_masked_mixer import MaskedMixerConfig
 from .configuration_memory import MemoryEncoderDecoderConfig
 from .configuration_memory_autoencoder import MemoryAutoencoderConfig
 from .memory_cache import MemoryCache
+from .memory_codec import quantization_report
+from .memory_files import MemoryStoreError
+from .memory_shard import Chunk, StoredText
+from .memory_store import MemoryStore
 from .modeling_masked_mixer import MaskedMixerForCausalLM, MaskedMixerModel
 from .modeling_memory import (
     MemoryCausalLMOutputWithPast,
@@ -21,6 +25,7 @@ from .modeling_memory_autoencoder import MemoryAutoencoder
 from .processing_memory import MemoryProcessor
 
 __all__ = [
+    "Chunk",
     "MaskedMixerConfig",
     "MaskedMixerForCausalLM",
     "MaskedMixerModel",
@@ -33,6 +38,10 @@ __all__ = [
     "MemoryEncoderDecoderModel",
     "MemoryModelOutput",
     "MemoryProcessor",
+    "MemoryStore",
+    "MemoryStoreError",
+    "StoredText",
+    "quantization_report",
 ]
 
 __version__ = "0.1.0"

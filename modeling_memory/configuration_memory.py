@@ -12,7 +12,7 @@ POOLINGS = ("last", "mean", "first", "queries", "pooled_queries")
 PROJECTOR_TYPES = ("identity", "linear", "mlp", "bottleneck")
 MEMORY_POSITIONS = ("contiguous", "fixed")
 ABSENT_MEMORIES = ("mask", "ones", "zeros")
-MEMORY_POLICIES = ("error", "drop_oldest")
+MEMORY_POLICIES = ("error", "drop_oldest", "keep_nearest")
 FORMAT_VERSION = 1
 COUNTING_FROM_PADDING = (
     "roberta",
@@ -140,10 +140,14 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         max_memories (`int`, *optional*): Most memory vectors a text may need. Default: what the decoder's positions
             and attention windows leave beside one window; required by fixed positions.
         memory_policy (`str`): What happens when a text folds into more memories than `max_memories` or the decoder's
-            positions allow: `"error"`, or `"drop_oldest"`: the oldest make room, those of a context in slots never.
+            positions allow: `"error"`; `"drop_oldest"`: the oldest make room; `"keep_nearest"`: each window sees the
+            memories of the window before it and those most like them (cosine), and all are kept, since the next may
+            see others. Those of a context in slots always stay.
         self_memory (`bool`): Whether plain text longer than a window folds its full windows into memories. Needs one
             tokenizer for encoder and decoder.
         freeze_encoder (`bool`): Encoder in `eval()` without gradients, always.
+        encoder_trained_from (`int`, *optional*): First layer of a frozen encoder that trains all the same, with all
+            behind it; token table and the layers before stay frozen.
         freeze_decoder (`bool`): Decoder in `eval()`, its parameters without gradients.
         initializer_range (`float`): Root mean square of a fresh projector's outputs for inputs of unit scale.
         adapters (`dict`, *optional*): Low-rank adapters by name: `parts` and fields of peft's `LoraConfig`. See
@@ -185,6 +189,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         self_memory: bool = True,
         freeze_encoder: bool = True,
         freeze_decoder: bool = False,
+        encoder_trained_from: int | None = None,
         initializer_range: float = 0.02,
         adapters: dict[str, dict[str, Any]] | None = None,
         references: dict[str, dict[str, Any]] | None = None,
@@ -212,6 +217,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         self.self_memory = self_memory
         self.freeze_encoder = freeze_encoder
         self.freeze_decoder = freeze_decoder
+        self.encoder_trained_from = encoder_trained_from
         self.initializer_range = initializer_range
         self.adapters = adapters or {}
         self.references = references or {}
@@ -255,6 +261,25 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
             )
         return num_bytes // size
 
+    def memories_at_ratio(self, num_tokens: int, ratio: float) -> int:
+        """Return how many memories stand for so many tokens of a context at a ratio of tokens to one memory.
+
+        Args:
+            num_tokens (`int`): Text tokens of the context.
+            ratio (`float`): Tokens to a memory, at least; 16 of 100 tokens asks for 6 memories.
+
+        Raises:
+            ValueError: If the ratio is not positive, or asks for less than one memory.
+        """
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not ratio > 0:
+            raise ValueError(f"`ratio` is {ratio!r}; expected a number of tokens to one memory, above 0.")
+        if num_tokens < ratio:
+            raise ValueError(
+                f"A ratio of {ratio} tokens to a memory leaves {num_tokens} tokens without a memory. Lower it to "
+                f"{num_tokens} or less."
+            )
+        return int(num_tokens // ratio)
+
     @property
     def vocab_size(self) -> int | None:
         """Rows of the decoder's token table (V)."""
@@ -271,7 +296,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         capacity = self.memory_capacity
         if not self.self_memory:
             return self._decoder_room()
-        if capacity is None or self.memory_policy == "drop_oldest":
+        if capacity is None or self.memory_policy != "error":
             return None
         return self.window_length * (1 + capacity // self.memories_per_window)
 
@@ -291,14 +316,12 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         if self.window_length % self.chunk_length:
             raise ValueError(
                 f"`window_length` is {self.window_length} and `chunk_length` is {self.chunk_length}; a window must "
-                "hold "
-                "whole chunks. Choose a window length that is a multiple of the chunk length."
+                "hold whole chunks. Choose a window length that is a multiple of the chunk length."
             )
         if self.memories_per_chunk > self.chunk_length:
             raise ValueError(
                 f"`memories_per_chunk` is {self.memories_per_chunk}, more than the {self.chunk_length} tokens of a "
-                "chunk. "
-                "Lower it or lengthen the chunk."
+                "chunk. Lower it or lengthen the chunk."
             )
         self._validate_types()
         for name, known in (
@@ -322,8 +345,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         if self.projector_type == "identity" and self.encoder.hidden_size != self.decoder.hidden_size:
             raise ValueError(
                 f"An identity projector needs equal widths, but the encoder has {self.encoder.hidden_size} and the "
-                "decoder "
-                f"{self.decoder.hidden_size}. Use `projector_type='linear'`."
+                f"decoder {self.decoder.hidden_size}. Use `projector_type='linear'`."
             )
         if self.projector_noise < 0:
             raise ValueError(f"`projector_noise` is {self.projector_noise}; expected 0 or a positive half-width.")
@@ -339,7 +361,14 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         for name in ("projector_norm", "window_positions", "self_memory", "freeze_encoder", "freeze_decoder"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; expected True or False.")
-        for name in ("max_memories", "memory_token_id", "copy_token_id", "blank_token_id", "projector_hidden_size"):
+        for name in (
+            "max_memories",
+            "memory_token_id",
+            "copy_token_id",
+            "blank_token_id",
+            "projector_hidden_size",
+            "encoder_trained_from",
+        ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
                 raise ValueError(f"`{name}` is {value!r}; expected an integer or None.")
@@ -349,6 +378,11 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` is {value!r}; expected a number.")
         if self.projector_hidden_size is not None and self.projector_hidden_size < 1:
             raise ValueError(f"`projector_hidden_size` is {self.projector_hidden_size}; expected 1 or more.")
+        if self.encoder_trained_from is not None and not self.freeze_encoder:
+            raise ValueError(
+                f"`encoder_trained_from` is {self.encoder_trained_from}, but with `freeze_encoder=False` the whole "
+                "encoder trains. Leave one of them out."
+            )
         if self.initializer_range < 0:
             raise ValueError(f"`initializer_range` is {self.initializer_range}; expected 0 or more.")
 
@@ -363,6 +397,10 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
             raise ValueError("`memory_positions='fixed'` reserves room for `max_memories`, which is not set. Set it.")
         if self.max_memories is not None and self.max_memories < 0:
             raise ValueError(f"`max_memories` is {self.max_memories}; expected 0 or more vectors.")
+        if self.max_memories == 0 and self.memory_policy == "keep_nearest":
+            raise ValueError(
+                "`memory_policy='keep_nearest'` has no memory to keep: `max_memories` is 0. Set it to 1 or more."
+            )
         room = self._decoder_room()
         needed = (self.max_memories or 0) + self.window_length
         if room is not None and needed > room:
@@ -383,15 +421,13 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         if self.self_memory and encoder_vocabulary is not None and encoder_vocabulary < self.vocab_size:
             raise ValueError(
                 f"`self_memory` feeds the decoder's ids to the encoder, but the encoder knows {encoder_vocabulary} "
-                "ids and "
-                f"the decoder {self.vocab_size}. Use one tokenizer, or set `self_memory=False` and give the context "
-                "through `context_input_ids`."
+                f"ids and the decoder {self.vocab_size}. Use one tokenizer, or set `self_memory=False` and give the "
+                "context through `context_input_ids`."
             )
         if self.window_positions and self.copy_token_id is None and self.blank_token_id is None:
             raise ValueError(
                 "`window_positions` tells tokens their places from the first marker on, but neither `copy_token_id` "
-                "nor "
-                "`blank_token_id` is set. Set one of them."
+                "nor `blank_token_id` is set. Set one of them."
             )
         special = {}
         for name in ("copy_token_id", "blank_token_id", "memory_token_id"):
@@ -403,8 +439,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
             if name != "memory_token_id" and token_id >= self.vocab_size:
                 raise ValueError(
                     f"`{name}` is {token_id}, but the decoder's token table has {self.vocab_size} rows. The marker "
-                    "must be a "
-                    "real row: add the token to the tokenizer and resize the tables."
+                    "must be a real row: add the token to the tokenizer and resize the tables."
                 )
             special[name] = token_id
         eos = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]

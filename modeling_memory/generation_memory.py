@@ -84,15 +84,13 @@ class MemoryGenerationMixin(GenerationMixin):
         assistant = "assistant_model" if kwargs.get("assistant_model") is not None else "assistant_early_exit"
         if kwargs.get("assistant_model") is not None or option("assistant_early_exit") is not None:
             raise ValueError(
-                f"`{assistant}` was given, but an assistant does not see the memories and its rejected tokens "
-                "cannot be taken "
-                "out of them. Generate without it."
+                f"`{assistant}` was given, but an assistant does not see the memories and its rejected tokens cannot "
+                "be taken out of them. Generate without it."
             )
         if option("prefill_chunk_size") is not None:
             raise ValueError(
                 f"`prefill_chunk_size` is {option('prefill_chunk_size')}, but a prompt cut at arbitrary columns loses "
-                "its slots "
-                "and windows. Leave it out: the windows are short already."
+                "its slots and windows. Leave it out: the windows are short already."
             )
         if not (rolling or self.config.window_positions):
             return
@@ -104,8 +102,7 @@ class MemoryGenerationMixin(GenerationMixin):
         if option("cache_implementation") not in (None, "dynamic"):
             raise ValueError(
                 f"`cache_implementation` is {option('cache_implementation')!r}, but a text that folds into memories "
-                "needs its own "
-                "cache. Leave it out, or pass `rolling_memory=False` with a prompt of one window."
+                "needs its own cache. Leave it out, or pass `rolling_memory=False` with a prompt of one window."
             )
 
     def _check_cached(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
@@ -134,8 +131,7 @@ class MemoryGenerationMixin(GenerationMixin):
         if padded.any():
             raise ValueError(
                 f"Row {int(padded.nonzero()[0])} of the prompt ends in padding, and the next token would be drawn "
-                "from it. Pad on the "
-                "left: `tokenizer.padding_side = 'left'`."
+                "from it. Pad on the left: `tokenizer.padding_side = 'left'`."
             )
 
     def prepare_inputs_for_generation(
@@ -203,8 +199,12 @@ class MemoryGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"Prompt and new tokens may fold into {num_memories} memories, but the model takes "
                 f"{config.memory_capacity} (`max_memories` {config.max_memories}). Lower `max_new_tokens`, or let the "
-                "oldest make room: `model.config.memory_policy = 'drop_oldest'`."
+                "oldest make room (`model.config.memory_policy = 'drop_oldest'`) or the least alike ('keep_nearest')."
             )
+
+    def create_masks_for_generate(self, attention_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor | None:
+        """Leave the mask as it is, 1 for tokens: the decoder makes its own of it, for a static cache too."""
+        return attention_mask
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         processors = super()._get_logits_processor(*args, **kwargs)

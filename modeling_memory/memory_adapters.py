@@ -112,6 +112,8 @@ class MemoryAdapterMixin:
         self.config.adapters = {adapter_name: adapter}
         for part in adapter["parts"]:
             setattr(self.config, f"freeze_{part}", True)
+            if part == "encoder":
+                self.config.encoder_trained_from = None
         dtype = self.decoder.dtype  # one model, one dtype
         for name, parameter in model.named_parameters():
             if is_adapter(name):

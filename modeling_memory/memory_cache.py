@@ -15,8 +15,7 @@ class MemoryCache(DynamicCache):
 
     Beside the decoder's keys and values the cache holds what a roll-over needs: the tokens of the open window, which
     become memories when it is full, and the memories so far. `get_seq_length()` counts columns of *text*, as
-    everything
-    outside the model expects; the number of columns in the decoder's cache differs from it.
+    everything outside the model expects; the number of columns in the decoder's cache differs from it.
 
     Args:
         rolling (`bool`): Whether a full window folds into memories when the next token comes. If not, the last window
@@ -171,8 +170,7 @@ class MemoryCache(DynamicCache):
         """
         raise ValueError(
             f"A memory cache was asked to shrink to {max_length} columns, but windows that became memories cannot be "
-            "taken "
-            "back. Start again with `past_key_values=None`."
+            "taken back. Start again with `past_key_values=None`."
         )
 
     def reset(self) -> None:

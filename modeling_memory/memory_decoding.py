@@ -23,8 +23,7 @@ class Reading:
 
     Attributes:
         features (`torch.FloatTensor` of shape `(B, T, X)`): What the model's `_decode` gives for the wanted columns:
-        hidden
-            states, or logits in the causal LM.
+            hidden states, or logits in the causal LM.
         cache (`Cache`, *optional*): What the next call continues from.
         hidden_states (`tuple` of `torch.FloatTensor` of shape `(B, T, D)`, *optional*): States of all layers.
         attentions (`tuple`, *optional*): The decoder's attentions.

@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,33 @@ from transformers.utils import cached_file
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "trust_remote_code")
 SENTENCE_POOLINGS = {"mean": "mean", "cls": "first", "lasttoken": "last"}
 """What the poolings of a sentence-transformers folder are called here."""
+
+
+def load_whole(load: Callable[..., Any], *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+    """Load a model by the library's `from_pretrained`, and refuse one of which weights are missing.
+
+    The library would draw them at random and only warn.
+
+    Args:
+        load (`Callable`): `from_pretrained` of the library, bound to a class.
+        args: As in the library.
+        output_loading_info (`bool`): Whether the caller asks for the names of missing weights; then none is refused.
+        kwargs: As in the library.
+
+    Raises:
+        ValueError: If a weight is missing that is tied to no other.
+    """
+    model, report = load(*args, output_loading_info=True, **kwargs)
+    if output_loading_info:
+        return model, report
+    missing = sorted(report["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ValueError(
+            f"{args[0] if args else 'The checkpoint'} has no weights for {', '.join(missing[:5])}{more}. Load a "
+            "complete checkpoint of this model; `output_loading_info=True` loads what there is and names the rest."
+        )
+    return model
 
 
 def load_encoder(source: str | os.PathLike | PreTrainedModel, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -207,9 +235,36 @@ def check_decoder(decoder: PreTrainedModel) -> None:
         )
 
 
+def layers_from(body: torch.nn.Module, first: int) -> list[torch.nn.Module]:
+    """Return the layers of a body from one on, and what stands behind its stack of layers, such as the last norm.
+
+    Args:
+        body (`torch.nn.Module`): Of any family; the first list of modules in it is its stack.
+        first (`int`): Index of the first layer; the number of layers gives what stands behind them alone.
+
+    Raises:
+        ValueError: If the body has no stack of layers, or not so many.
+    """
+    for name, module in body.named_modules():
+        if isinstance(module, torch.nn.ModuleList):
+            if not 0 <= first <= len(module):
+                raise ValueError(
+                    f"`encoder_trained_from` is {first}, but the {type(body).__name__} has {len(module)} layers; "
+                    f"expected 0 to {len(module)}."
+                )
+            parent, _, own = name.rpartition(".")
+            siblings = list(body.get_submodule(parent).named_children())
+            behind = siblings[[child for child, _ in siblings].index(own) + 1 :]
+            tables = torch.nn.Embedding
+            return [*module[first:], *(child for _, child in behind if not isinstance(child, tables))]
+    raise ValueError(f"The encoder, a {type(body).__name__}, has no stack of layers to train a part of.")
+
+
 @torch.no_grad()
 def embedding_scale(decoder: PreTrainedModel) -> float:
     """Root mean square of what a decoder's layers see of its tokens; some families scale the table's rows first."""
     table: Any = decoder.get_input_embeddings()
+    if table.weight.is_meta:  # shapes without values
+        return 1.0
     ids = torch.arange(min(4096, table.weight.shape[0]), device=table.weight.device)
     return table(ids).float().std().item()

@@ -278,8 +278,7 @@ class MemoryReadingMixin(MemoryRollingMixin):
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError(
                 f"Memories that stand before a text were given with a cache of {cache.get_seq_length()} columns. Pass "
-                "them with "
-                "the first tokens and `past_key_values=None`."
+                "them with the first tokens and `past_key_values=None`."
             )
         mask, embeds = text.mask(), text.inputs_embeds
         slots = asked = torch.zeros_like(mask, dtype=torch.bool)
@@ -291,8 +290,7 @@ class MemoryReadingMixin(MemoryRollingMixin):
             if (slots & (mask.cumsum(1) > 0)).any():
                 raise ValueError(
                     "With `memory_positions='fixed'` all memories stand before the text, but a slot stands behind a "
-                    "token. Put "
-                    "the slots in front or use `memory_positions='contiguous'`."
+                    "token. Put the slots in front or use `memory_positions='contiguous'`."
                 )
         block = self._memory_block(memory_embeds, memory_mask)
         fixed = self.config.memory_positions == "fixed"

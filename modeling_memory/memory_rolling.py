@@ -47,14 +47,12 @@ class MemoryRollingMixin(MemoryDecodingMixin):
         if text.position_ids is not None:
             raise ValueError(
                 f"`position_ids` were given for a text of {windows.num_windows} windows, but a window's positions "
-                "follow from its "
-                "memories. Leave them out."
+                "follow from its memories. Leave them out."
             )
         if options.pop("output_attentions", None):
             raise ValueError(
                 f"`output_attentions` was asked of a text of {windows.num_windows} windows, whose attentions have no "
-                "layout over "
-                f"the text. Ask for a text of at most {self.config.window_length} tokens."
+                f"layout over the text. Ask for a text of at most {self.config.window_length} tokens."
             )
 
         memory_embeds, memory_mask = self._fold(windows)  # (B, M, D), (B, M)
@@ -75,15 +73,18 @@ class MemoryRollingMixin(MemoryDecodingMixin):
         num_visible = num_prior[windows.row] + windows.index * self.config.memories_per_window  # (P,)
         number = torch.arange(memory_mask.shape[1], device=num_visible.device)
         visible = number < num_visible[:, None]  # (P, M)
-        if room is not None:  # the oldest make room, but for those of the context
+        if room is not None:  # those of the context stay
             pinned, clear = num_pinned[windows.row, None], num_clear[windows.row, None]
-            visible &= (number < pinned) | (number >= num_visible[:, None] - room + pinned - clear)
+            if self.config.memory_policy == "drop_oldest":
+                visible &= (number < pinned) | (number >= num_visible[:, None] - room + pinned - clear)
+            else:
+                visible = self._nearest(memory_embeds[windows.row], visible, number < pinned, room - pinned + clear)
         features, outputs, column_mask = self._decode_windows(
             windows, memory_embeds, visible.long(), first_marker, shared=room is None, **options
         )
         if cache is not None:
             last = windows.last
-            if room is not None:
+            if room is not None and self.config.memory_policy == "drop_oldest":
                 memory_embeds, memory_mask = pack_present(memory_embeds, visible[last].long())
             decoder_cache = outputs.past_key_values
             decoder_cache.batch_select_indices(last)
@@ -137,10 +138,10 @@ class MemoryRollingMixin(MemoryDecodingMixin):
         return reading
 
     def _check_room(self, memory_mask: torch.Tensor, num_clear: torch.Tensor) -> int | None:
-        """Return for how many memories there is room if `(B, M)` are more, and the oldest may go; `None` if not.
+        """Return for how many memories there is room if `(B, M)` are more, and a policy chooses; `None` if not.
 
         Raises:
-            ValueError: If they are more and none may go.
+            ValueError: If they are more and none is set.
         """
         capacity, number = self.config.memory_capacity, memory_mask.shape[1]
         if capacity is None or number <= capacity:
@@ -151,6 +152,31 @@ class MemoryRollingMixin(MemoryDecodingMixin):
             check_capacity(self.config, number)
             return None
         return capacity
+
+    def _nearest(
+        self, memory_embeds: torch.Tensor, visible: torch.Tensor, pinned: torch.Tensor, num_kept: torch.Tensor
+    ) -> torch.Tensor:
+        """Choose what windows see: pinned memories, what the window before folded into, and those nearest to that.
+
+        Args:
+            memory_embeds (`torch.FloatTensor` of shape `(P, M, D)`): All memories of each window's row.
+            visible (`torch.BoolTensor` of shape `(P, M)`): Those before the window; the last of them are the newest.
+            pinned (`torch.BoolTensor` of shape `(P, M)`): Those that stay.
+            num_kept (`torch.LongTensor` of shape `(P, 1)`): How many others there is room for.
+
+        Returns:
+            `torch.BoolTensor` of shape `(P, M)`. It depends on nothing but what is before the window, so that every
+            call chooses alike.
+        """
+        number = torch.arange(visible.shape[1], device=visible.device)
+        newest = visible & (number >= visible.sum(1, keepdim=True) - self.config.memories_per_window)
+        unit = torch.nn.functional.normalize(memory_embeds.detach().float(), dim=-1)
+        query = (unit * newest[..., None]).sum(1, keepdim=True)  # (P, 1, D)
+        likeness = torch.where(newest, number + unit.shape[2], (unit * query).sum(-1))  # the newest come first
+        likeness = likeness.masked_fill(~visible | pinned, -torch.inf)
+        order = likeness.argsort(dim=1, descending=True, stable=True)
+        rank = torch.zeros_like(order).scatter(1, order, number.expand_as(order))
+        return visible & (pinned | (rank < num_kept))
 
     def _fold(self, windows: Windows) -> tuple[torch.Tensor, torch.Tensor]:
         """Turn all windows of each row but its last into memories `(B, M, D)` and their mask `(B, M)`."""
@@ -184,7 +210,7 @@ class MemoryRollingMixin(MemoryDecodingMixin):
         """Decode windows `(P, W)`, each behind the memories of its row that are visible to it.
 
         The memories of a row do not depend on the window behind them, so they run through the decoder once and their
-        keys and values are shared by the row's windows. Where that cannot be (not `shared`: the oldest make room;
+        keys and values are shared by the row's windows. Where that cannot be (not `shared`: a policy chose;
         constant fillers differ by window; activation checkpointing switches the cache off) each window gets a row of
         its own, memories included.
         `first_marker` `(B,)` is the rank of each text's first COPY or BLANK.
@@ -268,7 +294,8 @@ class MemoryRollingMixin(MemoryDecodingMixin):
     ) -> Reading:
         """Read tokens behind those of the open windows."""
         fixed = self.config.memory_positions == "fixed"
-        start = torch.full_like(cache.window_fill, self.config.max_memories) if fixed else cache.memory_mask.sum(1)
+        in_front = cache.column_mask.sum(1) - cache.window_fill  # not all memories of the cache, if a policy chose
+        start = torch.full_like(in_front, self.config.max_memories) if fixed else in_front
         offsets = cache.window_fill[:, None] + mask.cumsum(1) - 1  # (B, Q)
         positions = start[:, None] + offsets
         columns_of_window = torch.arange(cache.window_input_ids.shape[1], device=mask.device)

@@ -154,9 +154,9 @@ def load_by_reference(
             place = given.get(part) or config.references[part]["id"]
             place = type(place).__name__ if isinstance(place, PreTrainedModel) else place
             raise ValueError(
-                f"The base of the {part} ({place}) has other weights than "
-                f"when this model was saved (sha256 {state_hash(omitted)[:12]} instead of "
-                f"{config.references[part]['sha256'][:12]}). Give the base and revision that it was trained on."
+                f"The base of the {part} ({place}) has other weights than when this model was saved (sha256 "
+                f"{state_hash(omitted)[:12]} instead of {config.references[part]['sha256'][:12]}). Give the base and "
+                "revision that it was trained on."
             )
     config = model_class.config_class.from_dict(config.to_dict())
     model = model_class(config, **bases)
@@ -169,8 +169,11 @@ def load_by_reference(
         raise ValueError(f"{TRAINED} does not fit its config: unknown {sorted(unknown)}, missing {sorted(missing)}.")
     model.load_state_dict(trained, strict=False)
     model.tie_weights()
-    if isinstance(kwargs.get("dtype"), (str, torch.dtype)) and kwargs["dtype"] != "auto":
-        wanted = getattr(torch, str(kwargs["dtype"]).removeprefix("torch."))
+    wanted = kwargs.get("dtype")
+    if wanted in (None, "auto"):
+        wanted = config.dtype  # earlier releases of the library hand `dtype` over in the config
+    if wanted is not None:
+        wanted = getattr(torch, str(wanted).removeprefix("torch."))
         for parameter in model.parameters():
             parameter.data = parameter.data.to(wanted if parameter.is_floating_point() else parameter.dtype)
         model.config.dtype = wanted

@@ -82,12 +82,11 @@ def check_text(config: PreTrainedConfig, text: Text, cache: Cache | None) -> Non
     if tensor.dim() != rank or 0 in tensor.shape:
         raise ValueError(
             f"`{name}` has shape {tuple(tensor.shape)}; expected {rank} dimensions (batch, "
-            f"tokens{', width' * (rank - 2)}), "
-            "none of them 0. Give at least one row and one token."
+            f"tokens{', width' * (rank - 2)}), none of them 0. Give at least one row and one token."
         )
     if text.input_ids is not None and (tensor.is_floating_point() or tensor.dtype == torch.bool):
         raise ValueError(f"`input_ids` has type {tensor.dtype}; expected integers. Embeddings go to `inputs_embeds`.")
-    past = 0 if cache is None else cache.get_seq_length()
+    past = 0 if cache is None else int(cache.get_seq_length())  # a tensor in a static cache
     mask = text.attention_mask
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4)):
         given = f"has shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else f"is a {type(mask).__name__}"
@@ -97,8 +96,7 @@ def check_text(config: PreTrainedConfig, text: Text, cache: Cache | None) -> Non
         if mask.shape[0] != text.batch_size or mask.shape[1] not in widths:
             raise ValueError(
                 f"`attention_mask` has shape {tuple(mask.shape)}, but `{name}` has {text.batch_size} rows and "
-                f"{text.length} "
-                f"columns and the cache {past}. Expected ({text.batch_size}, {max(widths)})."
+                f"{text.length} columns and the cache {past}. Expected ({text.batch_size}, {max(widths)})."
             )
     if is_compiling():
         return
@@ -137,15 +135,13 @@ def check_memories(
     if memory_mask.shape != memory_embeds.shape[:2]:
         raise ValueError(
             f"`memory_mask` has shape {tuple(memory_mask.shape)}, but `memory_embeds` has "
-            f"{tuple(memory_embeds.shape)}. "
-            "Expected one mask value for each memory, (batch, memories)."
+            f"{tuple(memory_embeds.shape)}. Expected one mask value for each memory, (batch, memories)."
         )
     if len(memory_embeds) != text.batch_size:
         if len(memory_embeds) != 1:
             raise ValueError(
                 f"`memory_embeds` has {len(memory_embeds)} rows and the text {text.batch_size}. Give one row for each "
-                "text, or "
-                "a single row to repeat it for all."
+                "text, or a single row to repeat it for all."
             )
         memory_embeds = memory_embeds.expand(text.batch_size, -1, -1)
         memory_mask = memory_mask.expand(text.batch_size, -1)
@@ -154,8 +150,7 @@ def check_memories(
         if config.memory_token_id is None:
             raise ValueError(
                 "Memories were given, but `config.memory_token_id` is not set, so no slot can be recognised in "
-                "`input_ids`. "
-                "Set it to an id that the text does not use."
+                "`input_ids`. Set it to an id that the text does not use."
             )
         slots = (text.input_ids == config.memory_token_id).sum(1)
         memories = memory_mask.bool().sum(1)
@@ -199,8 +194,7 @@ def check_no_slots(config: PreTrainedConfig, text: Text) -> None:
         row = int(slots.nonzero()[0])
         raise ValueError(
             f"Row {row} of `input_ids` has {int(slots[row])} memory slots (id {config.memory_token_id}), but 0 "
-            "memories "
-            "were given. Pass `context_input_ids` or `memory_embeds`."
+            "memories were given. Pass `context_input_ids` or `memory_embeds`."
         )
 
 
@@ -214,8 +208,7 @@ def check_clear(config: PreTrainedConfig, text: Text, cache: Cache | None) -> No
     if text.inputs_embeds is not None:
         raise ValueError(
             f"`inputs_embeds` has {text.length} columns, but a window is {config.window_length} tokens, and "
-            "embeddings "
-            "cannot be folded into memories. Pass `input_ids`, or give memories with the embeddings."
+            "embeddings cannot be folded into memories. Pass `input_ids`, or give memories with the embeddings."
         )
     raise ValueError(
         f"A {type(cache).__name__} was given for a text of {length} columns, more than a window of "
@@ -265,6 +258,5 @@ def check_ids(
     if wrong.any():
         raise ValueError(
             f"{who} knows ids 0 to {vocab_size - 1}, but `{name}` holds {int(ids[wrong][0])}. Tokenise with the "
-            "model's own "
-            "tokenizer, or resize the token table."
+            "model's own tokenizer, or resize the token table."
         )

@@ -43,7 +43,15 @@ from .memory_adapters import MemoryAdapterMixin, adapted_modules, inject_adapter
 from .memory_cache import MemoryCache  # noqa: F401
 from .memory_decoding import MemoryDecodingMixin  # noqa: F401
 from .memory_encoder import build_encoder, encode_chunks
-from .memory_parts import HUB_OPTIONS, check_decoder, embedding_scale, load_decoder, load_encoder
+from .memory_parts import (
+    HUB_OPTIONS,
+    check_decoder,
+    embedding_scale,
+    layers_from,
+    load_decoder,
+    load_encoder,
+    load_whole,
+)
 from .memory_pooling import PooledQueryPooling, QueryPooling, build_pooling
 from .memory_projector import MemoryProjector
 from .memory_reading import MemoryReadingMixin
@@ -137,7 +145,8 @@ class MemoryPreTrainedModel(PreTrainedModel):
         are checked.
 
         Raises:
-            ValueError: If a base is not named or is not the one that the model was trained on.
+            ValueError: If weights are missing, unless `output_loading_info` asks for their names; if a base is not
+                named or is not the one that the model was trained on.
         """
         given = {part: kwargs.pop(f"{part}_base") for part in PARTS if f"{part}_base" in kwargs}
         config = kwargs.get("config")
@@ -161,7 +170,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
                 "`from_encoder_decoder_pretrained` joins other parts."
             )
         else:
-            loaded = super().from_pretrained(*args, **kwargs)
+            loaded = load_whole(super().from_pretrained, *args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).apply_freezing()
         return loaded
 
@@ -290,7 +299,14 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
         ):
             for name, parameter in part.named_parameters() if frozen else ():
                 parameter.requires_grad_(is_adapter(name))
+        for layer in self._thawed_layers():
+            layer.requires_grad_(True)
         self.train(self.training)
+
+    def _thawed_layers(self) -> list[nn.Module]:
+        """Return the layers of a frozen encoder that train all the same."""
+        first = self.config.encoder_trained_from
+        return [] if first is None else layers_from(self.encoder, first)
 
     def train(self, mode: bool = True) -> "MemoryEncoderDecoderModel":
         """Set training mode, except in frozen parts."""
@@ -299,6 +315,8 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
             self.encoder.eval()
         if self.config.freeze_decoder:
             self.decoder.eval()
+        for layer in self._thawed_layers():
+            layer.train(mode)
         for _, module in adapted_modules(self):
             module.lora_dropout.train(mode)
         return self
@@ -397,9 +415,8 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
     ) -> tuple[torch.FloatTensor, torch.LongTensor]:
         """Turn the chunks of each context into memories in decoder width.
 
-        Chunks do not see each other. The result may be kept, stored, repeated for many prompts and passed to
-        `forward` or
-        `generate`.
+        Chunks do not see each other. The result may be kept, stored, repeated for many prompts and passed to `forward`
+        or `generate`.
 
         Args:
             context_input_ids (`torch.LongTensor` of shape `(B, C, L)`): Encoder token ids.
@@ -421,16 +438,14 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
         if context_input_ids.dim() != 3 or 0 in context_input_ids.shape:
             raise ValueError(
                 f"`context_input_ids` has shape {tuple(context_input_ids.shape)}; expected (batch, chunks, chunk "
-                "tokens), none "
-                "of them 0. `MemoryProcessor` builds it."
+                "tokens), none of them 0. `MemoryProcessor` builds it."
             )
         check_same_shape("context_attention_mask", context_attention_mask, "context_input_ids", context_input_ids)
         limit = encoder_limit(self.config.encoder)
         if limit is not None and context_input_ids.shape[2] > limit:
             raise ValueError(
                 f"A chunk of the context has {context_input_ids.shape[2]} tokens, but the encoder takes {limit}. Cut "
-                "the context "
-                f"into chunks of `chunk_length` ({self.config.chunk_length}) tokens."
+                f"the context into chunks of `chunk_length` ({self.config.chunk_length}) tokens."
             )
         batch_size, num_chunks, _ = context_input_ids.shape
         per_chunk = self.config.memories_per_chunk
@@ -556,8 +571,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
         if memory_embeds is not None:
             raise ValueError(
                 "Both `context_input_ids` and `memory_embeds` were given, but a prompt has one context. Give the "
-                "context or "
-                "its ready memories."
+                "context or its ready memories."
             )
         return self.encode_memories(context_input_ids, context_attention_mask, context_num_memories)
 
@@ -574,11 +588,9 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
     """A causal language model that reads long text through memories.
 
     1. **Plain text.** A text longer than a window is cut into windows; each is read in clear behind the memories of
-    all
-       windows before it. A text of one window is the plain decoder.
+       all windows before it. A text of one window is the plain decoder.
     2. **Context through slots.** Memories of `context_input_ids`, or ready `memory_embeds`, take the places of the
-    slot
-       tokens (`config.memory_token_id`) in `input_ids`.
+       slot tokens (`config.memory_token_id`) in `input_ids`.
     3. **Cached steps** of either. The cache of plain text folds a window into memories when it is full.
 
     Example:
@@ -619,26 +631,21 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
                 tokens and slots, 0 for padding, which may stand anywhere and is skipped.
             context_input_ids (`torch.LongTensor` of shape `(B, C, L)`, *optional*): Chunks of encoder token ids.
             context_attention_mask (`torch.LongTensor` of shape `(B, C, L)`, *optional*): 1 for tokens, 0 for padding;
-            a
-                chunk of zeros only is absent and takes no slots.
+                a chunk of zeros only is absent and takes no slots.
             memory_embeds (`torch.FloatTensor` of shape `(B, M, D)` or `(1, M, D)`, *optional*): Ready memories, from
                 [`encode_memories`]; a single row is repeated for all texts. With `inputs_embeds` they stand in front.
             memory_mask (`torch.LongTensor` of shape `(B, M)`, *optional*): 1 for present memories. Default: all.
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*): Token that stands in each column, -100 where it
-            is
-                not to be learnt; slots are -100. Shifted inside, across windows too.
+                is not to be learnt; slots are -100. Shifted inside, across windows too.
             past_key_values (`Cache`, *optional*): From an earlier call. Plain text gives and takes a [`MemoryCache`].
             inputs_embeds (`torch.FloatTensor` of shape `(B, T, D)`, *optional*): Instead of `input_ids`, for at most
-            one
-                window or with memories.
+                one window or with memories.
             position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Positions of a text read in clear. By
-            default
-                they follow from the mask.
+                default they follow from the mask.
             use_cache (`bool`, *optional*): Whether to return a cache. Default: the decoder's setting, never in
             training.
             logits_to_keep (`int` or `torch.LongTensor`): Number of last columns, or columns, to return logits for; 0
-            for
-                all.
+                for all.
             return_dict (`bool`, *optional*): Whether to return an output object rather than a tuple.
             output_hidden_states (`bool`, *optional*): Whether to return the states of all layers.
             output_attentions (`bool`, *optional*): Whether to return attentions; only of texts of one window.
@@ -647,20 +654,17 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
             rolling_memory (`bool`, *optional*): Whether, behind the last slot of a text with memories, full windows
                 fold into memories as those of plain text do. Default: that text is read in clear.
             kwargs: Passed to the loss: `num_items_in_batch`, the global number of targets to divide by, and
-            `shift_labels`
-                `(B, T)`, targets *of* each column, which then replace `labels`.
+                `shift_labels` `(B, T)`, targets *of* each column, which then replace `labels`.
 
         Returns:
             [`MemoryCausalLMOutputWithPast`]: Logits have the shape of `input_ids`; the loss is in nats per target.
 
         Raises:
             ValueError: If slots and memories differ in number in some row, a label stands on a slot, shapes or ids do
-            not
-                fit, or the text needs more memories than the decoder takes.
+                not fit, or the text needs more memories than the decoder takes.
 
         Source: Badger 2026, arXiv 2602.13466, chunked memory model; unlike there the first token of a window is
-        trained,
-        absent memories are masked, and each window has its own mask.
+        trained, absent memories are masked, and each window has its own mask.
         """
         self._check_spelling(kwargs)
         check_has_owner("context_attention_mask", context_attention_mask, "context_input_ids", context_input_ids)
@@ -721,8 +725,7 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
             if given is not None and given.shape != text.tokens.shape[:2]:
                 raise ValueError(
                     f"`{name}` has shape {tuple(given.shape)}, but the text has {tuple(text.tokens.shape[:2])}. Give "
-                    "one label for "
-                    "each column, -100 where nothing is to be learnt."
+                    "one label for each column, -100 where nothing is to be learnt."
                 )
         if (labels is not None or shift_labels is not None) and not (
             isinstance(logits_to_keep, int) and logits_to_keep == 0
@@ -741,8 +744,7 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
                 row, column = wrong.nonzero()[0].tolist()
                 raise ValueError(
                     f"Row {row}, column {column} is a memory slot, but its label is {int(labels[row, column])}. A "
-                    "slot holds no token "
-                    "to learn: set its label to -100."
+                    "slot holds no token to learn: set its label to -100."
                 )
         check_ids("The decoder", "labels", labels, vocab_size, labels == -100)
         if text.has_own_mask:  # the first token has nothing before it that could predict it

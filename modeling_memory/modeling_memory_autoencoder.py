@@ -35,7 +35,7 @@ from .configuration_masked_mixer import MaskedMixerConfig  # noqa: F401
 from .configuration_memory import POOLINGS  # noqa: F401
 from .configuration_memory_autoencoder import MemoryAutoencoderConfig
 from .memory_encoder import build_encoder, encode_chunks
-from .memory_parts import check_decoder  # noqa: F401  (copied with this file)
+from .memory_parts import load_whole
 from .memory_pooling import PooledQueryPooling, QueryPooling, build_pooling
 from .modeling_masked_mixer import check_attention_mask
 
@@ -229,8 +229,12 @@ class MemoryAutoencoder(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load a model as `PreTrainedModel.from_pretrained` does, and freeze what its config says is frozen."""
-        loaded = super().from_pretrained(*args, **kwargs)
+        """Load a model as `PreTrainedModel.from_pretrained` does, and freeze what its config says is frozen.
+
+        Raises:
+            ValueError: If weights are missing, unless `output_loading_info` asks for their names.
+        """
+        loaded = load_whole(super().from_pretrained, *args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).apply_freezing()
         return loaded
 

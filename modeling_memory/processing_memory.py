@@ -105,14 +105,14 @@ class MemoryProcessor(ProcessorMixin):
                 raise ValueError(f"`{name}` is {value!r}; expected a positive integer, the one of the model's config.")
         if self.window_length % self.chunk_length:
             raise ValueError(
-                f"`window_length` is {self.window_length} and `chunk_length` is {self.chunk_length}; a "
-                f"window must hold whole chunks. Use the values of the model's config."
+                f"`window_length` is {self.window_length} and `chunk_length` is {self.chunk_length}; a window must "
+                "hold whole chunks. Use the values of the model's config."
             )
         ids = self._tokenize(self.tokenizer, self.memory_token)
         if ids != [self.memory_token_id] or ids == [self.tokenizer.unk_token_id]:
             raise ValueError(
-                f"The tokenizer does not know the memory token {self.memory_token!r} (it reads it as the ids "
-                f"{ids}; expected one id of its own). Add it first: "
+                f"The tokenizer does not know the memory token {self.memory_token!r} (it reads it as the ids {ids}; "
+                "expected one id of its own). Add it first: "
                 f"tokenizer.add_special_tokens({{'additional_special_tokens': [{self.memory_token!r}]}})."
             )
 
@@ -122,8 +122,8 @@ class MemoryProcessor(ProcessorMixin):
             encoder_tokenizer = None
         if encoder_tokenizer is not None and not isinstance(encoder_tokenizer, PreTrainedTokenizerBase):
             raise ValueError(
-                f"`encoder_tokenizer` is a {type(encoder_tokenizer).__name__}; expected a tokenizer of "
-                f"transformers, or nothing when encoder and decoder share one."
+                f"`encoder_tokenizer` is a {type(encoder_tokenizer).__name__}; expected a tokenizer of transformers, "
+                "or nothing when encoder and decoder share one."
             )
         self.encoder_tokenizer = encoder_tokenizer
         self._chunk_prefix: list[int] = []
@@ -135,9 +135,8 @@ class MemoryProcessor(ProcessorMixin):
         starts = [i for i in range(len(framed)) if probe and framed[i : i + len(probe)] == probe]
         if len(framed) > len(probe) and not starts:
             raise ValueError(
-                f"The encoder tokenizer turns 'a' into {probe}, and into {framed} with special tokens; "
-                f"expected the same ids with special tokens before and after them. Give a tokenizer that "
-                f"frames its text."
+                f"The encoder tokenizer turns 'a' into {probe}, and into {framed} with special tokens; expected the "
+                "same ids with special tokens before and after them. Give a tokenizer that frames its text."
             )
         if starts:
             self._chunk_prefix = framed[: starts[0]]
@@ -174,11 +173,49 @@ class MemoryProcessor(ProcessorMixin):
             )
         if self.encoder_tokenizer is None and self.memory_token_id in ids:
             raise ValueError(
-                f"A context contains {self.memory_token!r}, which marks the memory slots of a prompt and is "
-                f"no text. Remove it from the context."
+                f"A context contains {self.memory_token!r}, which marks the memory slots of a prompt and is no text. "
+                "Remove it from the context."
             )
         pieces = [ids[i : i + self.chunk_length] for i in range(0, len(ids), self.chunk_length)]
         return [self._chunk_prefix + piece + self._chunk_suffix for piece in pieces]
+
+    def chunk_spans(self, context: str) -> list[tuple[int, int]]:
+        """Say which characters of a context each of its chunks stands for.
+
+        White space between two chunks counts with the later one, as decoders' tokenizers put it in front of words. A
+        character of several tokens counts where its first token stands.
+
+        Args:
+            context (`str`): The text to be remembered.
+
+        Returns:
+            `list` of `(int, int)`: First character and the one behind the last, of each chunk of [`split_context`];
+            together they are the whole context, each character once.
+
+        Raises:
+            ValueError: As [`split_context`], and if the tokenizer is not a fast one, which knows no characters.
+        """
+        num_chunks = len(self.split_context(context))
+        tokenizer = self.encoder_tokenizer or self.tokenizer
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"A {type(tokenizer).__name__} does not say which characters its tokens stand for; use a fast "
+                f"tokenizer (`AutoTokenizer` loads one by default)."
+            )
+        offsets = tokenizer(
+            context,
+            add_special_tokens=False,
+            truncation=False,
+            padding=False,
+            verbose=False,
+            return_offsets_mapping=True,
+        )["offset_mapping"]
+        borders, furthest = [0], 0
+        for i, (_, end) in enumerate(offsets, start=1):
+            furthest = max(furthest, end)
+            if i % self.chunk_length == 0 and len(borders) < num_chunks:
+                borders.append(furthest)
+        return list(zip(borders, [*borders[1:], len(context)], strict=True))
 
     def __call__(
         self,
@@ -230,14 +267,13 @@ class MemoryProcessor(ProcessorMixin):
             raise ValueError("Neither `text` nor `context` was given; give at least one of them.")
         if context is not None and num_memories is not None:
             raise ValueError(
-                "`context` and `num_memories` were both given; give a context to be encoded, or the number "
-                "of memories that are ready."
+                "`context` and `num_memories` were both given; give a context to be encoded, or the number of "
+                "memories that are ready."
             )
         if texts is not None and contexts is not None and len(texts) != len(contexts):
             raise ValueError(
-                f"{len(texts)} texts and {len(contexts)} contexts were given; expected one context for each "
-                f"text. Repeat a context that several texts share, or encode it once and pass "
-                f"`memory_embeds`."
+                f"{len(texts)} texts and {len(contexts)} contexts were given; expected one context for each text. "
+                "Repeat a context that several texts share, or encode it once and pass `memory_embeds`."
             )
         data: dict[str, list] = {}
         counts: list[int] | None = None
@@ -288,8 +324,8 @@ class MemoryProcessor(ProcessorMixin):
         counts = [num_memories] * len(texts) if isinstance(num_memories, int) else list(num_memories)
         if len(counts) != len(texts):
             raise ValueError(
-                f"{len(texts)} texts and {len(counts)} numbers of memories were given; expected one number "
-                f"for each text."
+                f"{len(texts)} texts and {len(counts)} numbers of memories were given; expected one number for each "
+                "text."
             )
         for i, count in enumerate(counts):
             if not isinstance(count, int) or isinstance(count, bool) or count < 0:
@@ -303,14 +339,14 @@ class MemoryProcessor(ProcessorMixin):
         marks = [i for i, token_id in enumerate(ids) if token_id == slot]
         if len(marks) > 1:
             raise ValueError(
-                f"A text contains {self.memory_token!r} {len(marks)} times; expected it once, where all "
-                f"slots of the row shall stand, or not at all."
+                f"A text contains {self.memory_token!r} {len(marks)} times; expected it once, where all slots of the "
+                "row shall stand, or not at all."
             )
         if count is None:
             if marks:
                 raise ValueError(
-                    f"A text contains {self.memory_token!r}, but there is nothing to remember. Give "
-                    f"`context`, or `num_memories` for memories that are ready, or take the token out."
+                    f"A text contains {self.memory_token!r}, but there is nothing to remember. Give `context`, or "
+                    "`num_memories` for memories that are ready, or take the token out."
                 )
             row = ids
         else:
@@ -344,9 +380,9 @@ class MemoryProcessor(ProcessorMixin):
         if padding == "max_length":
             if max_length is None or max_length < longest:
                 raise ValueError(
-                    f"`padding='max_length'` with `max_length={max_length}`, but the longest row has "
-                    f"{longest} tokens, slots included; nothing is cut off. Raise `max_length`, or shorten "
-                    f"the text or its context."
+                    f"`padding='max_length'` with `max_length={max_length}`, but the longest row has {longest} "
+                    "tokens, slots included; nothing is cut off. Raise `max_length`, or shorten the text or its "
+                    "context."
                 )
             length = max_length
         pad = _pad_value(self.tokenizer)

@@ -159,7 +159,7 @@ def test_a_base_that_has_changed_or_is_not_named_is_refused(folders, tmp_path):
     loose = join()
     with pytest.raises(ValueError, match="given as models.*by_reference="):
         loose.save_pretrained(tmp_path / "loose", by_reference=True)
-    stranger = tiny_decoder("olmo2")  # its norms are ones, as those of any new model
+    stranger = tiny_decoder("qwen3")  # its norms are ones, as those of any new model
     with torch.no_grad():
         for parameter in stranger.parameters():
             if parameter.ndim > 1:

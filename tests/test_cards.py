@@ -206,5 +206,13 @@ def test_the_snippet_runs_as_it_stands(kind, tmp_path):
     assert done.stdout.strip()
 
 
+def test_the_card_asks_for_the_versions_that_the_package_asks_for(model):
+    project = (REPOSITORY / "pyproject.toml").read_text("utf-8")
+    needed = project.partition("dependencies = [")[2].partition("]")[0]
+    asked = re.findall(r'"((?:torch|transformers)>=[^"]+)"', needed)
+    assert len(asked) == 2
+    assert "pip install " + " ".join(f'"{requirement}"' for requirement in asked) in render_card(model).text
+
+
 def test_a_second_card_is_the_same(model):
     assert str(render_card(model, RECORD)) == str(render_card(model, json.loads(json.dumps(RECORD))))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from typing import Any
 
 import pytest
@@ -245,7 +246,7 @@ def test_running_states_and_missing_caches_are_refused():
     mamba = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("mamba", vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=1, state_size=4)
     )
-    with pytest.raises(ValueError, match="'mamba', has layers of type linear_attention"):
+    with pytest.raises(ValueError, match="'mamba'.*Choose a decoder with attention"):
         MemoryEncoderDecoderForCausalLM.from_encoder_decoder_pretrained(tiny_encoder("bert"), mamba, chunk_length=4)
     config = tiny_decoder("llama").config
     config.layer_types = ["linear_attention", "full_attention"]
@@ -363,6 +364,40 @@ def test_exact_budgets(pooling, tmp_path):
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert torch.equal(loaded.encode_memories(context)[0], model.encode_memories(context)[0])
+
+
+def test_a_ratio_to_memories():
+    config = join("bert", "llama").config
+    assert [config.memories_at_ratio(100, ratio) for ratio in (16, 100, 2.5)] == [6, 1, 40]
+    for tokens, ratio, message in ((10, 16, "leaves 10 tokens without"), (10, 0, "above 0"), (10, "2", "above 0")):
+        with pytest.raises(ValueError, match=message):
+            config.memories_at_ratio(tokens, ratio)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_an_encoder_trains_from_a_layer_on(encoder, first, tmp_path):
+    model = join(encoder, "llama", encoder_trained_from=first, freeze_decoder=True).train()
+    assert not model.encoder.training, "dropout of the frozen part stays off"
+    trains = {name for name, parameter in model.encoder.named_parameters() if parameter.requires_grad}
+    layers = re.compile(r"(?:^|\.)(?:layers?|block)\.(\d+)\.")
+    for name, _ in model.encoder.named_parameters():
+        found = layers.search(name)
+        behind = "norm" in name and "embeddings" not in name
+        expected = int(found[1]) >= first if found else behind
+        assert (name in trains) == expected, name
+    inputs = slot_inputs()
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == SLOT, -100)
+    model(**inputs, labels=labels).loss.backward()
+    moved = {name for name, p in model.encoder.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert moved <= trains and len(moved) >= len(trains) / 2
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert {name for name, parameter in loaded.encoder.named_parameters() if parameter.requires_grad} == trains
+    with pytest.raises(ValueError, match="`encoder_trained_from` is 3, but the .* has 2 layers"):
+        join(encoder, "llama", encoder_trained_from=3)
+    with pytest.raises(ValueError, match="Leave one of them out"):
+        join(encoder, "llama", encoder_trained_from=1, freeze_encoder=False)
 
 
 def test_bytes_to_memories():

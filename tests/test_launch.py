@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from modeling_memory import MemoryAutoencoder, MemoryAutoencoderConfig
 from tests.conftest import VOCAB_SIZE, tiny_decoder_config, tiny_encoder_config
 from tests.memory_models import BLANK, CHUNK, COPY, SLOT, WINDOW, build_model
+from training.documents import DocumentRows
 from training.objectives import IGNORED, SpecialTokens
 from training.recipe import TrainingRecipe
 from training.rows import ObjectiveCollator, TokenRows
@@ -29,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     "all objectives": {"objectives": ALL, "options": {"every": {"causal": 2}}},
     "slots": {"objectives": ALL, "options": {"layout": "slots", "every": {"blank_copy": 4}}},
     "logits in chunks": {"objectives": ALL, "training": {"loss_chunk": 8}},
+    "documents": {"objectives": ALL, "documents": True, "options": {"padded": True}},
     "causal": {"objectives": {"causal": 1.0}, "kind": "decoder"},
     "copy": {"objectives": {"copy": 1.0}, "options": {"marker": "none"}},
     "blank copy": {"objectives": {"blank_copy": 1.0}},
@@ -40,9 +42,9 @@ class Uneven(ObjectiveCollator):
     """Takes another number of targets from each row, from some rows all of them."""
 
     def collate(
-        self, objective: str, tokens: torch.Tensor, rows: torch.Tensor | None = None
+        self, objective: str, tokens: torch.Tensor, rows: torch.Tensor | None = None, **masked: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        batch = super().collate(objective, tokens, rows)
+        batch = super().collate(objective, tokens, rows, **masked)
         assert rows is not None
         key = "labels" if "labels" in batch else "shift_labels"
         targets = batch[key]
@@ -64,6 +66,15 @@ def network(kind: str) -> PreTrainedModel:
 
 def stream(num_tokens: int) -> torch.Tensor:
     return torch.randint(5, VOCAB_SIZE, (num_tokens,), generator=torch.Generator().manual_seed(5))
+
+
+def train_rows(*, documents: bool) -> TokenRows | DocumentRows:
+    if not documents:
+        return TokenRows(stream(1000), row_length=ROW, num_items=STEPS * ROWS, seed=1)
+    options: dict[str, Any] = {"row_length": ROW, "shortest": WINDOW + 1, "num_items": STEPS * ROWS}
+    tokens = stream(2000)
+    tokens[::23] = tokens[::41] = SPECIAL.eos
+    return DocumentRows(tokens, eos_token_id=SPECIAL.eos, step_rows=ROWS, seed=1, group_by_length=True, **options)
 
 
 def build_trainer(case: str, folder: Path, *, batch_size: int, accumulation: int = 1) -> MemoryTrainer:
@@ -97,7 +108,7 @@ def build_trainer(case: str, folder: Path, *, batch_size: int, accumulation: int
         training_arguments(training, folder, seed=0, use_cpu=True),
         objectives=objectives,
         training=training,
-        train_dataset=TokenRows(stream(1000), row_length=ROW, num_items=STEPS * ROWS, seed=1),
+        train_dataset=train_rows(documents=CASES[case].get("documents", False)),
         eval_dataset=TokenRows(stream(11 * ROW), row_length=ROW, num_items=11),
         data_collator=collator,
     )

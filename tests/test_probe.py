@@ -1,6 +1,7 @@
 """The probe reads what it says it reads, counts exactly, controls are what they say, and nothing is done twice."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,8 +189,13 @@ def test_cells_are_kept_by_what_decides_them(llama: str, tmp_path: Path, monkeyp
     monkeypatch.setattr(probe_module, "invert", counting)
     # One document: both lengths cut the same tokens, and are two cells all the same.
     setting = Probe(train=[TEXT], test=[TEXT], lengths=(2, 4), size=SIZE, budget=BUDGET, train_tokens=64)
+    # Interrupted after the first length; what is finished is reported, nothing else is trained.
+    probe({"m": llama}, replace(setting, lengths=(2,), conditions=("embedding",)), tmp_path)
+    (found,) = probe({"m": llama}, replace(setting, only_finished=True), tmp_path)
+    assert {length: set(cells) for length, cells in found["lengths"].items()} == {"2": {"embedding"}, "4": set()}
+    assert len(calls) == 1
     first = probe({"m": llama}, setting, tmp_path)
-    assert len(calls) == 6
+    assert len(calls) == 6 and first[0]["lengths"]["2"]["embedding"] == found["lengths"]["2"]["embedding"]
     assert probe({"m": llama}, setting, tmp_path) == first and len(calls) == 6
     assert first[0]["lengths"]["4"]["embedding"] != first[0]["lengths"]["2"]["embedding"]
     again = probe({"m": llama}, Probe(**{**vars(setting), "table": "replaced", "lengths": (2,)}), tmp_path)

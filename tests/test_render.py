@@ -142,7 +142,8 @@ def use_record() -> dict[str, Any]:
 
 def probe_record() -> dict[str, Any]:
     def cell(accuracy: float) -> dict[str, Any]:
-        return condition(accuracy, information_ratio=0.5, numbers_per_text=64, unknown_test_tokens=128)
+        return condition(accuracy, information_ratio=0.5, numbers_per_text=64, unknown_test_tokens=128,
+                         bits_per_byte=1.234)  # fmt: skip
 
     lengths = {length: {"embedding": cell(0.5), "shuffled": cell(0.04)} for length in ("8", "16")}
     decoder = {"model_type": "masked_mixer", "hidden_size": 256, "num_hidden_layers": 2, "expansion": "unroll"}
@@ -153,6 +154,58 @@ def probe_record() -> dict[str, Any]:
         "recipe": {"decoder": decoder, "budget": {"steps": 100, "batch_tokens": 1024}},
         "metrics": {"models": [{"name": "some model", "position": "mean", "lengths": lengths}]},
         "seconds": 120.0,
+    }
+
+
+def store_record() -> dict[str, Any]:
+    def kept(loss: float, increase: float) -> dict[str, Any]:
+        return {"loss": loss, "token_accuracy": 0.99, "num_tokens": 2048, "loss_increase": increase}
+
+    formats = {
+        "float16": {"bytes_per_token": 33.25, "blank_copy": kept(0.03, 0.0), "causal": kept(4.0, 0.0)},
+        "int8": {"bytes_per_token": 17.5, "blank_copy": kept(0.0302, 0.008), "causal": kept(4.0, 0.0001)},
+    }
+    seconds = {"open": 0.001, "search": 0.02}
+    return {
+        "run": RUN,
+        "code": CODE,
+        "hardware": HARDWARE,
+        "repetitions": 3,
+        "given": {"tokens_per_memory": 16},
+        "metrics": {
+            "speed": {
+                "target": 4.0,
+                "given": {"texts": 4, "tokens": 1000, "chunks": 63, "batch_size": 256},
+                "tokens_per_second": {"fast": 5000.0, "plain": 1000.0},
+                "ratio": spread([5.0, 4.5, 5.5]),
+            },
+            "formats": {
+                "target_loss_increase": 0.01,
+                "tokens": 1000,
+                "chunks": 63,
+                "text_bytes_per_token": 3.2,
+                "encoded": {"blank_copy": kept(0.03, 0.0), "causal": kept(4.0, 0.0)},
+                "formats": formats,
+            },
+            "search": {"chunks": 63, "seconds": {name: spread([value]) for name, value in seconds.items()}},
+        },
+    }
+
+
+def store_faults_record() -> dict[str, Any]:
+    disturbed = {"append": {"faults": 34, "before": 17, "after": 17}, "vacuum": {"faults": 6, "before": 6, "after": 0}}
+    return {
+        "run": RUN,
+        "code": CODE,
+        "hardware": HARDWARE,
+        "metrics": {
+            "faults": 1064,
+            "texts_lost": 0,
+            "at_every_call": {"crash": disturbed},
+            "files": {"flip": {"faults": 1000, "refused": 300, "healed": 700}},
+            "kills": {"faults": 24, "acknowledged": 50, "lost": 0, "in_flight": 20, "arrived": 3},
+            "writers": {"with the lock": {"acknowledged": 100, "lost": 0, "refused": 0}},
+        },
     }
 
 
@@ -212,6 +265,8 @@ RECORDS = {
     "capacity": capacity_record,
     "retrieval": retrieval_record,
     "fidelity": fidelity_record,
+    "store": store_record,
+    "store_faults": store_faults_record,
 }
 
 
@@ -272,9 +327,10 @@ def test_pages_and_figures_are_made_from_the_records_and_checked(root: Path, cap
         "| float32, AdamW at 0.0005, plain loop | 1,000 | 1051 | 1.05 s | 61.0% |",
         "| recipe quickstart as shipped | 400 | 100 | 250 ms | 90.3% |",
         "[Record](benchmarks/results/speed.json): commit 0123456, 2 threads on Some CPU, 2026-01-02.",
-        "| some model, mean, 64 | 90% | [50.0%](benchmarks/results/probe.json) (49.9 to 50.1), 0.50 | "
-        "[50.0%](benchmarks/results/probe.json) (49.9 to 50.1), 0.50 |",
-        "| some model, another text's embedding | 90% | 4.0% (3.9 to 4.1), 0.50 | 4.0% (3.9 to 4.1), 0.50 |",
+        "| some model, mean, 64 | 90% | [50.0%](benchmarks/results/probe.json) (49.9 to 50.1), 0.50, 1.23 | "
+        "[50.0%](benchmarks/results/probe.json) (49.9 to 50.1), 0.50, 1.23 |",
+        "| some model, another text's embedding | 90% | 4.0% (3.9 to 4.1), 0.50, 1.23 | "
+        "4.0% (3.9 to 4.1), 0.50, 1.23 |",
         "| the encoder's, one pass | 90.0% | 50% | 1.0000 | 90.0 (89.0 to 91.0) |",
         "| gain over none (nats a text) | 20.0 | 30.0 |",
         "| causal, trained | [75.0%](benchmarks/results/retrieval.json) (20.0 to 30.0) | 50.0% | "
@@ -282,6 +338,13 @@ def test_pages_and_figures_are_made_from_the_records_and_checked(root: Path, cap
         "| | books | news |",
         "| digits kept | 80.0% (70.0 to 90.0) of 5 | 80.0% (70.0 to 90.0) of 5 |",
         "| dates kept | none there | none there |",
+        "| float16 | 33.2 | 99.00% | 0.0300 | 0.00% | 4.0000 | 0.00% |",
+        "| int8 | 17.5 | 99.00% | 0.0302 | [0.80%](benchmarks/results/store.json) (at most 1%) | 4.0000 | "
+        "[0.01%](benchmarks/results/store.json) (at most 1%) |",
+        "| open | 1.00 ms |",
+        "| crash, in append | 34 | 17 as before, 17 as after | 0 |",
+        "| flip, any file | 1,000 | 300 refused by name, 700 told and without effect | 0 |",
+        "| SIGKILL at random | 24 | 50 changes acknowledged, 3 of 20 in flight arrived | 0 |",
         "  the[ dog]",
         "the output",
         "Before speed.",
@@ -290,6 +353,8 @@ def test_pages_and_figures_are_made_from_the_records_and_checked(root: Path, cap
         assert line in readme.splitlines() or any(one.endswith(line) for one in readme.splitlines()), line
     assert "reaches [90.0 %](benchmarks/results/ceiling.json) (88.0 to 92.0) of the ceiling's gain" in readme
     assert "More than [10.5 times](benchmarks/results/time_to_accuracy.json) faster to 90% of the" in readme
+    assert "[5.0 times](benchmarks/results/store.json) (at least 4) the tokens" in readme
+    assert "[1,064 faults](benchmarks/results/store_faults.json), [0 texts lost](" in readme
     assert "old" not in readme.split("\n") and "missed" not in readme
     assert "(../benchmarks/results/speed.json)" in (root / "docs" / "page.md").read_text()
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from modeling_memory import MemoryEncoderDecoderForCausalLM
 from training import recipe as recipe_module
 from training import run as run_module
 from training.build import build_stage_model, child_config
+from training.estimate import build_on_meta
 from training.figures import write_figures
 from training.objectives import SpecialTokens
 from training.recipe import REPOSITORY, load_recipe
@@ -105,6 +107,10 @@ def test_run_leaves_record_figures_and_hub_folder_and_a_second_call_says_all_is_
     assert record["inputs"]["files"]["train"].keys() == {"train.txt"}
     for figure in ("loss.png", "token_accuracy.png", "accuracy_by_position.png"):
         assert (out / "figures" / figure).stat().st_size > 5000
+    page = (out / "summary.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 and "http" not in page and str(tmp_path) not in page
+    for part in (*names, "blank copy loss", "regenerated from the memories alone", record["run"]["command"]):
+        assert escape(part) in page, part
     for part in ("seconds by part", "blank_copy", "regenerated from the memories alone", "Hub folder"):
         assert part in printed
     hub = MemoryEncoderDecoderForCausalLM.from_pretrained(out / "hub").state_dict()
@@ -247,6 +253,11 @@ def test_help_explains_the_arguments(capsys: pytest.CaptureFixture[str]):
 def test_shipped_recipe_builds_every_model(path: Path):
     """Configurations, references and frozen parts fit."""
     recipe = load_recipe(path)
+    if recipe.pretrained:  # what they say of models that are not here is built without values
+        for model in build_on_meta(recipe).values():
+            assert any(parameter.requires_grad for parameter in model.parameters())
+            assert all(parameter.is_meta for parameter in model.parameters())
+        return
     vocab_size = recipe.tokenizer.vocab_size
     special = SpecialTokens(pad=0, bos=1, eos=2, copy=3, blank=4, memory=vocab_size)
     models: dict[str, Any] = {}

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 from modeling_memory import (
@@ -210,3 +212,22 @@ def test_a_masked_mixer_decoder_loads_where_the_package_is_not_installed(tmp_pat
         cwd=tmp_path, env={**environment, "HF_HOME": str(tmp_path / "cache")}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.stdout.strip() == "MaskedMixerForCausalLM", run.stderr[-500:]
+
+
+@pytest.mark.parametrize("kind", ["memory", "autoencoder"])
+def test_a_folder_without_all_weights_is_refused_by_name(kind, tmp_path):
+    if kind == "memory":
+        model, name = build_model(), "projector.linear.weight"
+    else:
+        parts = {part: tiny_encoder_config("masked_mixer") for part in ("encoder", "decoder")}
+        model = MemoryAutoencoder(MemoryAutoencoderConfig(**parts, chunk_length=4))
+        name = next(key for key in model.state_dict() if key.startswith("encoder.layers"))
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = name if name in weights else next(key for key in weights if key.startswith("projector"))
+    del weights[name]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"has no weights for {re.escape(name)}. Load a complete checkpoint"):
+        type(model).from_pretrained(tmp_path)
+    _, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert set(report["missing_keys"]) == {name}

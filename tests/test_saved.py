@@ -42,6 +42,9 @@ def test_a_saved_model_answers_as_it_did(folder):
     assert answers.keys() == expected.keys()
     for name, tensor in expected.items():
         assert answers[name].dtype == tensor.dtype and answers[name].shape == tensor.shape, name
+        if name == "slots":  # what stands in columns of padding means nothing, and torch versions differ in it
+            mask = expected["processor.attention_mask"][..., None]
+            answers[name], tensor = answers[name] * mask, tensor * mask
         if tensor.is_floating_point():
             torch.testing.assert_close(
                 answers[name], tensor, rtol=0, atol=TOLERANCE, msg=lambda text, n=name: f"{n}: {text}"
@@ -59,8 +62,9 @@ def test_parameter_names_and_shapes_are_pinned(folder):
     states = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    if folder.name == "two_tokenizers":  # the library renames GPT-NeoX's head on saving and back on loading
-        states.pop("decoder.lm_head.weight"), saved.pop("decoder.embed_out.weight")
+    if "decoder.lm_head.weight" in states and "decoder.embed_out.weight" in saved:
+        # From some release on the library renames GPT-NeoX's head on saving and back on loading.
+        states["decoder.embed_out.weight"] = states.pop("decoder.lm_head.weight")
     assert states.keys() - saved.keys() == set(model.all_tied_weights_keys)
     assert {name: states[name] for name in saved} == saved
 

@@ -82,6 +82,7 @@ class KillAfter(TrainerCallback):
 
 def trainer(folder: Path, *, network: PreTrainedModel | None = None, **settings: Any) -> MemoryTrainer:
     collate = settings.pop("collate", None) or collator()
+    report_to = settings.pop("report_to", None)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     training = TrainingRecipe(
         **{"max_steps": 4, "batch_size": 8, "bf16": False, "max_grad_norm": 0.0, "logging_steps": 2, **settings}
@@ -89,7 +90,7 @@ def trainer(folder: Path, *, network: PreTrainedModel | None = None, **settings:
     items = training.max_steps * training.batch_size * training.gradient_accumulation_steps * processes
     return MemoryTrainer(
         network or model(),
-        training_arguments(training, folder, seed=0, use_cpu=True),
+        training_arguments(training, folder, seed=0, use_cpu=True, report_to=report_to),
         objectives=OBJECTIVES,
         training=training,
         train_dataset=TokenRows(tokens(), row_length=ROW, num_items=items, seed=1),

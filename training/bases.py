@@ -111,8 +111,8 @@ def check_bases_on_hub(bases: Mapping[str, Base], api: HfApi | None = None) -> N
             name = path.relative_to(base.folder).as_posix()
             if name not in remote or not _is_same(path, remote[name]):
                 raise PushError(
-                    f"{name} of {base.id} at {base.revision} is not the one in {base.folder}, so nobody could "
-                    "load the model; give the base that it was trained on; nothing was published"
+                    f"{name} of {base.id} at {base.revision} is not the one in {base.folder}, so nobody could load "
+                    "the model; give the base that it was trained on; nothing was published"
                 )
 
 
@@ -146,6 +146,6 @@ def _check_needs_no_code(part: str, base: Base) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     if "auto_map" in config or config.get("model_type") not in CONFIG_MAPPING_NAMES:
         raise ValueError(
-            f"{base.id} needs code of its own to load, which by reference nobody could allow; leave "
-            f"--base {part}=... out, so that the {part} is published by value"
+            f"{base.id} needs code of its own to load, which by reference nobody could allow; leave --base {part}=... "
+            f"out, so that the {part} is published by value"
         )

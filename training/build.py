@@ -20,12 +20,13 @@ from modeling_memory import (
     MemoryEncoderDecoderConfig,
     MemoryEncoderDecoderForCausalLM,
 )
+from modeling_memory.memory_adapters import is_adapter
 from training.objectives import SpecialTokens
 from training.recipe import StageRecipe
 from training.strict_yaml import nearest
 from training.warm_start import copy_tables
 
-Loader = Callable[[str], PreTrainedModel]
+Loader = Callable[[str], Any]
 
 # Fields that every configuration takes, whether its constructor names them or not. `is_causal: false` lets the body of
 # a causal LM read both ways: the library's masks ask for it.
@@ -41,7 +42,8 @@ def build_stage_model(
         stage (`StageRecipe`): The stage.
         special_tokens (`SpecialTokens`): Ids of the run's special tokens.
         vocab_size (`int`): Rows of the token tables; the memory slot's id lies just behind them.
-        load (`Callable`): Gives the trained model of an earlier stage.
+        load (`Callable`): Gives the trained model of an earlier stage, or a pretrained one; of a pretrained encoder
+            also what it says about pooling, as [`load_encoder`] does.
 
     Returns:
         The model, in float32, with what is frozen marked so.
@@ -51,7 +53,8 @@ def build_stage_model(
     """
     path = f"stages.{stage.name}"
     if "model" in stage.from_:
-        return _continue(load(stage.from_["model"]), stage)
+        model = _continue(load(stage.from_["model"]), stage)
+        return _with_adapters(model, stage)
     tokens = {
         "vocab_size": vocab_size,
         "pad_token_id": special_tokens.pad,
@@ -64,6 +67,7 @@ def build_stage_model(
         model = AutoModelForCausalLM.from_config(child_config(stage.model, tokens, f"{path}.model"))
     else:
         model = _join(stage, special_tokens, load)
+    model = _with_adapters(model, stage)
     if stage.warm_start.tables_from is not None:
         copy_tables(load(stage.warm_start.tables_from), model, f"{path}.warm_start.tables_from")
     return model
@@ -121,18 +125,31 @@ def check_fields(config_class: type[PreTrainedConfig], fields: dict[str, Any], p
 def _join(stage: StageRecipe, special_tokens: SpecialTokens, load: Loader) -> MemoryEncoderDecoderForCausalLM:
     path = f"stages.{stage.name}"
     check_fields(MemoryEncoderDecoderConfig, stage.model, f"{path}.model")
-    fields = {
-        "memory_token_id": special_tokens.memory,
-        "copy_token_id": special_tokens.copy,
-        "blank_token_id": special_tokens.blank,
-        **stage.model,
-    }
+    fields: dict[str, Any] = {"memory_token_id": special_tokens.memory}
+    decoder = load(stage.from_["decoder"])
+    rows = decoder.get_input_embeddings().weight.shape[0]
+    for name in ("copy", "blank"):  # markers are rows of the table; one that has none was not made for them
+        index = getattr(special_tokens, name)
+        fields[f"{name}_token_id"] = index if index is not None and index < rows else None
+    encoder = load(stage.from_["encoder"])
+    if isinstance(encoder, tuple):  # a sentence model says how its vectors are made
+        encoder, own = encoder
+        fields |= own
+    fields |= stage.model
     try:
-        model = MemoryEncoderDecoderForCausalLM.from_encoder_decoder_pretrained(
-            load(stage.from_["encoder"]), load(stage.from_["decoder"]), **fields
-        )
+        model = MemoryEncoderDecoderForCausalLM.from_encoder_decoder_pretrained(encoder, decoder, **fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    return model
+
+
+def _with_adapters(model: PreTrainedModel, stage: StageRecipe) -> PreTrainedModel:
+    """Put a stage's adapters into its model."""
+    if stage.adapters:
+        try:
+            model.add_adapters(**stage.adapters)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"stages.{stage.name}.adapters: {error}") from error
     return model
 
 
@@ -144,6 +161,42 @@ def _continue(model: PreTrainedModel, stage: StageRecipe) -> PreTrainedModel:
         model.requires_grad_(True)
         model.apply_freezing()
     return model
+
+
+def parameter_report(model: torch.nn.Module) -> dict[str, dict[str, int]]:
+    """Count total, trainable and frozen parameters by part; tied ones count once, where they stand first.
+
+    Adapters are a part of their own, whichever part they stand in.
+
+    Args:
+        model (`torch.nn.Module`): Any; its parts are its children.
+
+    >>> frozen, trained = torch.nn.Linear(3, 2).requires_grad_(False), torch.nn.Linear(2, 1)
+    >>> report = parameter_report(torch.nn.Sequential(frozen, trained))
+    >>> report["0"], report["all"]
+    ({'total': 8, 'trainable': 0, 'frozen': 8}, {'total': 11, 'trainable': 3, 'frozen': 8})
+    """
+    report: dict[str, dict[str, int]] = {}
+    for name, parameter in model.named_parameters():
+        part = f"{name.partition('.')[0]} adapters" if is_adapter(name) else name.partition(".")[0]
+        for key in (part, "all"):
+            counts = report.setdefault(key, {"total": 0, "trainable": 0, "frozen": 0})
+            counts["total"] += parameter.numel()
+            counts["trainable" if parameter.requires_grad else "frozen"] += parameter.numel()
+    return {**{part: counts for part, counts in report.items() if part != "all"}, "all": report["all"]}
+
+
+def report_lines(report: dict[str, dict[str, int]]) -> list[str]:
+    r"""Lay a parameter report out as text.
+
+    >>> print("\n".join(report_lines({"all": {"total": 11, "trainable": 3, "frozen": 8}})))
+    parameters                     total       trainable          frozen
+      all                             11               3               8
+    """
+    lines = [f"{'parameters':<20}{'total':>16}{'trainable':>16}{'frozen':>16}"]
+    for part, counts in report.items():
+        lines.append(f"  {part:<18}" + "".join(f"{counts[key]:>16,}" for key in ("total", "trainable", "frozen")))
+    return lines
 
 
 def count_parameters(model: torch.nn.Module) -> dict[str, int]:

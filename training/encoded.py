@@ -56,8 +56,11 @@ def encode_once(
         ValueError: If the encoder is trained, so that its states would be old after one step.
     """
     config = model.config
-    if not config.freeze_encoder:
-        raise ValueError("data.encode_once needs a frozen encoder; set model.freeze_encoder: true, or leave it out")
+    if any(parameter.requires_grad for part in (model.encoder, model.pooling) for parameter in part.parameters()):
+        raise ValueError(
+            "data.encode_once needs a frozen encoder and a pooling that does not learn; set model.freeze_encoder: "
+            "true without adapters and encoder_trained_from, and pooling to last, mean or first, or leave it out"
+        )
     length, num_memories = config.chunk_length, config.memories_per_chunk
     chunks = tokens[: tokens.numel() // length * length].view(-1, length)
     file = folder / f"states-{_key(model, chunks, bf16)}.npy"

@@ -87,11 +87,11 @@ def evaluate(
     return metrics
 
 
-def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
-    """Load a model and its tokenizer from a folder or the Hub; also return the folder.
+def find_model(name: str) -> Path:
+    """Return the folder of a model: the one named, or what the Hub has under that name.
 
     Raises:
-        ValueError: If there is neither, the folder is incomplete, or encoder and decoder have a tokenizer each.
+        ValueError: If there is neither.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -99,6 +99,16 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Pat
             folder = Path(snapshot_download(name))
         except Exception as error:  # the client raises a dozen unrelated classes here
             raise ValueError(f"{name} is no folder and no Hub repository that can be read ({error})") from error
+    return folder
+
+
+def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
+    """Load a model and its tokenizer from a folder or the Hub; also return the folder.
+
+    Raises:
+        ValueError: If there is neither, the folder is incomplete, or encoder and decoder have a tokenizer each.
+    """
+    folder = find_model(name)
     model, processor = load_checkpoint(folder)
     if processor is None:
         return model, AutoTokenizer.from_pretrained(folder), folder

@@ -139,22 +139,28 @@ def write_probe_figure(record: dict[str, Any], folder: Path) -> str:
     models = record["metrics"]["models"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     styles = {"embedding": ("o-", 1.6), "untrained": ("s--", 1.0), "shuffled": ("^:", 1.0)}
+    drawn = set()
     for colour, model in zip(COLOURS, models, strict=False):
         lengths = [int(length) for length in model["lengths"]]
         for condition, (style, width) in styles.items():
             cells = [cells.get(condition) for cells in model["lengths"].values()]
             if None in cells:
                 continue
+            drawn.add(condition)
             values = [cell["token_accuracy"] for cell in cells]
             bounds = list(zip(*(cell["token_accuracy_interval"] for cell in cells), strict=True))
             below = [value - low for value, low in zip(values, bounds[0], strict=True)]
             above = [high - value for value, high in zip(values, bounds[1], strict=True)]
-            label = model["name"] if condition == "embedding" else None
+            sizes = sorted({cell["numbers_per_text"] for cell in cells})
+            numbers = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
+            label = f"{model['name']}, {numbers} numbers a text" if condition == "embedding" else None
             left.errorbar(lengths, values, yerr=[below, above], fmt=style, color=colour, label=label, capsize=2,
                           linewidth=width, markersize=4)  # fmt: skip
             curve = cells[-1]["token_accuracy_by_position"]
             right.plot(range(1, len(curve) + 1), curve, style[1:], color=colour, linewidth=width)
     for condition, (style, width) in list(styles.items())[1:]:
+        if condition not in drawn:
+            continue
         left.plot([], [], style, color="grey", linewidth=width, markersize=4, label=f"{condition} (control)")
     left.set_xscale("log", base=2)
     left.set_xticks(lengths, [str(length) for length in lengths])

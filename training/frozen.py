@@ -91,8 +91,8 @@ class FrozenEncoder:
             )
         if length % chunk:
             raise ValueError(
-                f"{self.name} reads {chunk} tokens at a time, and a length of {length} is no multiple of that; "
-                f"give a multiple of {chunk}, or a shorter length"
+                f"{self.name} reads {chunk} tokens at a time, and a length of {length} is no multiple of that; give a "
+                f"multiple of {chunk}, or a shorter length"
             )
         if self.position == "second_to_last" and chunk < 2:
             raise ValueError(f"a text of {chunk} token has no second-to-last one; give lengths of 2 or more")
@@ -137,8 +137,8 @@ class FrozenEncoder:
         num_vectors = self.num_vectors(length)
         if int(tokens.max()) >= self.vocab_size or int(tokens.min()) < 0:
             raise ValueError(
-                f"the text has the token {int(tokens.max())}, but {self.name} has {self.vocab_size}; "
-                "this is the tokenizer of another model"
+                f"the text has the token {int(tokens.max())}, but {self.name} has {self.vocab_size}; this is the "
+                "tokenizer of another model"
             )
         chunks = tokens.reshape(batch_size * num_vectors // self.vectors_per_chunk, -1)  # (N, L)
         front, back = (
@@ -299,8 +299,8 @@ def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int
         if whole[start : start + len(inner)] == inner:
             return tuple(whole[:start]), tuple(whole[start + len(inner) :])
     raise ValueError(
-        f"{type(tokenizer).__name__} changes a text when it adds special tokens ({inner} became {whole}); "
-        "such a tokenizer cannot be probed"
+        f"{type(tokenizer).__name__} changes a text when it adds special tokens ({inner} became {whole}); such a "
+        "tokenizer cannot be probed"
     )
 
 

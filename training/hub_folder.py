@@ -18,8 +18,8 @@ from modeling_memory.memory_saving import TRAINED
 from modeling_memory.processing_memory import MemoryProcessor
 from training.bases import Base
 from training.cards import render_card
+from training.strict_yaml import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 CODE = Path(modeling_memory.__file__).resolve().parent
 MAX_SHARD_SIZE = "4GB"
 
@@ -264,15 +264,15 @@ def _check_publishable(model: PreTrainedModel, processor: Any) -> None:
     auto_map_of(model.config.model_type)
     if model.config.model_type == "memory_encoder_decoder" and not isinstance(processor, MemoryProcessor):
         raise ValueError(
-            f"The processor is a {type(processor).__name__}; expected a MemoryProcessor, without which "
-            f"nobody can build the model's inputs."
+            f"The processor is a {type(processor).__name__}; expected a MemoryProcessor, without which nobody can "
+            "build the model's inputs."
         )
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if len(dtypes) > 1:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise ValueError(
-            f"The weights are of several dtypes ({names}); on loading, one of them would win. Cast the model "
-            f"first, for example by `model.float()`."
+            f"The weights are of several dtypes ({names}); on loading, one of them would win. Cast the model first, "
+            "for example by `model.float()`."
         )
 
 

@@ -1,7 +1,7 @@
 """What every stage of a run reads: the tokenizer, and the three splits as streams of tokens."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from training.data import check_splits, tokenise_documents
 from training.objectives import SpecialTokens
-from training.recipe import Recipe, resolve_documents
+from training.recipe import PretrainedRecipe, Recipe, resolve_documents
 from training.record import fingerprint, read_json, write_json
 from training.sources import take_bytes
 from training.stages import check_same, replace_folder
 from training.token_stream import TokenStream, source_checksums
-from training.tokenizer import special_tokens_of, token_byte_lengths, tokenizer_checksum, train_tokenizer
+from training.tokenizer import (
+    complete_tokenizer,
+    special_tokens_of,
+    token_byte_lengths,
+    tokenizer_checksum,
+    train_tokenizer,
+)
 
 SPLITS = ("train", "validation", "test")
 
@@ -33,6 +39,7 @@ class Inputs:
         byte_lengths (`torch.LongTensor`, *optional*): Bytes of each token, of a byte-level tokenizer.
         description (`dict`): For the record: files with checksums, counts, the tokenizer.
         fingerprint (`str`): Differs whenever text or tokenizer do.
+        texts (`dict[str, list[str]]`): Split -> its documents, where an encoder with its own tokenizer reads them.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -42,6 +49,7 @@ class Inputs:
     description: dict[str, Any]
     fingerprint: str
     stream: TokenStream | None = None
+    texts: dict[str, list[str]] = field(default_factory=dict)
 
 
 def prepare_inputs(recipe: Recipe, folder: Path, state: PartialState) -> Inputs:
@@ -67,7 +75,8 @@ def prepare_inputs(recipe: Recipe, folder: Path, state: PartialState) -> Inputs:
         checksums = {split: source_checksums(source) for split, source in sources.items()}
         sample = texts["train"] if "train" in texts else sources["train"].read()
         tokenizer = _tokenizer(recipe, folder / "tokenizer", sample, checksums["train"])
-        streams = {split: tokenise_documents(tokenizer, texts[split], cache_folder=folder) for split in whole}
+        cache = Path(data.cache_dir or folder)
+        streams = {split: tokenise_documents(tokenizer, texts[split], cache_folder=cache) for split in whole}
         if data.streaming:
             held_out = [*texts["validation"], *texts["test"]]
             stream = TokenStream(sources["train"], tokenizer, folder, held_out=held_out, limit=data.max_train_tokens)
@@ -91,6 +100,7 @@ def prepare_inputs(recipe: Recipe, folder: Path, state: PartialState) -> Inputs:
         description,
         fingerprint(description),
         stream,
+        texts if any(recipe.encoder_of(stage) is not None for stage in recipe.stages) else {},
     )
 
 
@@ -108,7 +118,8 @@ def _tokenizer(
     """Load the run's tokenizer, training it first if the recipe says so and it is not there yet."""
     settings = recipe.tokenizer
     if settings.path is not None:
-        return AutoTokenizer.from_pretrained(settings.path)
+        source = PretrainedRecipe(settings.path, settings.revision)
+        return complete_tokenizer(AutoTokenizer.from_pretrained(source.source, revision=settings.revision))
     asked = {"tokenizer": recipe.to_mapping()["tokenizer"], "files": checksums}
     before = read_json(folder / "asked.json")
     check_same(before, asked, folder)

@@ -10,6 +10,7 @@ stands the *source*, what shall be remembered:
 | blank copy | x | BLANK x H | x[j] |
 | copy, `marker="none"` | x | x | x[j+1] |
 | blank copy, `marker="none"` | x | BLANK x H | x[j+1] |
+| distillation | as causal | x | x[j+1], and what the decoder itself says that reads source and text in clear |
 | reconstruction | the chunk | none | x[j], one pass of an autoencoder |
 
 In the layout `"self"` the source is plain text that the model folds into memories by itself; in `"slots"` it is
@@ -29,7 +30,7 @@ from typing import NamedTuple
 import torch
 
 IGNORED = -100
-OBJECTIVES = ("causal", "copy", "blank_copy", "reconstruction")
+OBJECTIVES = ("causal", "copy", "blank_copy", "reconstruction", "distillation")
 LAYOUTS = ("self", "slots")
 MARKERS = ("token", "none")
 
@@ -235,6 +236,8 @@ def build_batch(
     source_length: int | None = None,
     context_input_ids: torch.Tensor | None = None,
     context_attention_mask: torch.Tensor | None = None,
+    source_tokens: torch.Tensor | None = None,
+    source_attention_mask: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Build the inputs and targets of one objective from rows of tokens.
 
@@ -242,7 +245,7 @@ def build_batch(
     are whole windows in every row, so that copy window m+i outputs exactly the tokens of source window i.
 
     Args:
-        objective (`str`): `"causal"`, `"copy"`, `"blank_copy"` or `"reconstruction"`.
+        objective (`str`): `"causal"`, `"copy"`, `"blank_copy"`, `"reconstruction"` or `"distillation"`.
         tokens (`torch.LongTensor` of shape `(B, n)`): Text in decoder tokens (reconstruction: encoder tokens).
         window_length (`int`): Tokens per window (W), a multiple of `chunk_length`.
         chunk_length (`int`): Tokens per chunk (L).
@@ -264,11 +267,17 @@ def build_batch(
             of any length.
         context_attention_mask (`torch.LongTensor` of shape `(B, C, L')`, *optional*): 1 for tokens, 0 for padding; a
             chunk of zeros only takes no slots.
+        source_tokens (`torch.LongTensor` of shape `(B, n')`, *optional*): The ready context in decoder tokens, as
+            distillation's teacher reads it.
+        source_attention_mask (`torch.LongTensor` of shape `(B, n')`, *optional*): 1 for tokens, 0 for padding.
 
     Returns:
         `dict`: `input_ids`, `attention_mask` and `shift_labels`, each `(B, T)`; in the slots layout also
-        `context_input_ids` and `context_attention_mask`, each `(B, C, L)`. For reconstruction `input_ids`,
-        `attention_mask` and `labels`, each `(chunks, L)`. All are arguments of the models' `forward`.
+        `context_input_ids` and `context_attention_mask`, each `(B, C, L)`. For distillation also what the teacher
+        reads and outputs, `teacher_input_ids`, `teacher_attention_mask` and `teacher_labels`, each `(B, T')`: its
+        targets are those of `shift_labels`, row by row in the same order. For reconstruction `input_ids`,
+        `attention_mask` and `labels`, each `(chunks, L)`. All but the teacher's are arguments of the models'
+        `forward`.
 
     Raises:
         ValueError: If a name is unknown, a shape does not fit, a row is empty, a source is not a whole number of
@@ -305,9 +314,26 @@ def build_batch(
     >>> batch = build_batch("causal", x, window_length=4, chunk_length=2, tokens_ids=ids, layout="slots")
     >>> batch["context_input_ids"].tolist(), batch["input_ids"].tolist(), batch["shift_labels"].tolist()
     ([[[5, 6], [7, 8]]], [[99, 99, 9, 10]], [[-100, -100, 10, -100]])
+
+    Distillation has the same inputs, and beside them the whole text for the teacher:
+
+    >>> x = torch.tensor([[5, 6, 7, 8, 9]])
+    >>> batch = build_batch("distillation", x, window_length=2, chunk_length=2, tokens_ids=ids, layout="slots",
+    ...                     source_length=2)
+    >>> batch["input_ids"].tolist(), batch["shift_labels"].tolist()
+    ([[99, 7, 8, 9]], [[-100, 8, 9, -100]])
+    >>> batch["teacher_input_ids"].tolist(), batch["teacher_labels"].tolist()
+    ([[5, 6, 7, 8, 9]], [[-100, -100, 8, 9, -100]])
     """
     _check_options(objective, layout, marker, window_length, chunk_length, memories_per_chunk)
     mask = _check_rows(objective, tokens, attention_mask)
+    if objective == "distillation" and layout != "slots":
+        raise ValueError("distillation compares memories with the text in clear; it needs layout='slots'.")
+    if (source_tokens is not None) != (objective == "distillation" and context_input_ids is not None):
+        raise ValueError(
+            "source_tokens are the ready context as distillation's teacher reads it; give them with context_input_ids "
+            "for distillation, and not otherwise."
+        )
     if context_input_ids is not None and (layout != "slots" or objective == "reconstruction"):
         raise ValueError(
             f"context_input_ids was given for {objective} in the layout {layout!r}; only the slots layout of causal "
@@ -317,7 +343,7 @@ def build_batch(
     if objective == "reconstruction":
         return reconstruction(tokens, mask, chunk_length=chunk_length, pad_token_id=tokens_ids.pad)
     has_own_context = layout == "slots" and context_input_ids is None
-    if objective == "causal":
+    if objective in ("causal", "distillation"):
         source, text = _split_causal(tokens, mask, window_length, source_length, split=has_own_context)
     else:
         if context_input_ids is None:
@@ -333,10 +359,23 @@ def build_batch(
         context, context_mask = _check_context(context_input_ids, context_attention_mask, len(tokens))
     slot = tokens_ids.require("memory", "the slots layout")
     slots = _slot_columns(context_mask, memories_per_chunk, slot)
-    return {
+    batch = {
         **_batch([slots, text], tokens_ids.pad),
         "context_input_ids": context,
         "context_attention_mask": context_mask,
+    }
+    if objective != "distillation":
+        return batch
+    if source_tokens is not None:
+        source_mask = _check_rows("the source", source_tokens, source_attention_mask)
+        source_tokens, source_mask = _pack_left(source_mask, source_tokens, source_mask)
+        source = Columns(source_tokens, torch.full_like(source_tokens, IGNORED), source_mask)
+    clear = _batch([source, text], tokens_ids.pad)
+    return {
+        **batch,
+        "teacher_input_ids": clear["input_ids"],
+        "teacher_attention_mask": clear["attention_mask"],
+        "teacher_labels": clear["shift_labels"],
     }
 
 
@@ -382,6 +421,33 @@ def combine_losses(
     counts = {name: torch.as_tensor(count).clamp(min=1) for name, count in num_targets.items()}
     terms = [weights[name] * loss / counts[name].to(loss.device) for name, loss in loss_sums.items()]
     return torch.stack(terms).sum()
+
+
+def distillation_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Sum the divergence of a student from its teacher, KL(teacher || student), over targets.
+
+    Both are softened by the temperature, and the sum is multiplied by its square, so that gradients keep their size.
+
+    Args:
+        student (`torch.Tensor` of shape `(N, V)`): Logits of the decoder that reads memories.
+        teacher (`torch.Tensor` of shape `(N, V)`): Logits of the decoder that reads the text, without gradient.
+        temperature (`float`): Above 0; 1 compares the distributions as they are.
+
+    Returns:
+        `torch.Tensor` of shape `()`: Nats, in float32.
+
+    Source: Hinton et al. 2015, arXiv 1503.02531.
+
+    >>> even, sure = torch.zeros(1, 2), torch.tensor([[0.0, 3.0]]).log()
+    >>> round(distillation_loss(even, even).item(), 4)
+    0.0
+    >>> round(distillation_loss(even, sure.clamp(min=-50)).item(), 4)  # log 2 nats, for a teacher that is sure
+    0.6931
+    """
+    log_student = torch.log_softmax(student.float() / temperature, -1)
+    log_teacher = torch.log_softmax(teacher.detach().float() / temperature, -1)
+    divergence = torch.nn.functional.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+    return divergence * temperature**2
 
 
 def next_tokens(tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -66,6 +66,7 @@ class Probe:
             decoder learns them by heart before it learns the vectors.
         test_tokens (`int`): Most tokens of text to count.
         table (`str`): `"frozen"`: the model as it is. `"replaced"`: with a new token table, trained with the decoder.
+        only_finished (`bool`): Train nothing; report the cells that earlier, perhaps interrupted, calls finished.
     """
 
     train: list[str] = field(repr=False)
@@ -77,6 +78,7 @@ class Probe:
     train_tokens: int = 204_800
     test_tokens: int = 8192
     table: str = "frozen"
+    only_finished: bool = False
 
     def settings(self) -> dict[str, Any]:
         """Everything but text and model that decides the numbers."""
@@ -141,7 +143,9 @@ def _probe_model(
             encoder = encoders[which]
             if setting.table == "replaced":
                 encoder = encoder.with_fresh_table(setting.budget.seed).to(device)
-            conditions[condition] = _cell(name, encoder, condition, train, test, setting, folder, device)
+            result = _cell(name, encoder, condition, train, test, setting, folder, device)
+            if result is not None:
+                conditions[condition] = result
     return {
         "name": name,
         "model": portable_path(place),
@@ -164,7 +168,7 @@ def _cell(
     setting: Probe,
     folder: Path,
     device: torch.device,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     length = train.tokens.shape[1]
     read_by = {
         "weights": weights_checksum(encoder.body),
@@ -176,8 +180,8 @@ def _cell(
     asked = {"encoder": read_by, "texts": texts, "shuffled": condition == "shuffled", **setting.settings()}
     file = folder / "cells" / f"{fingerprint(asked)}.json"
     before = read_json(file)
-    if before is not None:
-        return before["result"]
+    if before is not None or setting.only_finished:
+        return before and before["result"]
 
     def vectors(rows: TextRows) -> torch.Tensor:
         kept = folder / "vectors" / f"{fingerprint({**read_by, 'tokens': tokens_checksum(rows.tokens)})}.safetensors"
@@ -347,6 +351,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--learning-rate", type=float, default=5e-3, metavar="X", help="peak of AdamW (5e-3)")
     add("--train-tokens", type=int, metavar="N", help="most tokens of text to train on (default: each text read once)")
     add("--test-tokens", type=int, default=8192, metavar="N", help="most tokens of text to count on (8192)")
+    add("--finished", action="store_true", help="train nothing: table and figure of what is finished so far")
     add("--seed", type=int, default=0, metavar="N", help="of fresh weights and of the order of texts")
     add("--threads", type=int, metavar="N", help="processor threads")
     add("--to", default="runs/probe", metavar="FOLDER", help="where cells, record and figure go (runs/probe)")
@@ -394,6 +399,7 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         train_tokens=steps * options.batch_tokens if options.train_tokens is None else options.train_tokens,
         test_tokens=options.test_tokens,
         table=options.table,
+        only_finished=options.finished,
     )
     folder = Path(options.to)
     results = probe(

@@ -88,6 +88,8 @@ def publish(options: argparse.Namespace) -> None:
     bases = _find_bases(checkpoint, options)
     model, _ = load_checkpoint(checkpoint, bases)
     referred = bases if options.by_reference else {}
+    if options.push:
+        check_bases_on_hub(referred)
     context = {
         "model_name": options.name or options.push,
         "repository": options.push,
@@ -109,7 +111,6 @@ def publish(options: argparse.Namespace) -> None:
     print(f"checked: {', '.join(report['hub']['loaded'])}, forward and generation")
     if options.push:
         print(f"pushing to {options.push} ...", flush=True)
-        check_bases_on_hub(referred)
         pushed = push_folder(
             folder,
             options.push,

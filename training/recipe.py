@@ -8,6 +8,7 @@ A recipe is read in three steps, each of which names the dotted path of what it 
 """
 
 import glob
+import importlib.util
 import json
 import re
 import typing
@@ -32,8 +33,10 @@ Suite = Literal["retention", "copy", "blank_copy", "clm"]
 OBJECTIVES: dict[str, tuple[str, ...]] = {
     "autoencoder": ("reconstruction",),
     "causal_lm": ("causal",),
-    "memory": ("causal", "copy", "blank_copy"),
+    "memory": ("causal", "copy", "blank_copy", "distillation"),
 }
+FREEZING = {"freeze_encoder", "freeze_decoder", "encoder_trained_from"}
+PACKAGE = "package:"
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class DataRecipe:
     Hub as `hub:ID@COMMIT:CONFIG:SPLIT`.
 
     With `streaming` the train split is tokenised as far as it is read and never held in memory; rows are shuffled
-    within blocks of `shuffle_rows`.
+    within blocks of `shuffle_rows`. `cache_dir` keeps tokens and the states of frozen encoders (`encode_once`) where
+    several runs find them; default: the run's own folder.
     """
 
     train: list[str]
@@ -52,15 +56,52 @@ class DataRecipe:
     max_train_tokens: int | None = None
     streaming: bool = False
     shuffle_rows: int = 4096
+    cache_dir: str | None = None
 
 
 @dataclass(frozen=True)
 class TokenizerRecipe:
-    """A byte-level BPE trained on the train split, or the folder of an existing tokenizer."""
+    """A byte-level BPE trained on the train split, or an existing one, its path like that of a pretrained model."""
 
     vocab_size: int = 2048
     path: str | None = None
+    revision: str | None = None
     max_train_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class PretrainedRecipe:
+    """A model that was trained elsewhere; stages name it in `from` as they name earlier stages.
+
+    `path` is a Hub id, a folder relative to the current directory or the repository, or `package:MODULE/FOLDER` of an
+    installed package. `tokenizer: own` means that it reads text with the tokenizer beside its weights, `shared` with
+    the run's. `config` is its architecture, from which memory and time are estimated before anything is downloaded;
+    a model that turns out to be another one is refused.
+    """
+
+    path: str
+    revision: str | None = None
+    tokenizer: Literal["own", "shared"] = "own"
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def source(self) -> str:
+        """What `from_pretrained` takes: the folder where it is one, else the id.
+
+        Raises:
+            ValueError: If the path names a package that is not installed.
+        """
+        if self.path.startswith(PACKAGE):
+            module, _, inner = self.path.removeprefix(PACKAGE).partition("/")
+            found = importlib.util.find_spec(module)
+            if found is None or found.origin is None:
+                raise ValueError(
+                    f"{self.path} is in the package {module}, which is not installed; pip install "
+                    f"{module.replace('_', '-')}, or give another path"
+                )
+            return str(Path(found.origin).parent / inner)
+        beside = REPOSITORY / self.path
+        return str(beside) if not Path(self.path).is_dir() and beside.is_dir() else self.path
 
 
 @dataclass(frozen=True)
@@ -74,6 +115,12 @@ class RowsRecipe:
     Stages with equal `seed` (default: the recipe's) and lengths read the same rows in the same order.
     `encode_once` keeps a frozen encoder's states of the train split on disk and trains from them; slots layout only.
     `every` gives an objective only every n-th row of a batch: `{causal: 4}` rehearses on a quarter of the rows.
+    With `documents` a row is one document, or a piece of at most `row_length` tokens of a longer one, and rows are
+    padded; without it rows of `row_length` tokens cross from one document into the next.
+    `num_memories` are memories per chunk, of which each batch draws one number, so that one model serves many
+    budgets; default: always `model.memories_per_chunk`. Slots layout only.
+    Where the encoder has a tokenizer of its own, lengths count the encoder's tokens: a row is `row_length` of them,
+    the first `source_length` (default: half of the row) become memories, and the decoder reads the rest in its own.
     """
 
     row_length: int
@@ -85,6 +132,8 @@ class RowsRecipe:
     seed: int | None = None
     every: dict[str, int] = field(default_factory=dict)
     encode_once: bool = False
+    documents: bool = False
+    num_memories: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -108,7 +157,11 @@ class TrainingRecipe:
     bf16: bool = True
     gradient_checkpointing: bool = False
     attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None
+    compile: bool = False
     loss_chunk: int | None = None
+    group_by_length: bool = False
+    watch_steps: int | None = None
+    distillation_temperature: float = 1.0
     num_workers: int = 0
     logging_steps: int = 50
     eval_steps: int | None = None
@@ -133,7 +186,10 @@ class WarmStartRecipe:
 
 @dataclass(frozen=True)
 class StageRecipe:
-    """One model trained on one mixture of objectives, starting from nothing or from earlier stages."""
+    """One model trained on one mixture of objectives, starting from nothing or from earlier stages.
+
+    `adapters` are the arguments of `add_adapters`: `{parts: [decoder], r: 8}` puts LoRA beside the frozen decoder.
+    """
 
     name: str
     kind: StageKind
@@ -143,6 +199,7 @@ class StageRecipe:
     from_: dict[str, str] = field(default_factory=dict)
     objectives: dict[str, float] = field(default_factory=dict)
     warm_start: WarmStartRecipe = field(default_factory=WarmStartRecipe)
+    adapters: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -184,6 +241,14 @@ class Recipe:
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
     publish: PublishRecipe = field(default_factory=PublishRecipe)
+    pretrained: dict[str, PretrainedRecipe] = field(default_factory=dict)
+
+    def encoder_of(self, stage: StageRecipe) -> PretrainedRecipe | None:
+        """Return the pretrained encoder of a memory stage, if it has one with a tokenizer of its own."""
+        while stage.from_.get("model", "") in {other.name for other in self.stages}:
+            stage = self.stage(stage.from_["model"])
+        found = self.pretrained.get(stage.from_.get("encoder", ""))
+        return found if found is not None and found.tokenizer == "own" else None
 
     def stage(self, name: str) -> StageRecipe:
         """Return the stage called `name`."""
@@ -248,8 +313,8 @@ def resolve_files(patterns: list[str], path: str = "files") -> list[Path]:
             found = found or sorted(glob.glob(pattern if Path(pattern).is_absolute() else root + pattern))
         if not found:
             raise ValueError(
-                f"{path}: no file matches {pattern!r} in the current directory or the repository; "
-                "correct the path or build the file first"
+                f"{path}: no file matches {pattern!r} in the current directory or the repository; correct the path or "
+                "build the file first"
             )
         files.extend(Path(name) for name in found)
     if not files:
@@ -288,6 +353,9 @@ def check_recipe(recipe: Recipe) -> None:
             "data.streaming reads text only as far as it is needed, so tokenizer.max_train_bytes must say on how much "
             "of it the tokenizer is trained; or name a finished tokenizer in tokenizer.path"
         )
+    for name in recipe.pretrained:
+        if name in {stage.name for stage in recipe.stages}:
+            raise ValueError(f"pretrained.{name} has the name of a stage; names must differ")
     earlier: dict[str, StageRecipe] = {}
     for stage in recipe.stages:
         path = f"stages.{stage.name}"
@@ -295,15 +363,21 @@ def check_recipe(recipe: Recipe) -> None:
             raise ValueError(f"{path}: a stage name becomes a folder: use letters, digits, '-' and '_'")
         if stage.name in earlier:
             raise ValueError(f"{path} is defined twice; stage names must differ")
-        _check_references(stage, earlier, path)
+        _check_references(stage, earlier, recipe.pretrained, path)
         _check_objectives(stage, path)
         _check_training(stage, path)
+        if recipe.encoder_of(stage) is not None and recipe.data.streaming:
+            raise ValueError(
+                f"{path}: an encoder with a tokenizer of its own reads whole documents, not data.streaming"
+            )
         if stage.data.encode_once and (
             stage.kind != "memory" or stage.data.layout != "slots" or recipe.data.streaming
         ):
             raise ValueError(
                 f"{path}.data.encode_once is for memory stages with data.layout: slots, and not with data.streaming"
             )
+        _check_documents(stage, path, streaming=recipe.data.streaming)
+        _check_budgets(stage, recipe, path)
         earlier[stage.name] = stage
     for key in ("no_memory", "full_context", "autoencoder"):
         kinds = ("autoencoder",) if key == "autoencoder" else ("causal_lm",)
@@ -328,7 +402,9 @@ def _check_reference(
     return earlier[name]
 
 
-def _check_references(stage: StageRecipe, earlier: dict[str, StageRecipe], path: str) -> None:
+def _check_references(
+    stage: StageRecipe, earlier: dict[str, StageRecipe], pretrained: dict[str, PretrainedRecipe], path: str
+) -> None:
     keys = set(stage.from_)
     allowed: list[set[str]] = [{"model"}]
     allowed.append({"encoder", "decoder"} if stage.kind == "memory" else set())
@@ -337,16 +413,45 @@ def _check_references(stage: StageRecipe, earlier: dict[str, StageRecipe], path:
         raise ValueError(f"{path}.from has the keys {sorted(keys)}, expected {expected}")
     for key, name in stage.from_.items():
         kinds = {"model": (stage.kind,), "encoder": ("autoencoder",), "decoder": ("causal_lm",)}[key]
+        if name in pretrained:
+            continue
         _check_reference(name, kinds, earlier, f"{path}.from.{key}")
     _check_reference(
         stage.warm_start.tables_from, ("autoencoder", "causal_lm"), earlier, f"{path}.warm_start.tables_from"
     )
+    if stage.kind != "memory" and stage.adapters:
+        raise ValueError(f"{path}.adapters are for memory stages; a stage of kind {stage.kind} has none")
     if not stage.from_ and not stage.model:
         raise ValueError(f"{path} has neither model nor from: describe a new model or name the stage it continues")
-    if "model" in stage.from_ and set(stage.model) - {"freeze_encoder", "freeze_decoder"}:
+    if "model" in stage.from_ and set(stage.model) - FREEZING:
         raise ValueError(
-            f"{path}.model is {json.dumps(stage.model)}, but a continued stage keeps its model: only "
-            "freeze_encoder and freeze_decoder may change; remove the rest"
+            f"{path}.model is {json.dumps(stage.model)}, but a continued stage keeps its model: only freeze_encoder, "
+            "freeze_decoder and encoder_trained_from may change; remove the rest"
+        )
+
+
+def _check_budgets(stage: StageRecipe, recipe: Recipe, path: str) -> None:
+    rows, slots = stage.data, stage.kind == "memory" and stage.data.layout == "slots"
+    if rows.num_memories and (not slots or (rows.encode_once and recipe.encoder_of(stage) is None)):
+        raise ValueError(
+            f"{path}.data.num_memories is for memory stages with data.layout: slots, and states that were encoded "
+            "once with one tokenizer are pooled already"
+        )
+    for count in rows.num_memories:
+        _check_positive(count, f"{path}.data.num_memories")
+    if "distillation" in stage.objectives and (not slots or stage.training.loss_chunk is not None):
+        raise ValueError(
+            f"{path}.objectives.distillation compares with the decoder on the whole text: it needs data.layout: slots "
+            "and no training.loss_chunk"
+        )
+    if stage.training.distillation_temperature <= 0:
+        raise ValueError(
+            f"{path}.training.distillation_temperature is {stage.training.distillation_temperature}, expected above 0"
+        )
+    if recipe.encoder_of(stage) is not None and not slots:
+        raise ValueError(
+            f"{path}: the encoder has a tokenizer of its own, so the text of memories and the decoder's are different "
+            "tokens; set data.layout: slots"
         )
 
 
@@ -358,8 +463,8 @@ def _check_objectives(stage: StageRecipe, path: str) -> None:
         if name not in known:
             close = nearest(name, list(known))
             raise ValueError(
-                f"{path}.objectives.{name} is no objective of a stage of kind {stage.kind}{close}; "
-                f"known: {', '.join(known)}"
+                f"{path}.objectives.{name} is no objective of a stage of kind {stage.kind}{close}; known: "
+                f"{', '.join(known)}"
             )
         if weight <= 0:
             raise ValueError(
@@ -394,14 +499,14 @@ def _check_training(stage: StageRecipe, path: str) -> None:
                 f"{path}.data.every.{name} is {step}, but must divide training.batch_size {training.batch_size}, so "
                 "that the rows do not depend on the number of processes"
             )
-    for key in ("eval_steps", "save_steps"):
+    for key in ("eval_steps", "save_steps", "watch_steps"):
         _check_positive(getattr(training, key), f"{path}.training.{key}")
     if training.learning_rate < 0 or training.muon_learning_rate < 0:
         raise ValueError(f"{path}.training has a negative learning rate; give 0 or more")
     if training.warmup < 0 or training.decay < 0 or training.warmup + training.decay > 1:
         raise ValueError(
-            f"{path}.training.warmup {training.warmup} + decay {training.decay}: both are fractions of the "
-            "steps, not negative, and together at most 1"
+            f"{path}.training.warmup {training.warmup} + decay {training.decay}: both are fractions of the steps, not "
+            "negative, and together at most 1"
         )
     for pattern in training.lr_multipliers:
         try:
@@ -418,6 +523,26 @@ def _check_training(stage: StageRecipe, path: str) -> None:
         raise ValueError(
             f"{path}.data.row_length {rows.row_length} is no multiple of window_length {rows.window_length}"
         )
+
+
+def _check_documents(stage: StageRecipe, path: str, *, streaming: bool) -> None:
+    rows, training = stage.data, stage.training
+    others = {
+        "data.streaming": streaming,
+        "data.encode_once": rows.encode_once,
+        "data.vary_source": rows.vary_source,
+        "data.window_length": rows.window_length is not None,
+    }
+    wrong = [name for name, is_set in others.items() if is_set]
+    if rows.documents and wrong:
+        raise ValueError(f"{path}.data.documents does not go together with {' and '.join(wrong)}; leave one out")
+    if training.group_by_length and not rows.documents:
+        raise ValueError(
+            f"{path}.training.group_by_length needs rows of different lengths; set data.documents: true, or leave it "
+            "out"
+        )
+    if training.watch_steps is not None and stage.kind != "memory":
+        raise ValueError(f"{path}.training.watch_steps looks at memories, which a {stage.kind} stage has none of")
 
 
 def _check_positive(value: int | None, path: str) -> None:

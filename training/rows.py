@@ -1,11 +1,13 @@
 """Rows of tokens in training order, and the collator that makes every objective's batch from them."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
+from training.documents import pad_rows
 from training.encoded import EncodedChunks
 from training.objectives import IGNORED, SpecialTokens, build_batch
 
@@ -110,9 +112,13 @@ class ObjectiveCollator:
         source_length (`int`, *optional*): Tokens at the start of a row that the copy objectives copy.
         vary_source (`bool`): Whether the copy objectives' rows have sources of 1, 2, ... windows in turn, up to
             `source_length`, so that a model learns to give back few memories as well as many.
+        padded (`bool`): Whether rows have different lengths. They are padded to whole windows, a batch also has
+            `"num_tokens"`, its tokens without padding, and the copies take the whole windows of a row as its source.
         split_windows (`bool`): Whether the model reads each window by itself. Targets stay those of the whole row:
             the last token of a window is asked for the first of the next, as a memory model is.
         every (`dict[str, int]`, *optional*): Objective -> n, for which it takes every n-th row of a batch only.
+        num_memories (`Sequence[int]`): Memories per chunk, of which each batch draws one number; slots layout only.
+            Default: always the model's.
         options: Passed to `build_batch`.
     """
 
@@ -125,8 +131,10 @@ class ObjectiveCollator:
         window_length: int,
         source_length: int | None = None,
         vary_source: bool = False,
+        padded: bool = False,
         split_windows: bool = False,
         every: Mapping[str, int] | None = None,
+        num_memories: Sequence[int] = (),
         **options: Any,
     ) -> None:
         self.objectives = objectives
@@ -135,27 +143,47 @@ class ObjectiveCollator:
         self.window_length = window_length
         self.source_length = source_length
         self.vary_source = vary_source
+        self.padded = padded
         self.split_windows = split_windows
         self.every = every or {}
+        self.num_memories = tuple(num_memories)
         self.options = options
 
     def __call__(self, items: list[tuple[Any, ...]]) -> dict[str, Any]:
         rows = torch.tensor([item[0] for item in items])
-        tokens = torch.stack([item[1] for item in items])  # (B, n)
+        mask = None
+        if self.padded:
+            tokens, mask = pad_rows([item[1] for item in items], self.window_length, self.special_tokens.pad)
+        else:
+            tokens = torch.stack([item[1] for item in items])  # (B, n)
         states = torch.stack([item[2] for item in items]) if len(items[0]) > 2 else None  # (B, C, K, E)
-        batches: dict[str, Any] = {"rows": rows}
+        budget = draw_budget(self.num_memories, rows)
+        batches: dict[str, Any] = {"rows": rows} if mask is None else {"rows": rows, "num_tokens": mask.sum()}
         for objective in self.objectives:
             step = self.every.get(objective, 1)
-            batches[objective] = self.collate(objective, tokens[::step], rows[::step])
+            options: dict[str, Any] = {} if mask is None else {"mask": mask[::step]}
+            if budget is not None:
+                options["budget"] = budget
+            batches[objective] = self.collate(objective, tokens[::step], rows[::step], **options)
             if states is not None:
                 batches[objective] = with_states(batches[objective], states[::step])
         return batches
 
     def collate(
-        self, objective: str, tokens: torch.Tensor, rows: torch.Tensor | None = None
+        self,
+        objective: str,
+        tokens: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        budget: int | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Build the batch of one objective from rows `(B, n)`; rows with a negative number get no target."""
+        """Build the batch of one objective from rows `(B, n)`; rows with a negative number get no target.
+
+        With a `budget` each chunk of the context gets so many memories instead of the model's `memories_per_chunk`.
+        """
         source: dict[str, Any] = {"source_length": self.source_length}
+        if mask is not None:
+            source = self._padded_sources(objective, mask)
         if self.vary_source and objective in COPIES:
             tokens, mask = self._varied_sources(tokens)
             source = {"attention_mask": mask}
@@ -167,22 +195,27 @@ class ObjectiveCollator:
             **source,
             tokens_ids=self.special_tokens,
             mixed_with_causal="causal" in self.objectives,
-            **self.options,
+            **(self.options if budget is None else {**self.options, "memories_per_chunk": budget}),
         )
-        key = "labels" if "labels" in batch else "shift_labels"
-        targets = batch.pop(key)
-        if rows is not None and (rows < 0).any():
-            absent = (rows < 0).repeat_interleave(targets.shape[0] // rows.shape[0])
-            targets = targets.masked_fill(absent[:, None], IGNORED)
-        batch[key] = targets
+        if budget is not None:
+            batch["context_num_memories"] = budget * batch["context_attention_mask"].any(2).long()
+        for key in ("labels", "shift_labels", "teacher_labels"):
+            if key in batch and rows is not None and (rows < 0).any():
+                absent = (rows < 0).repeat_interleave(batch[key].shape[0] // rows.shape[0])
+                batch[key] = batch[key].masked_fill(absent[:, None], IGNORED)
         if self.split_windows:
             batch = {name: tensor.reshape(-1, self.window_length) for name, tensor in batch.items()}
-        if key == "shift_labels":
-            wanted = (batch[key] != IGNORED).any(0)
-            # Half of the output head, and whole source windows, would be computed for nothing in a copy.
-            if wanted.any() and wanted.sum() <= 0.75 * wanted.numel():
-                batch["columns"] = wanted.nonzero()[:, 0]
-        return batch
+        return keep_columns(batch)
+
+    def _padded_sources(self, objective: str, mask: torch.Tensor) -> dict[str, Any]:
+        """Return the mask of padded rows `(B, n)` and the length of their sources, whole windows."""
+        width, window = mask.shape[1], self.window_length
+        longest = width if objective in COPIES else (width - 1) // window * window
+        limit = longest if self.source_length is None else min(self.source_length, longest)
+        if objective in COPIES:
+            whole = mask.sum(1, keepdim=True) // window * window
+            mask = (torch.arange(width, device=mask.device) < whole).long()
+        return {"attention_mask": mask, "source_length": limit if objective in COPIES or limit else None}
 
     def _varied_sources(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cut rows `(B, n)` to sources of 1, 2, ... windows in turn; return them with their mask."""
@@ -190,6 +223,35 @@ class ObjectiveCollator:
         num_windows = torch.arange(tokens.shape[0], device=tokens.device) % (longest // self.window_length) + 1
         columns = torch.arange(longest, device=tokens.device)
         return tokens[:, :longest], (columns < num_windows[:, None] * self.window_length).long()
+
+
+def keep_columns(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Name the columns `(n,)` that have a target in some row, if they are few enough to be worth it.
+
+    Half of the output head, and whole source windows, would be computed for nothing in a copy.
+    """
+    if "shift_labels" not in batch:
+        return batch
+    wanted = (batch["shift_labels"] != IGNORED).any(0)
+    if wanted.any() and wanted.sum() <= 0.75 * wanted.numel():
+        return {**batch, "columns": wanted.nonzero()[:, 0]}
+    return batch
+
+
+def draw_budget(num_memories: Sequence[int], rows: torch.Tensor) -> int | None:
+    """Draw the memories per chunk of a batch; the same rows in the same order always draw the same.
+
+    Args:
+        num_memories (`Sequence[int]`): What there is to draw from; nothing: no budget.
+        rows (`torch.LongTensor` of shape `(B,)`): Numbers of the batch's rows.
+
+    >>> draw_budget([], torch.tensor([3, 4])), draw_budget([7], torch.tensor([3, 4]))
+    (None, 7)
+    """
+    if not num_memories:
+        return None
+    digest = hashlib.sha256(rows.numpy().tobytes()).digest()
+    return num_memories[int.from_bytes(digest[:8], "big") % len(num_memories)]
 
 
 def with_states(batch: dict[str, torch.Tensor], states: torch.Tensor) -> dict[str, torch.Tensor]:

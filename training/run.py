@@ -26,8 +26,9 @@ from accelerate import PartialState
 from training.figures import write_figures
 from training.grid import run_grid
 from training.inputs import Inputs, prepare_inputs
+from training.pairs import evaluate_pairs
 from training.publish import PublishError, verify_hub_folder, write_hub_folder
-from training.recipe import Recipe, load_recipe
+from training.recipe import Recipe, StageRecipe, load_recipe
 from training.record import (
     describe_code,
     describe_hardware,
@@ -38,11 +39,14 @@ from training.record import (
     write_record,
 )
 from training.sample import regenerate, sample_lines
-from training.stages import StageRunner, processor_for
+from training.stages import StageRunner, chunk_counts, processor_for
 from training.stopping import StoppedError, stop_at_once
 from training.strict_yaml import portable_path, portable_word
 from training.suites import Evaluation, default_length, evaluate_suite, results_table, spread_rows
+from training.summary import write_summary
 from training.trainer import NonFiniteLossError
+
+PAIR_SUITES = {"clm": "causal", "copy": "copy"}
 
 
 class Run:
@@ -83,6 +87,7 @@ class Run:
             train_tokens=inputs.tokens["train"] if inputs.stream is None else inputs.stream,
             validation_tokens=inputs.tokens["validation"],
             inputs=inputs.fingerprint,
+            texts=inputs.texts,
         )
         stages: dict[str, Any] = {}
         for stage in self.recipe.stages:
@@ -103,7 +108,8 @@ class Run:
             metrics = self.evaluate(runner, inputs, stages)
         published = self.recipe.published_stage
         sample = None
-        if self.recipe.stage(published).kind == "memory":
+        paired = self.recipe.encoder_of(self.recipe.stage(published)) is not None
+        if self.recipe.stage(published).kind == "memory" and not paired:
             sample = regenerate(runner.load(published), inputs.tokenizer, inputs.tokens["test"], inputs.special_tokens)
         record = self.describe(inputs, stages, metrics, sample)
         with self.phase("figures"):
@@ -114,6 +120,7 @@ class Run:
         record["times"] = self.times()
         record["peak_memory_bytes"] = peak_memory_bytes()
         record["run"].update(status="success", finished_at=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+        write_summary(record, self.folder)
         write_record(self.folder / "record.json", record)
         self.report(record)
         return record
@@ -138,7 +145,9 @@ class Run:
             rows = spread_rows(inputs.tokens["test"], row_length=length, limit=settings.num_rows * 4)
             evaluation = self.evaluation(reader, inputs)
             metrics["autoencoder"] = evaluate_suite(evaluation, "retention", rows)
-        if published.kind == "memory":
+        if self.recipe.encoder_of(published) is not None:
+            metrics |= self.evaluate_pairs(runner, published, model)
+        elif published.kind == "memory":
             evaluation = self.evaluation(model, inputs)
             baselines = {
                 name: runner.load(stage).to(self.device)
@@ -151,6 +160,33 @@ class Run:
                 rows = spread_rows(inputs.tokens["test"], row_length=length, limit=settings.num_rows)
                 metrics[suite] = evaluate_suite(evaluation, suite, rows, baselines if suite == "clm" else None)
         write_json(path, {"asked": asked, "metrics": metrics})
+        return metrics
+
+    def evaluate_pairs(self, runner: StageRunner, stage: StageRecipe, model: Any) -> dict[str, Any]:
+        """Run the suites `clm` and `copy` on a model whose encoder has a tokenizer of its own, at each budget."""
+        settings = self.recipe.evaluation
+        collator = runner.pair_collator(stage, model, ["causal", "copy"])
+        text = runner.paired_text(stage, model, "test")
+        metrics = {}
+        for suite in settings.suites:
+            if suite not in PAIR_SUITES:
+                raise ValueError(
+                    f"evaluation.suites: {suite} reads text that encoder and decoder share; where they have a "
+                    f"tokenizer each there are {', '.join(PAIR_SUITES)}"
+                )
+            budgets: list[int | None] = [*stage.data.num_memories] or [None]
+            found = evaluate_pairs(
+                model,
+                collator,
+                text,
+                objective=PAIR_SUITES[suite],
+                chunks_per_row=chunk_counts(stage, text.chunk_length)[1],
+                num_rows=settings.num_rows,
+                batch_size=settings.batch_size,
+                budgets=budgets,
+            )
+            for budget, result in zip(budgets, found, strict=True):
+                metrics[suite if budget is None else f"{suite}, {budget} memories a chunk"] = result
         return metrics
 
     def evaluation(self, model: Any, inputs: Inputs) -> Evaluation:
@@ -171,7 +207,8 @@ class Run:
         model, folder = runner.load(stage), self.folder / "hub"
         is_memory = self.recipe.stage(stage).kind == "memory"
         with self.phase("hub folder"):
-            processor = processor_for(model, inputs.tokenizer) if is_memory else inputs.tokenizer
+            own = runner.encoder_tokenizer(self.recipe.stage(stage))
+            processor = processor_for(model, inputs.tokenizer, own) if is_memory else inputs.tokenizer
             slim = {**record, "times": self.times(), "stages": _without_series(record["stages"])}
             write_hub_folder(model, processor, folder, slim, {"description": self.recipe.description})
         if not self.recipe.publish.verify:
@@ -239,7 +276,8 @@ class Run:
         print(results_table(record["metrics"]))
         if record["sample"] is not None:
             print("\n" + "\n".join(sample_lines(record["sample"], colour=sys.stdout.isatty())))
-        print(f"\nrecord: {self.folder / 'record.json'}\nfigures: {self.folder / 'figures'}")
+        print(f"\nrecord: {self.folder / 'record.json'}\nsummary: {self.folder / 'summary.html'}")
+        print(f"figures: {self.folder / 'figures'}")
         if (self.folder / "hub").is_dir():
             verified = record.get("hub", {}).get("verified")
             print(f"Hub folder: {self.folder / 'hub'}" + (" (loads in a clean process)" if verified else ""))

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -29,10 +30,13 @@ from transformers import (
 )
 
 from modeling_memory import MemoryAutoencoder, MemoryEncoderDecoderForCausalLM, MemoryProcessor
-from training.build import build_stage_model, count_parameters
+from modeling_memory.memory_parts import load_encoder
+from training.build import build_stage_model, count_parameters, parameter_report, report_lines
 from training.checkpoints import last_complete_checkpoint
+from training.documents import DocumentRows
 from training.encoded import encode_once
 from training.objectives import IGNORED, SpecialTokens, targets_of
+from training.pairs import PairCollator, PairedRows, PairedText, cached_pairs, encode_pairs
 from training.recipe import OBJECTIVES, Recipe, StageRecipe
 from training.record import fingerprint, peak_memory_bytes, read_json, write_json
 from training.rows import ObjectiveCollator, TokenRows
@@ -40,7 +44,9 @@ from training.stopping import StoppedError
 from training.token_stream import StreamedRows, TokenStream
 from training.trainer import MemoryTrainer, training_arguments
 from training.warm_start import FITTED_CHUNKS, start_projector
+from training.watching import WatchMemories
 
+WATCHED_TEXTS = 16
 MODEL_CLASSES = {
     "autoencoder": MemoryAutoencoder,
     "causal_lm": AutoModelForCausalLM,
@@ -59,6 +65,8 @@ class StageRunner:
         train_tokens (`torch.Tensor` of shape `(num_tokens,)`, or `TokenStream`): Train split.
         validation_tokens (`torch.Tensor` of shape `(num_tokens,)`): Validation split.
         inputs (`str`): Fingerprint of tokenizer and text; a stage trained on others is not continued.
+        texts (`dict[str, list[str]]`, *optional*): Documents of the splits, for encoders with a tokenizer of their
+            own.
     """
 
     def __init__(
@@ -71,6 +79,7 @@ class StageRunner:
         train_tokens: torch.Tensor | TokenStream,
         validation_tokens: torch.Tensor,
         inputs: str,
+        texts: Mapping[str, list[str]] | None = None,
     ) -> None:
         self.recipe = recipe
         self.folder = folder
@@ -79,6 +88,8 @@ class StageRunner:
         self.train_tokens = train_tokens
         self.validation_tokens = validation_tokens
         self.inputs = inputs
+        self.texts = texts or {}
+        self._pairs: dict[tuple[str, str, int], PairedText] = {}
         self.stopped = False
         self.state = PartialState(cpu=recipe.use_cpu)
 
@@ -88,8 +99,10 @@ class StageRunner:
         memory = self.special_tokens.memory
         return len(self.tokenizer) if memory is None else min(memory, len(self.tokenizer))
 
-    def load(self, name: str) -> PreTrainedModel:
-        """Load the model of a finished stage."""
+    def load(self, name: str) -> Any:
+        """Load the model of a finished stage, or a pretrained one."""
+        if name in self.recipe.pretrained:
+            return load_pretrained(self.recipe, name)
         kind = self.recipe.stage(name).kind
         return MODEL_CLASSES[kind].from_pretrained(self.folder / name / "model")
 
@@ -124,13 +137,21 @@ class StageRunner:
         mapping = self.recipe.to_mapping()
         index = [other.name for other in self.recipe.stages].index(stage.name)
         sources = {*stage.from_.values(), *filter(None, [stage.warm_start.tables_from])}
-        del mapping["stages"][index]["training"]["num_workers"]  # rows are the same whoever reads them
+        for key in ("num_workers", "watch_steps"):  # weights are the same whoever reads rows and looks at memories
+            del mapping["stages"][index]["training"][key]
         return {
             "stage": mapping["stages"][index],
             "seed": self.recipe.seed + index,
             "inputs": self.inputs,
             "processes": self.state.num_processes,
-            "after": {name: fingerprint(self.describe(self.recipe.stage(name))) for name in sorted(sources)},
+            "after": {
+                name: fingerprint(
+                    mapping["pretrained"][name]
+                    if name in self.recipe.pretrained
+                    else self.describe(self.recipe.stage(name))
+                )
+                for name in sorted(sources)
+            },
         }
 
     def _train(self, stage: StageRecipe, folder: Path) -> dict[str, Any]:
@@ -142,16 +163,28 @@ class StageRunner:
         model = build_stage_model(
             stage, special_tokens=self.special_tokens, vocab_size=self.vocab_size, load=self.load
         )
+        report = parameter_report(model)
+        if self.state.is_main_process:
+            print("\n".join(report_lines(report)), flush=True)
         collator = self._collator(stage, model, list(objectives))
         batch_rows = training.batch_size * training.gradient_accumulation_steps * self.state.num_processes
         order = seed if rows.seed is None else rows.seed
-        train_rows = self._train_rows(stage, model, training.max_steps * batch_rows, order)
+        train_rows = self._train_rows(stage, model, training.max_steps * batch_rows, order, step_rows=batch_rows)
+        if isinstance(collator, PairCollator):
+            collator.encoded = self._encoded_pairs(stage, model, train_rows.text)
         if stage.kind == "memory" and "model" not in stage.from_:
-            number = -(-FITTED_CHUNKS * model.config.chunk_length // rows.row_length)
-            sample = self._train_rows(stage, model, number, order)
-            start_projector(
-                model, stage.warm_start, [sample[i] for i in range(number)], f"stages.{stage.name}.warm_start"
-            )
+            where = f"stages.{stage.name}.warm_start"
+            sample: list[tuple[Any, ...]] = []
+            if stage.warm_start.projector == "last_token":
+                if isinstance(collator, PairCollator):
+                    raise ValueError(
+                        f"{where}.projector is last_token, but the encoder has a tokenizer of its own, whose last "
+                        "token is none of the decoder's; use default"
+                    )
+                number = -(-FITTED_CHUNKS * model.config.chunk_length // rows.row_length)
+                fitted = self._train_rows(stage, model, number, order)
+                sample = [fitted[i] for i in range(number)]
+            start_projector(model, stage.warm_start, sample, where)
         # Before the first step: a layout that does not fit says so here.
         first_batch = collator([train_rows[i] for i in range(training.batch_size)])
         if training.attention is not None:
@@ -168,7 +201,7 @@ class StageRunner:
             objectives=objectives,
             training=training,
             train_dataset=train_rows,
-            eval_dataset=self._validation_rows(stage) if training.eval_steps else None,
+            eval_dataset=self._validation_rows(stage, model) if training.eval_steps else None,
             data_collator=collator,
             label=stage.name,
         )
@@ -176,6 +209,8 @@ class StageRunner:
         resumed_at = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
         clock = StageClock(folder / "sessions.json", resumed_at, keeps=self.state.is_main_process)
         trainer.add_callback(clock)
+        if training.watch_steps is not None:
+            trainer.add_callback(WatchMemories(trainer, self._watched_texts(stage, model), training.watch_steps))
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         clock.keep(trainer.state.global_step)
         self.stopped = trainer.stopped
@@ -186,21 +221,27 @@ class StageRunner:
             )
         if self.state.is_main_process:
             self._save(trainer.accelerator.unwrap_model(trainer.model), stage, folder / "model")
-        num_targets = {name: int((targets_of(first_batch[name]) != IGNORED).sum()) for name in objectives}
         num_rows = training.max_steps * batch_rows
+        num_targets = {
+            name: int((targets_of(first_batch[name]) != IGNORED).sum()) * num_rows // training.batch_size
+            for name in objectives
+        }
+        documents = isinstance(train_rows, DocumentRows)
+        num_tokens = train_rows.num_tokens() if documents else num_rows * rows.row_length
         return {
             "kind": stage.kind,
             "objectives": objectives,
             "seed": seed,
             "parameters": count_parameters(model),
+            "parameters_by_part": report,
             "steps": training.max_steps,
             "rows": num_rows,
-            "text_tokens": num_rows * rows.row_length,
-            "targets": {name: count * num_rows // training.batch_size for name, count in num_targets.items()},
+            "text_tokens": num_tokens,
+            "targets": None if documents else num_targets,
             "seconds": round(clock.seconds, 2),
             "sessions": clock.sessions,
             "resumed_at_step": resumed_at,
-            "text_tokens_per_second": round(num_rows * rows.row_length / max(clock.seconds, 1e-9), 1),
+            "text_tokens_per_second": round(num_tokens / max(clock.seconds, 1e-9), 1),
             "peak_memory_bytes": peak_memory_bytes(),
             "series": [
                 {key: value for key, value in log.items() if isinstance(value, int | float)}
@@ -217,8 +258,59 @@ class StageRunner:
         broadcast_object_list(found)
         return None if found[0] is None else Path(found[0])
 
-    def _collator(self, stage: StageRecipe, model: PreTrainedModel, objectives: list[str]) -> ObjectiveCollator:
+    def pair_collator(self, stage: StageRecipe, model: PreTrainedModel, objectives: list[str]) -> "PairCollator":
+        """Build the collator of a stage whose encoder has a tokenizer of its own."""
+        return PairCollator(
+            objectives,
+            self.special_tokens,
+            source_chunks=chunk_counts(stage, model.config.chunk_length)[0],
+            memories_per_chunk=model.config.memories_per_chunk,
+            num_memories=stage.data.num_memories,
+            every=stage.data.every,
+            marker=stage.data.marker,
+        )
+
+    def paired_text(self, stage: StageRecipe, model: PreTrainedModel, split: str) -> PairedText:
+        """Return a split in the tokens of a stage's encoder and decoder."""
+        source = self.recipe.encoder_of(stage)
+        assert source is not None
+        key = split, source.path, model.config.chunk_length
+        if key not in self._pairs:
+            processor = processor_for(model, self.tokenizer, self.encoder_tokenizer(stage))
+            limit = self.recipe.data.max_train_tokens if split == "train" else None
+            with self.state.main_process_first():
+                folder = Path(self.recipe.data.cache_dir or self.folder.parent / "inputs")
+                paired = cached_pairs(processor, self.texts[split], folder, limit=limit)
+            self._pairs[key] = paired.first(limit)
+        return self._pairs[key]
+
+    def encoder_tokenizer(self, stage: StageRecipe) -> PreTrainedTokenizerBase | None:
+        """Load the tokenizer of a stage's encoder, if it is not the run's."""
+        source = self.recipe.encoder_of(stage)
+        return None if source is None else AutoTokenizer.from_pretrained(source.source, revision=source.revision)
+
+    def _encoded_pairs(
+        self, stage: StageRecipe, model: PreTrainedModel, text: PairedText
+    ) -> tuple[PairedText, Any] | None:
+        if not stage.data.encode_once:
+            return None
+        folder = Path(self.recipe.data.cache_dir or self.folder / "encoded")
+        with self.state.main_process_first():
+            bf16 = stage.training.bf16
+            return text, encode_pairs(model, text, folder, bf16=bf16, device=self.state.device)
+
+    def _collator(
+        self, stage: StageRecipe, model: PreTrainedModel, objectives: list[str]
+    ) -> "ObjectiveCollator | PairCollator":
         rows, config = stage.data, model.config
+        per_chunk = getattr(config, "memories_per_chunk", 1)
+        if max(rows.num_memories, default=1) > per_chunk:
+            raise ValueError(
+                f"stages.{stage.name}.data.num_memories is {max(rows.num_memories)} at most, but the model has "
+                f"memories_per_chunk {per_chunk}; expected 1 to {per_chunk}"
+            )
+        if self.recipe.encoder_of(stage) is not None:
+            return self.pair_collator(stage, model, objectives)
         window_length = getattr(config, "window_length", None) or rows.window_length or rows.row_length
         chunk_length = getattr(config, "chunk_length", window_length)
         if rows.vary_source:
@@ -236,31 +328,74 @@ class StageRunner:
             window_length=chunk_length if stage.kind == "autoencoder" else window_length,
             source_length=rows.source_length,
             vary_source=rows.vary_source,
+            padded=rows.documents,
             split_windows=rows.window_length is not None,
             every=rows.every,
-            memories_per_chunk=getattr(config, "memories_per_chunk", 1),
+            num_memories=rows.num_memories,
+            memories_per_chunk=per_chunk,
             layout=rows.layout,
             marker=rows.marker,
         )
 
     def _train_rows(
-        self, stage: StageRecipe, model: PreTrainedModel, num_items: int, seed: int
-    ) -> TokenRows | StreamedRows:
+        self,
+        stage: StageRecipe,
+        model: PreTrainedModel,
+        num_items: int,
+        seed: int,
+        *,
+        step_rows: int | None = None,
+    ) -> TokenRows | DocumentRows | StreamedRows | PairedRows:
+        if self.recipe.encoder_of(stage) is not None:
+            text = self.paired_text(stage, model, "train")
+            chunks_per_row = chunk_counts(stage, text.chunk_length)[1]
+            return PairedRows(text, chunks_per_row=chunks_per_row, num_items=num_items, seed=seed)
         length, tokens = stage.data.row_length, self.train_tokens
         if isinstance(tokens, TokenStream):
             shuffle_rows = self.recipe.data.shuffle_rows
             return StreamedRows(tokens, row_length=length, num_items=num_items, seed=seed, shuffle_rows=shuffle_rows)
+        if stage.data.documents and step_rows is not None:  # a sample for the projector may be packed
+            eos = self.special_tokens.require("eos", "data.documents")
+            # A window to copy and a token behind it; the other stages only need a token that predicts another.
+            shortest = model.config.window_length + 1 if stage.kind == "memory" else 2
+            return DocumentRows(
+                tokens,
+                eos_token_id=eos,
+                row_length=length,
+                shortest=shortest,
+                num_items=num_items,
+                step_rows=step_rows,
+                seed=seed,
+                group_by_length=stage.training.group_by_length,
+            )
         encoded = None
         if stage.data.encode_once:
             with self.state.main_process_first():
                 bf16 = stage.training.bf16
-                encoded = encode_once(model, tokens, self.folder / "encoded", bf16=bf16, device=self.state.device)
+                folder = Path(self.recipe.data.cache_dir or self.folder / "encoded")
+                encoded = encode_once(model, tokens, folder, bf16=bf16, device=self.state.device)
         return TokenRows(tokens, row_length=length, num_items=num_items, seed=seed, encoded=encoded)
 
-    def _validation_rows(self, stage: StageRecipe) -> TokenRows:
+    def _validation_rows(self, stage: StageRecipe, model: PreTrainedModel) -> TokenRows | PairedRows:
+        if self.recipe.encoder_of(stage) is not None:
+            text = self.paired_text(stage, model, "validation")
+            chunks_per_row = chunk_counts(stage, text.chunk_length)[1]
+            num_items = min(stage.training.eval_rows, text.num_chunks // chunks_per_row)
+            return PairedRows(text, chunks_per_row=chunks_per_row, num_items=num_items)
         training, length = stage.training, stage.data.row_length
         tokens = self.validation_tokens[: training.eval_rows * length]
         return TokenRows(tokens, row_length=length, num_items=tokens.numel() // length)
+
+    def _watched_texts(self, stage: StageRecipe, model: PreTrainedModel) -> torch.Tensor:
+        """Return the first validation texts, as long as the stage's rows and at least two windows, `(B, n)`."""
+        length = max(stage.data.row_length, 2 * model.config.window_length)
+        num_texts = min(WATCHED_TEXTS, self.validation_tokens.numel() // length)
+        if not num_texts:
+            raise ValueError(
+                f"training.watch_steps looks at texts of {length} tokens of the validation split, which has only "
+                f"{self.validation_tokens.numel()}; give more text or leave it out"
+            )
+        return self.validation_tokens[: num_texts * length].view(num_texts, length).long()
 
     def _save(self, model: PreTrainedModel, stage: StageRecipe, folder: Path) -> None:
         """Write the finished model with its tokenizer or processor, empty folder first."""
@@ -269,7 +404,7 @@ class StageRunner:
     def _write(self, model: PreTrainedModel, stage: StageRecipe, folder: Path) -> None:
         model.save_pretrained(folder)
         if stage.kind == "memory":
-            processor_for(model, self.tokenizer).save_pretrained(folder)
+            processor_for(model, self.tokenizer, self.encoder_tokenizer(stage)).save_pretrained(folder)
         else:
             self.tokenizer.save_pretrained(folder)
 
@@ -320,11 +455,54 @@ class StageClock(TrainerCallback):
         self.keep(state.global_step)
 
 
-def processor_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> MemoryProcessor:
-    """Build the processor of a memory model whose encoder and decoder share a tokenizer."""
+def load_pretrained(recipe: Recipe, name: str) -> Any:
+    """Load a model that a recipe names: an encoder with what it says about pooling, or a causal LM.
+
+    Raises:
+        ValueError: If it is not the architecture that the recipe describes.
+        OSError: What the library raises for an id or folder that it cannot load.
+    """
+    source = recipe.pretrained[name]
+    is_encoder = any(stage.from_.get("encoder") == name for stage in recipe.stages)
+    load: Any = load_encoder if is_encoder else AutoModelForCausalLM.from_pretrained
+    found = load(source.source, revision=source.revision, dtype=torch.float32)
+    config = (found[0] if is_encoder else found).config
+    for field, value in source.config.items():
+        own = getattr(config, field, None)
+        if own != value:
+            raise ValueError(
+                f"pretrained.{name}.config.{field} is {value!r}, but {source.path} has {own!r}; correct the recipe, "
+                "or give the model that it describes"
+            )
+    return found
+
+
+def chunk_counts(stage: StageRecipe, chunk_length: int) -> tuple[int, int]:
+    """Return the chunks that become memories, and those of a row, for an encoder with its own tokenizer.
+
+    Raises:
+        ValueError: If lengths are no whole chunks, or nothing is left to read behind the source.
+    """
+    rows = stage.data
+    source = rows.source_length or rows.row_length // 2
+    if source % chunk_length or rows.row_length % chunk_length or not 0 < source < rows.row_length:
+        raise ValueError(
+            f"stages.{stage.name}.data: row_length is {rows.row_length} and source_length {source}; with an encoder "
+            f"that has its own tokenizer both are whole chunks of {chunk_length}, the source shorter than the row"
+        )
+    return source // chunk_length, rows.row_length // chunk_length
+
+
+def processor_for(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> MemoryProcessor:
+    """Build the processor of a memory model, with the encoder's tokenizer if it has one of its own."""
     config = model.config
     return MemoryProcessor(
         tokenizer,
+        encoder_tokenizer,
         chunk_length=config.chunk_length,
         window_length=config.window_length,
         memories_per_chunk=config.memories_per_chunk,

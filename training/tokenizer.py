@@ -4,14 +4,13 @@ Ids are fixed: `<pad>` 0, `<bos>` 1, `<eos>` 2, `<copy>` 3, `<blank>` 4, and `<m
 slot id needs no row in a token table, so tables of `vocab_size` rows hold all other tokens.
 """
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from modeling_memory.memory_fingerprint import tokenizer_checksum as tokenizer_checksum
 from training.objectives import SpecialTokens
 
 PAD, BOS, EOS, COPY, BLANK, MEMORY = "<pad>", "<bos>", "<eos>", "<copy>", "<blank>", "<memory>"
@@ -112,6 +111,29 @@ def special_tokens_of(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
     )
 
 
+def complete_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Give a tokenizer that was made elsewhere what slots and padding need, where it lacks it.
+
+    `<memory>` gets the id behind its last one; padding, which is always masked, is the end token. Markers are not
+    added: they would need rows of the model's tables.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Any; changed in place.
+
+    Raises:
+        ValueError: If it has neither a padding nor an end token.
+    """
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                "the tokenizer has neither a padding nor an end token; set one, e.g. tokenizer.eos_token = '</s>'."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    if MEMORY not in tokenizer.get_added_vocab():
+        tokenizer.add_special_tokens({"extra_special_tokens": [MEMORY]}, replace_extra_special_tokens=False)
+    return tokenizer
+
+
 def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """Return how many bytes of text each id stands for, so that any row's bytes can be counted exactly.
 
@@ -140,23 +162,6 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     lengths[list(indices)] = torch.tensor([len(name) for name in names])  # one character of a piece is one byte
     lengths[sorted(tokenizer.added_tokens_decoder)] = 0
     return lengths
-
-
-def tokenizer_checksum(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the SHA-256 of what decides how text becomes ids.
-
-    Padding and truncation are left out: the library stores the last call's choice in the same object.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): A fast tokenizer.
-
-    >>> first, second = (train_tokenizer(["abab"], vocab_size=262) for _ in range(2))
-    >>> tokenizer_checksum(first) == tokenizer_checksum(second)
-    True
-    """
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state.pop("padding"), state.pop("truncation")
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _evenly(texts: list[str], max_bytes: int) -> Iterator[str]:

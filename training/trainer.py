@@ -32,7 +32,8 @@ from transformers import (
 
 from training.checkpoints import PART, WRITE_ERRORS, commit, frozen_names, last_complete_checkpoint, rotate, save_split
 from training.chunked_loss import check_head, chunked_cross_entropy, without_head
-from training.objectives import IGNORED, combine_losses, targets_of
+from training.documents import DocumentRows
+from training.objectives import IGNORED, combine_losses, distillation_loss, targets_of
 from training.optimizer import build_optimizer
 from training.recipe import TrainingRecipe
 from training.record import peak_memory_bytes
@@ -52,13 +53,19 @@ class NonFiniteLossError(RuntimeError):
     """The loss, or a weight about to be saved, is not a finite number."""
 
 
-def run_objective(model: nn.Module, batch: Mapping[str, torch.Tensor], **kwargs: Any) -> Any:
+def run_objective(
+    model: nn.Module, batch: Mapping[str, torch.Tensor], *, temperature: float = 1.0, **kwargs: Any
+) -> Any:
     """Run a model on the batch of one objective.
+
+    A batch with `teacher_input_ids` is one of distillation: the loss is the divergence from the decoder itself, its
+    adapters off, that reads the whole text in clear. It is in eval mode then and takes no gradient.
 
     Args:
         model (`nn.Module`): The model, possibly wrapped for several processes.
         batch (`Mapping`): As made by the collator; `shift_labels` `(B, T)` or unshifted `labels` `(B, L)`,
             and optionally `columns`, the columns that have a target in some row.
+        temperature (`float`): Of distillation.
         kwargs: Further arguments of the model's `forward`.
 
     Returns:
@@ -73,19 +80,61 @@ def run_objective(model: nn.Module, batch: Mapping[str, torch.Tensor], **kwargs:
     if "columns" in batch:
         targets = targets[:, batch["columns"]]
         kwargs["logits_to_keep"] = batch["columns"]
+    teacher = teacher_logits(own, batch) if "teacher_input_ids" in batch else None
     logits = model(**inputs, use_cache=False, **kwargs).logits
+    if teacher is not None:
+        return distillation_loss(logits[targets != IGNORED], teacher, temperature), logits, targets
     loss = own.loss_function(
         logits=logits, labels=None, vocab_size=logits.shape[-1], shift_labels=targets, num_items_in_batch=1
     )
     return loss, logits, targets
 
 
+@torch.no_grad()
+def teacher_logits(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return what a memory model's decoder, as it was before its adapters, says of the targets: logits `(N, V)`.
+
+    Args:
+        model (`MemoryEncoderDecoderForCausalLM`): The model.
+        batch (`Mapping`): With `teacher_input_ids`, `teacher_attention_mask` and `teacher_labels`, each `(B, T')`.
+    """
+    was_training = model.decoder.training
+    with model.adapters_off():
+        model.decoder.eval()
+        logits = model.decoder(
+            input_ids=batch["teacher_input_ids"], attention_mask=batch["teacher_attention_mask"], use_cache=False
+        ).logits
+    model.decoder.train(was_training)
+    model.train(model.training)  # frozen parts and adapters as they belong
+    return logits[batch["teacher_labels"] != IGNORED]
+
+
 def model_inputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Return the arguments of a model's `forward` in a batch; ready encoder states are projected to memories."""
-    inputs = {name: tensor for name, tensor in batch.items() if name not in ("shift_labels", "columns", "labels")}
+    inputs = {
+        name: tensor
+        for name, tensor in batch.items()
+        if name not in ("shift_labels", "columns", "labels") and not name.startswith("teacher_")
+    }
+    if "token_states" in inputs:
+        inputs["memory_embeds"] = _memories_of_states(
+            model, inputs.pop("token_states"), inputs.pop("context_attention_mask"),
+            inputs.pop("context_num_memories", None),
+        )  # fmt: skip
     if "memory_states" in inputs:
         inputs["memory_embeds"] = model.projector(inputs.pop("memory_states").to(model.decoder.dtype))
     return inputs
+
+
+def _memories_of_states(
+    model: nn.Module, states: torch.Tensor, mask: torch.Tensor, num_memories: torch.Tensor | None
+) -> torch.Tensor:
+    """Pool and project ready token states `(B, C, L, E)`, with an equal budget for all chunks; `(B, C * K, D)`."""
+    counts = None if num_memories is None else num_memories.flatten()
+    pooled = model.pooling(states.flatten(0, 1), mask.flatten(0, 1), counts)  # (B * C, K, E)
+    if counts is not None:
+        pooled = pooled[:, : int(counts[0])]
+    return model.projector(pooled.to(model.decoder.dtype)).reshape(len(states), -1, model.config.decoder.hidden_size)
 
 
 def run_objective_chunked(
@@ -122,7 +171,7 @@ class MemoryTrainer(Trainer):
         args (`TrainingArguments`): From [`training_arguments`].
         objectives (`dict[str, float]`): Objective -> weight.
         training (`TrainingRecipe`): Optimizer, learning rates and their multipliers, bf16.
-        train_dataset (`TokenRows` or `StreamedRows`): Rows in training order.
+        train_dataset (`TokenRows`, `DocumentRows` or `StreamedRows`): Rows in training order.
         eval_dataset (`TokenRows`, *optional*): Validation rows, any number of them: each counts once.
         data_collator (`Callable`): Turns rows into `{objective: inputs}` plus `"rows"`, their numbers.
         label (`str`): What progress lines are headed by.
@@ -144,7 +193,7 @@ class MemoryTrainer(Trainer):
         *,
         objectives: dict[str, float],
         training: TrainingRecipe,
-        train_dataset: TokenRows | StreamedRows,
+        train_dataset: TokenRows | DocumentRows | StreamedRows,
         eval_dataset: TokenRows | None = None,
         data_collator: Any,
         label: str = "",
@@ -159,6 +208,8 @@ class MemoryTrainer(Trainer):
         self._check_sharding(data_collator)
         if training.gradient_checkpointing:
             checkpoint_activations(self.model)
+        if training.compile:
+            compile_blocks(self.model)
         # `compute_loss` divides by the targets of the whole accumulated batch itself.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -195,9 +246,13 @@ class MemoryTrainer(Trainer):
             for name in self.objectives:
                 batch = {key: tensor.to(self.args.device) for key, tensor in batches[name].items()}
                 check_head(self.model, model_inputs(self.model, batch))
+        if self.training.watch_steps is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("training.watch_steps needs whole parameters; leave it out with FSDP or DeepSpeed")
         folds = getattr(self.model.config, "window_length", None) is not None
         layout = getattr(collator, "options", {}).get("layout", "self")
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharded and "distillation" in self.objectives:
+            raise ValueError("distillation's teacher needs a whole decoder; leave it out with FSDP or DeepSpeed")
         if sharded and getattr(self.train_dataset, "encoded", None) is not None:
             raise ValueError("data.encode_once needs a whole projector; leave it out with FSDP or DeepSpeed")
         if sharded and folds and layout == "self" and not self.training.gradient_checkpointing:
@@ -260,7 +315,8 @@ class MemoryTrainer(Trainer):
         total = combine_losses(loss_sums, num_items_in_batch, self.objectives)
         self._check_finite(total, inputs["rows"])
         tokens, since = self._tokens_since
-        self._tokens_since = tokens + inputs["rows"].numel() * self.train_dataset.row_length, since
+        packed = inputs["rows"].numel() * self.train_dataset.row_length
+        self._tokens_since = tokens + int(inputs.get("num_tokens", packed)), since
         if isinstance(model, DistributedDataParallel):
             # Every parameter takes part, or a process would wait for it; sharded models count for themselves.
             total = total + sum(p.sum() for p in self.model.parameters() if p.requires_grad) * 0.0
@@ -284,7 +340,8 @@ class MemoryTrainer(Trainer):
         """
         chunk = self.training.loss_chunk
         if chunk is None:
-            loss_sum, logits, targets = run_objective(model, batch)
+            temperature = self.training.distillation_temperature
+            loss_sum, logits, targets = run_objective(model, batch, temperature=temperature)
             present = targets != IGNORED
             count = present.sum()
             correct = ((logits.detach().argmax(-1) == targets) & present).sum() if judge else torch.zeros_like(count)
@@ -312,6 +369,11 @@ class MemoryTrainer(Trainer):
                 logs[f"{prefix}{name}_token_accuracy"] = correct / judged
         if prefix and all(f"eval_{name}_loss" in logs for name in self.objectives):
             logs["eval_loss"] = sum(weight * logs[f"eval_{name}_loss"] for name, weight in self.objectives.items())
+        projector = getattr(self.model, "projector", None)
+        if projector is not None and not prefix and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            weights = [parameter.detach().float().norm() for parameter in projector.parameters()]
+            if weights:  # its norm is free; a run that lets it grow without end shows here
+                logs["projector_norm"] = torch.stack(weights).norm().item()
         tokens, since = self._tokens_since
         if tokens and not prefix:
             now = time.perf_counter()
@@ -336,9 +398,9 @@ class MemoryTrainer(Trainer):
         if bad:
             named = ", ".join(str(row) for row in rows.tolist())
             raise NonFiniteLossError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1} (batch of rows {named}). "
-                "The last checkpoint is kept: lower the learning rate or lengthen the warm-up and start again; "
-                "if it fails at the same rows, look at their text"
+                f"the loss is {loss.item()} at step {self.state.global_step + 1} (batch of rows {named}). The last "
+                "checkpoint is kept: lower the learning rate or lengthen the warm-up and start again; if it fails at "
+                "the same rows, look at their text"
             )
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -467,8 +529,23 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     (model.gradient_checkpointing_enable if new is None else new)({"use_reentrant": False})
 
 
+def compile_blocks(model: nn.Module, **options: Any) -> None:
+    """Let `torch.compile` compile the repeated layers of a model, in place: no name of a module or weight changes.
+
+    Layers of one kind share what is compiled, unless they read a cache. What stands between them runs as it is.
+
+    Args:
+        model (`nn.Module`): The model.
+        options: Passed to `torch.compile`.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for block in module:
+                block.compile(**options)
+
+
 def progress_line(label: str, step: int, max_steps: int, logs: Mapping[str, float]) -> str:
-    """Write one log as one line; empty if it holds no objective's loss.
+    """Write one log as one line; empty if it holds neither an objective's loss nor a look at the memories.
 
     >>> progress_line("decoder", 50, 200, {"loss": 3.2, "causal_loss": 3.2, "causal_token_accuracy": 0.301})
     'decoder 50/200 | causal 3.200 30.1%'
@@ -476,7 +553,16 @@ def progress_line(label: str, step: int, max_steps: int, logs: Mapping[str, floa
     'decoder 50/200 validation | causal 3.100 30.0%'
     >>> progress_line("copy", 5, 9, {"copy_loss": 1.0, "text_tokens_per_second": 4321.0, "peak_memory_bytes": 2**30})
     'copy 5/9 | copy 1.000 | 4,321 tokens/s, 1.0 GiB'
+    >>> looked = {"memory_norm_to_tokens": 1.1, "memory_effective_rank": 9.53, "memory_attention_share": 0.2}
+    >>> progress_line("copy", 5, 9, looked)
+    "copy 5/9 memories | 1.10 of a token's length, effective rank 9.5, 20.0% of the attention"
     """
+    if "memory_effective_rank" in logs:
+        norm, rank = logs["memory_norm_to_tokens"], logs["memory_effective_rank"]
+        return (
+            f"{label} {step}/{max_steps} memories | {norm:.2f} of a token's length, effective rank {rank:.1f}, "
+            f"{logs['memory_attention_share']:.1%} of the attention"
+        )
     prefix = "eval_" if any(key.startswith("eval_") for key in logs) else ""
     parts = []
     for key, value in logs.items():

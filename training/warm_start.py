@@ -28,8 +28,8 @@ def copy_tables(source: PreTrainedModel, target: PreTrainedModel, path: str) -> 
             continue
         if old.weight.shape != new.weight.shape:
             raise ValueError(
-                f"{path}: the tables have shapes {tuple(old.weight.shape)} and {tuple(new.weight.shape)}; "
-                "warm starting needs equal widths and vocabularies"
+                f"{path}: the tables have shapes {tuple(old.weight.shape)} and {tuple(new.weight.shape)}; warm "
+                "starting needs equal widths and vocabularies"
             )
         new.weight.copy_(old.weight)
 
@@ -66,7 +66,8 @@ def start_projector(
         out.weight.copy_(torch.eye(out.in_features))
     elif warm_start.projector == "last_token":
         chunk_length = model.config.chunk_length
-        chunks = torch.stack([row[1] for row in rows]).unfold(1, chunk_length, chunk_length).flatten(0, 1)
+        whole = [row[1][: len(row[1]) // chunk_length * chunk_length] for row in rows]
+        chunks = torch.cat(whole).view(-1, chunk_length)
         fit_projector(model, chunks)
     out.weight.mul_(warm_start.projector_scale)
 

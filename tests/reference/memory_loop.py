@@ -156,13 +156,24 @@ def read_behind_context(model, chunks: list[torch.Tensor], token_ids: torch.Tens
 
 
 def read_with_room(model, token_ids: torch.Tensor) -> torch.Tensor:
-    """Logits `(n, V)` of plain text with `memory_policy="drop_oldest"`: the oldest memories make room."""
+    """Logits `(n, V)` of plain text whose memories are more than there is room for.
+
+    With `memory_policy="drop_oldest"` the oldest make room; with `"keep_nearest"` a window sees what the
+    window before it folded into, newest first, and those most like that, in the order of the text.
+    """
     config = model.config
     logits, folded, asked = [], [], False
     for start in range(0, len(token_ids), config.window_length):
         window = token_ids[start : start + config.window_length]
-        folded = folded[max(0, len(folded) - config.max_memories) :]
-        logits.append(decode_behind(model, folded, window, asked))
+        seen = folded[max(0, len(folded) - config.max_memories) :]
+        if config.memory_policy == "keep_nearest" and len(folded) > config.max_memories:
+            unit = [memory / memory.norm() for memory in folded]
+            query = torch.stack(unit[-config.memories_per_window :]).sum(0)
+            likeness = torch.stack([memory @ query for memory in unit])
+            newest = list(range(len(folded)))[: -config.memories_per_window - 1 : -1]
+            others = [number for number in likeness.argsort(descending=True).tolist() if number not in newest]
+            seen = [folded[number] for number in sorted((newest + others)[: config.max_memories])]
+        logits.append(decode_behind(model, seen, window, asked))
         asked = asked or any(is_marker(model, token) for token in window)
         for offset in range(0, config.window_length, config.chunk_length):
             if start + config.window_length < len(token_ids):

@@ -1,0 +1,131 @@
+"""Records of pairs whose encoder and decoder have a tokenizer each, gathered into one.
+
+```bash
+python -m training.run minilm_quickstart --grid 'stages.memory.adapters=[{}, {parts: [decoder], r: 8, lora_alpha: 16}]' --to runs/minilm
+python -m benchmarks.pairs runs/minilm --out benchmarks/results/pairs.json
+```
+"""  # noqa: E501
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from training.record import read_json, write_record
+from training.strict_yaml import portable_word
+
+Record = dict[str, Any]
+KEPT = ("token_accuracy", "token_accuracy_interval", "loss", "loss_interval", "num_rows", "num_tokens")
+GAIN = ("gain_of_memory", "gain_of_memory_interval")
+
+
+def gather(folders: list[Path], command: str) -> Record:
+    """Put what is shown of each run's record into one record; commit and machine are those of the first.
+
+    Args:
+        folders (`list[Path]`): Each a run, or runs side by side as a grid leaves them.
+        command (`str`): The command line, for the record.
+
+    Raises:
+        ValueError: If there is no finished run, or the runs are of different commits or texts.
+    """
+    files = sorted(file for folder in folders for file in (*folder.glob("record.json"), *folder.glob("*/record.json")))
+    records = [read_json(file) for file in files]
+    if not records:
+        raise ValueError(f"no finished run in {', '.join(map(str, folders))}; run the recipe first")
+    first = records[0]
+    for file, record in zip(files, records, strict=True):
+        for key in ("code", "inputs"):
+            if record[key] != first[key]:
+                raise ValueError(f"{file} and {files[0]} differ in {key}; run both again from one commit and one text")
+    runs = {file.parent.name: _run(record) for file, record in zip(files, records, strict=True)}
+    run = {"recipe_name": first["run"]["recipe_name"], "command": command, "created_at": first["run"]["created_at"]}
+    return {
+        "run": {**run, "status": "success"},
+        "code": first["code"],
+        "hardware": first["hardware"],
+        "inputs": first["inputs"],
+        "recipe": first["recipe"],
+        "metrics": {"runs": runs},
+    }
+
+
+def _run(record: Record) -> Record:
+    """What is shown of one run."""
+    name = record["published_stage"]
+    stage = next(stage for stage in record["recipe"]["stages"] if stage["name"] == name)
+    done = record["stages"][name]
+    norms = [log["projector_norm"] for log in done["series"] if "projector_norm" in log]
+    return {
+        "adapters": stage["adapters"],
+        "parameters": done["parameters_by_part"],
+        "steps": done["steps"],
+        "rows": done["rows"],
+        "seconds": done["seconds"],
+        "projector_norm": {"first": norms[0], "last": norms[-1]},
+        "suites": {
+            suite: {
+                condition: {key: values[key] for key in (*KEPT, *GAIN) if key in values}
+                for condition, values in conditions.items()
+            }
+            for suite, conditions in record["metrics"].items()
+        },
+    }
+
+
+def pairs_lines(record: Record, link: str) -> list[str]:
+    """A row for each run, task and number of memories: loss and accuracy beside their controls."""
+    lines = [
+        "| trained | task | memories a chunk | own memories | another text's | none | plain decoder, none | "
+        "plain decoder, full text | gain over another text's (95 %) |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for run in record["metrics"]["runs"].values():
+        trained = "projector and LoRA" if run["adapters"] else "projector"
+        for suite, conditions in run["suites"].items():
+            task, _, budget = suite.partition(", ")
+            task = {"clm": "go on", "copy": "write it again"}[task]
+            cells = [
+                _cell(conditions.get(name) or conditions.get(name.removeprefix("plain_")))
+                for name in ("memory", "wrong_memory", "no_memory", "plain_no_memory", "plain_full_context")
+            ]
+            wrong = conditions["wrong_memory"]
+            low, high = wrong["gain_of_memory_interval"]
+            gain = f"{wrong['gain_of_memory']:+.3f} ({low:+.3f} to {high:+.3f})"
+            cells[0] = f"[{cells[0]}]({link})"
+            lines.append(f"| {trained} | {task} | {budget.partition(' ')[0]} | {' | '.join(cells)} | {gain} |")
+    counts = next(iter(record["metrics"]["runs"].values()))
+    scored = next(iter(counts["suites"].values()))["memory"]
+    return [
+        *lines,
+        "",
+        f"{counts['steps']} steps of {counts['rows'] // counts['steps']} rows each; {scored['num_rows']} rows of the "
+        "test split. Loss in nats a token, token accuracy.",
+    ]
+
+
+def _cell(values: Record | None) -> str:
+    return "" if values is None else f"{values['loss']:.3f}, {values['token_accuracy']:.1%}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.pairs", description="Gather records of pairs into one."
+    )
+    parser.add_argument("folders", nargs="+", help="runs, or the folder of a grid")
+    parser.add_argument("--out", default="benchmarks/results/pairs.json", metavar="FILE")
+    options = parser.parse_args(arguments)
+    words = " ".join(map(portable_word, [*options.folders, "--out", options.out]))
+    try:
+        record = gather([Path(folder) for folder in options.folders], f"python -m benchmarks.pairs {words}")
+        write_record(Path(options.out), record)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"record: {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

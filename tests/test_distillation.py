@@ -1,0 +1,134 @@
+"""Learning from the decoder that reads everything, and training one model for many budgets."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.memory_models import BLANK, CHUNK, COPY, SLOT, WINDOW, build_model, random_ids
+from training.objectives import IGNORED, SpecialTokens, build_batch, distillation_loss
+from training.rows import ObjectiveCollator, draw_budget
+from training.trainer import run_objective, teacher_logits
+
+IDS = SpecialTokens(pad=0, bos=1, eos=2, memory=SLOT, copy=COPY, blank=BLANK)
+
+
+def batch_of(lengths: list[int]) -> dict[str, torch.Tensor]:
+    tokens = random_ids(len(lengths), max(lengths))
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return build_batch(
+        "distillation", tokens, attention_mask=mask, window_length=WINDOW, chunk_length=CHUNK, tokens_ids=IDS,
+        layout="slots",
+    )  # fmt: skip
+
+
+def plain(model: Any, lengths: list[int], temperature: float) -> torch.Tensor:
+    """Token by token, row by row: the student behind its memories, the teacher behind the text."""
+    tokens, total = random_ids(len(lengths), max(lengths)), torch.zeros(())
+    for row, length in zip(tokens, lengths, strict=True):
+        cut = (length - 1) // WINDOW * WINDOW
+        source, text = row[:cut], row[cut:length]
+        slots = torch.full((cut // CHUNK,), SLOT)
+        student = model(torch.cat([slots, text])[None], context_input_ids=source.reshape(1, -1, CHUNK)).logits[0]
+        with torch.no_grad():
+            teacher = model.decoder(row[None, :length]).logits[0]
+        for place in range(len(text) - 1):
+            p = (teacher[cut + place] / temperature).softmax(-1)
+            q = (student[len(slots) + place] / temperature).softmax(-1)
+            total = total + temperature**2 * (p * (p.log() - q.log())).sum()
+    return total
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("lengths", [[20, 20], [20, 13, 9]])
+def test_the_loss_and_its_gradients_equal_a_plain_computation(temperature: float, lengths: list[int]):
+    model = build_model("llama", "llama", freeze_decoder=False)
+    gradients, losses = [], []
+    for run in ("batched", "plain"):
+        model.zero_grad()
+        if run == "batched":
+            loss, logits, targets = run_objective(model, batch_of(lengths), temperature=temperature)
+            assert logits.shape[:2] == targets.shape
+        else:
+            loss = plain(model, lengths, temperature)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] > 0.01
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert (gradient - gradients[1][name]).abs().max() <= 1e-3 * gradient.abs().max().clamp(min=1e-4), name
+
+
+def test_targets_of_student_and_teacher_are_the_same_tokens():
+    batch = batch_of([20, 13, 10])
+    for mine, theirs in zip(batch["shift_labels"], batch["teacher_labels"], strict=True):
+        assert mine[mine != IGNORED].tolist() == theirs[theirs != IGNORED].tolist() != []
+
+
+def test_the_teacher_of_a_lora_student_is_the_decoder_without_adapters():
+    model = build_model("llama", "llama", freeze_decoder=True).train()
+    batch = batch_of([20, 20])
+    with torch.no_grad():
+        before = model.decoder(batch["teacher_input_ids"]).logits[batch["teacher_labels"] != IGNORED]
+    model.add_adapters(r=2, lora_dropout=0.5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    trains = [parameter.requires_grad for parameter in model.parameters()]
+    modes = [module.training for module in model.modules()]
+    torch.testing.assert_close(teacher_logits(model, batch), before)
+    assert not teacher_logits(model, batch).requires_grad
+    loss, _, _ = run_objective(model, batch)
+    loss.backward()
+    assert trains == [parameter.requires_grad for parameter in model.parameters()]
+    assert modes == [module.training for module in model.modules()]
+    for name, parameter in model.named_parameters():
+        moved = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
+        assert moved == parameter.requires_grad, name
+
+
+def test_a_student_that_reads_all_has_nothing_to_learn():
+    logits = torch.randn(5, 7)
+    assert distillation_loss(logits, logits, 2.0).item() == pytest.approx(0.0, abs=1e-6)
+    student = logits.clone().requires_grad_()
+    distillation_loss(student, logits).backward()
+    assert student.grad is not None and student.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"layout": "self"}, "needs layout='slots'"),
+     ({"layout": "slots", "source_tokens": torch.ones(1, 4).long()}, "source_tokens are the ready context")],
+)  # fmt: skip
+def test_what_cannot_be_distilled_is_refused(options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        build_batch("distillation", random_ids(1, 20), window_length=8, chunk_length=4, tokens_ids=IDS, **options)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "queries"])
+def test_a_batch_draws_one_budget_and_reads_exactly_so_many_memories(pooling: str):
+    model = build_model("llama", "llama", memories_per_chunk=4, pooling=pooling)
+    collator = ObjectiveCollator(
+        ["causal", "copy"], IDS, chunk_length=CHUNK, window_length=WINDOW, layout="slots", source_length=WINDOW,
+        memories_per_chunk=4, num_memories=(1, 2, 4),
+    )  # fmt: skip
+    seen = set()
+    for first in range(0, 24, 2):
+        items = [(first + i, random_ids(1, 16, seed=first + i)[0]) for i in range(2)]
+        batches = collator(items)
+        assert all(torch.equal(batches[key], collator(items)[key]) for key in ("rows",)), "drawn by row, not by chance"
+        budget = draw_budget((1, 2, 4), batches["rows"])
+        for name in ("causal", "copy"):
+            batch = batches[name]
+            assert (batch["input_ids"] == SLOT).sum(1).tolist() == [budget * WINDOW // CHUNK] * 2
+            loss, _, _ = run_objective(model, batch)
+            memories, mask = model.encode_memories(
+                batch["context_input_ids"], batch["context_attention_mask"], budget * WINDOW // CHUNK
+            )
+            ready = {key: batch[key] for key in ("input_ids", "attention_mask", "shift_labels")}
+            expected, _, _ = run_objective(model, {**ready, "memory_embeds": memories, "memory_mask": mask})
+            assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        seen.add(budget)
+    assert seen == {1, 2, 4}

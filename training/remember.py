@@ -1,0 +1,216 @@
+"""Texts into a memory store: read once, encoded in batches, kept on disk.
+
+```bash
+python -m training.remember runs/quickstart/hub letters/ notes.jsonl --to runs/letters
+accelerate launch --config_file configuration/accelerate/ddp.yaml -m training.remember MODEL letters/ --to runs/letters
+```
+
+A text is a `.txt` file, or a row of a `.jsonl` or `.parquet` file or of a dataset of the Hub. Its id is the file's
+path as given, with `#row` where a file holds several. What is stored is on the disk; after an interruption the same
+command goes on with what is missing, and a text that has changed since is remembered anew. Several processes share the
+texts and write to one store.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from modeling_memory import MemoryProcessor, MemoryStore
+from modeling_memory.memory_codec import DTYPES
+from modeling_memory.memory_shard import text_digest
+from training.evaluate import find_model
+from training.hub_folder import load_checkpoint
+from training.sources import HUB, SUFFIXES, HubDataset, read_file
+
+COMMIT_CHARACTERS = 1_000_000
+"""Characters of text that are stored by one change: what an interruption may cost."""
+
+Source = Path | HubDataset
+
+
+def load_memory_model(name: str, device: torch.device | str = "cpu") -> tuple[PreTrainedModel, MemoryProcessor]:
+    """Load a memory model with its processor, in the dtype that it was saved in.
+
+    Args:
+        name (`str`): Folder or Hub id.
+        device (`torch.device` or `str`): Where to.
+
+    Raises:
+        ValueError: If there is none, or it is another kind of model.
+    """
+    model, processor = load_checkpoint(find_model(name))
+    if not isinstance(processor, MemoryProcessor) or not hasattr(model, "encode_memories"):
+        raise ValueError(
+            f"{name} holds a {type(model).__name__}, which keeps no memories of a text. Give a memory "
+            "encoder-decoder, such as runs/quickstart/hub."
+        )
+    return model.eval().to(device), processor
+
+
+def find_sources(words: Sequence[str]) -> list[Source]:
+    """Turn files, folders and `hub:` datasets into sources, folders into the files in them, in order of their names.
+
+    Raises:
+        ValueError: If a word names nothing, or a folder holds no file of a known ending.
+    """
+    sources: list[Source] = []
+    for word in words:
+        path = Path(word).expanduser()
+        if word.startswith(HUB):
+            sources.append(HubDataset.parse(word))
+        elif path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
+            if not found:
+                raise ValueError(
+                    f"{word} holds no file that ends in {', '.join(SUFFIXES)}. Give texts of these kinds."
+                )
+            sources += found
+        elif path.is_file():
+            sources.append(path)
+        else:
+            raise ValueError(f"{word} is no file, no folder and no hub:ID@COMMIT. Correct the path.")
+    return list(dict.fromkeys(sources))
+
+
+def named_texts(sources: Sequence[Source], text_column: str = "text") -> Iterator[tuple[str, str]]:
+    """Yield each text with its id, one at a time.
+
+    Args:
+        sources (`Sequence`): From [`find_sources`].
+        text_column (`str`): Column or field that holds a document's text.
+    """
+    for source in sources:
+        if isinstance(source, HubDataset):
+            name = f"{HUB}{source.name}@{source.revision}:{source.config or 'default'}:{source.split}"
+            for row, text in enumerate(source.documents(text_column)):
+                if text.strip():
+                    yield f"{name}#{row}", text
+        else:
+            is_one = ".txt" in source.suffixes[-2:]
+            for row, text in enumerate(read_file(source, text_column)):
+                yield (source.as_posix() if is_one else f"{source.as_posix()}#{row}"), text
+
+
+def remember(
+    store: MemoryStore,
+    texts: Iterator[tuple[str, str]],
+    *,
+    batch_size: int = 256,
+    commit_characters: int = COMMIT_CHARACTERS,
+    bar: Any = None,
+) -> dict[str, int]:
+    """Store texts that are not in a store yet, or have changed since.
+
+    Args:
+        store ([`MemoryStore`]): Opened with its model.
+        texts (`Iterator`): Ids and texts.
+        batch_size (`int`): Chunks that the encoder reads at a time.
+        commit_characters (`int`): Characters of one change of the store.
+        bar (`tqdm`, *optional*): Counts chunks.
+
+    Returns:
+        `dict`: `stored`, `changed` (of these) and `known` texts, and `chunks` that were encoded.
+    """
+    counts = {"stored": 0, "changed": 0, "known": 0, "chunks": 0}
+    waiting: dict[str, str] = {}
+
+    def progress(chunks: int) -> None:
+        counts["chunks"] += chunks
+        if bar is not None:
+            bar.update(chunks)
+
+    def commit() -> None:
+        counts["stored"] += store.append(waiting, batch_size=batch_size, on_duplicate="replace", progress=progress)
+        waiting.clear()
+
+    for text_id, text in texts:
+        is_known = text_id in store
+        if is_known and store.digest(text_id) == text_digest(text):
+            counts["known"] += 1
+            continue
+        counts["changed"] += is_known
+        waiting[text_id] = text
+        if sum(map(len, waiting.values())) >= commit_characters:
+            commit()
+    if waiting:
+        commit()
+    return counts
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    parser = argparse.ArgumentParser(prog="python -m training.remember", description="Keep texts as memories on disk.")
+    add = parser.add_argument
+    add("model", help="folder or Hub id of a memory model")
+    add("texts", nargs="+", metavar="TEXT", help="files, folders, or hub:ID@COMMIT")
+    add("--to", required=True, metavar="STORE", help="folder of the store; begun if it is not there")
+    add("--dtype", choices=tuple(DTYPES), help="number format of a new store (float16)")
+    add("--keep-text", action="store_true", help="let a new store keep the texts, to show and expand chunks")
+    add("--text-column", default="text", metavar="NAME", help="column or field of the text (text)")
+    add("--batch-size", type=int, default=256, metavar="N", help="chunks that the encoder reads at a time (256)")
+    add("--threads", type=int, metavar="N", help="processor threads")
+    return parser
+
+
+def run(options: argparse.Namespace) -> dict[str, int]:
+    """Do what the command line says; returns what was done by all processes together."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    state, started = PartialState(cpu=not torch.cuda.is_available()), time.perf_counter()
+    sources = find_sources(options.texts)
+    model, processor = load_memory_model(options.model, state.device)
+    with state.main_process_first():
+        kind = {"dtype": options.dtype or "float16", "keep_text": options.keep_text}
+        store = MemoryStore.open(options.to, model, processor, create=True, **kind)
+    if options.dtype not in (None, store.dtype) or (options.keep_text and not store.keeps_text):
+        raise ValueError(
+            f"{options.to} was begun with the format {store.dtype} and {'the' if store.keeps_text else 'no'} text. "
+            "Leave the options out, or begin another store."
+        )
+    texts = islice(named_texts(sources, options.text_column), state.process_index, None, state.num_processes)
+    with tqdm(desc="remember", unit="chunk", unit_scale=True, disable=not state.is_main_process) as bar:
+        counts = remember(store, texts, batch_size=options.batch_size, bar=bar)
+    everywhere: list[dict[str, int]] = gather_object([counts])
+    totals = {name: sum(one[name] for one in everywhere) for name in counts}
+    store.reload()
+    if state.is_main_process:
+        seconds = time.perf_counter() - started
+        print(
+            f"{totals['stored']} texts remembered ({totals['changed']} of them anew), {totals['known']} were there; "
+            f"{totals['chunks']:,} chunks in {seconds:.1f} s"
+        )
+        print(
+            f"{options.to}: {len(store)} texts, {store.num_tokens:,} tokens in {store.num_chunks:,} chunks, "
+            f"{store.num_bytes:,} bytes ({store.num_bytes / max(store.num_tokens, 1):.1f} per token), {store.dtype}"
+        )
+    return totals
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = build_parser().parse_args(arguments)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        run(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on with what is missing", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
