@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import StaticCache, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
+from transformers.generation.streamers import BaseStreamer
 
 from modeling_memory import MemoryCache
 from tests.memory_models import BLANK, CHUNK, COPY, SLOT, WINDOW, build_model, ragged_batch, random_ids
@@ -611,3 +612,56 @@ class TestKeepNearest:
     def test_there_must_be_one_to_keep(self):
         with pytest.raises(ValueError, match="no memory to keep"):
             build_model(max_memories=0, memory_policy="keep_nearest")
+
+
+class Heard(BaseStreamer):
+    """Keeps what a streamer is given."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+class TestTheLibrarysOptionsThroughRollOvers:
+    @pytest.mark.parametrize("context", [False, True])
+    def test_a_streamer_hears_every_token_once_and_scores_are_those_of_forward(self, context):
+        model = build_model()
+        prompt = random_ids(1, 6)
+        given = {"context_input_ids": random_ids(1, 2, CHUNK), "rolling_memory": True} if context else {}
+        if context:
+            prompt = torch.cat([torch.full((1, 2), SLOT), prompt], 1)
+        heard = Heard()
+        out = model.generate(
+            prompt,
+            max_new_tokens=2 * WINDOW + 3,
+            streamer=heard,
+            output_scores=True,
+            return_dict_in_generate=True,
+            **given,
+            **GREEDY,
+        )
+        assert heard.ended and heard.tokens == out.sequences[0].tolist()
+        logits = model(out.sequences, **given).logits[:, prompt.shape[1] - 1 : -1]
+        torch.testing.assert_close(torch.stack(out.scores, 1), logits, atol=ATOL, rtol=0)
+
+    def test_stopping_criteria_stop_behind_a_roll_over(self):
+        model, prompt = build_model(), random_ids(1, WINDOW)
+        free = model.generate(prompt, max_new_tokens=20, **GREEDY)[0]
+        wanted = free[2 * WINDOW + 2]
+        stop = StoppingCriteriaList([lambda ids, scores, **_: ids[:, -1] == wanted])
+        out = model.generate(prompt, max_new_tokens=20, stopping_criteria=stop, **GREEDY)[0]
+        first = WINDOW + int((free[WINDOW:] == wanted).nonzero()[0])
+        assert torch.equal(out, free[: first + 1])
+
+    def test_a_repetition_penalty_reaches_tokens_that_folded_long_ago(self):
+        model, prompt = build_model(), random_ids(1, 5)
+        out = model.generate(prompt, max_new_tokens=3 * WINDOW, repetition_penalty=1e6, **GREEDY)
+        # Scores of tokens that were there shrink to nothing or grow to minus millions: none is written again
+        # as long as some other token has a positive score.
+        assert len(set(out[0].tolist())) == out.shape[1]
