@@ -18,7 +18,6 @@ Source of the question: Kuratov et al. 2025, arXiv 2502.13063 (one vector, up to
 """
 
 import argparse
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from training.command_line import run_command
 from training.data import file_checksums
 from training.evaluate import load_model
 from training.figures import write_ceiling_figure
@@ -514,18 +513,7 @@ def _spread(tokenizer: Any, documents: Sequence[str], length: int, num_texts: in
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    options = build_parser().parse_args(arguments)
-    words = sys.argv[1:] if arguments is None else arguments
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        run(options, shlex.join(["python", "-m", "training.ceiling", *map(portable_path, words)]))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(build_parser(), run, arguments)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ What each suite asks is described in `training/suites.py`, and in `training/fide
 """
 
 import argparse
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -19,18 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from training.build import count_parameters
+from training.command_line import run_command
 from training.data import file_checksums, load_texts, tokenise_documents
 from training.fidelity import evaluate_fidelity, text_lines
 from training.inputs import byte_lengths_of
 from training.publish import load_checkpoint
 from training.recipe import resolve_files
 from training.record import describe_code, describe_hardware, peak_memory_bytes, read_json, write_record
-from training.strict_yaml import portable_path, portable_word
+from training.strict_yaml import portable_path
 from training.suites import SUITES, Evaluation, default_length, evaluate_suite, results_table, spread_rows
 from training.tokenizer import special_tokens_of, tokenizer_checksum
 
@@ -245,15 +244,7 @@ def _domain(word: str) -> tuple[str, Path]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    options = build_parser().parse_args(arguments)
-    words = sys.argv[1:] if arguments is None else arguments
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        run(options, shlex.join(["python", "-m", "training.evaluate", *map(portable_word, words)]))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(build_parser(), run, arguments)
 
 
 if __name__ == "__main__":

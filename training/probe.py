@@ -17,7 +17,6 @@ Source: Badger 2026, arXiv 2602.13466, information retention of frozen models.
 
 import argparse
 import hashlib
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -27,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
+from training.command_line import run_command
 from training.data import file_checksums, load_texts
 from training.figures import write_probe_figure
 from training.fit import Budget
@@ -45,7 +44,7 @@ from training.record import (
     write_json,
     write_record,
 )
-from training.strict_yaml import portable_path, portable_word
+from training.strict_yaml import portable_path
 
 CONDITIONS = ("embedding", "untrained", "shuffled")
 TABLES = ("frozen", "replaced")
@@ -438,18 +437,7 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    options = build_parser().parse_args(arguments)
-    words = sys.argv[1:] if arguments is None else arguments
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        run(options, shlex.join(["python", "-m", "training.probe", *map(portable_word, words)]))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(build_parser(), run, arguments)
 
 
 if __name__ == "__main__":

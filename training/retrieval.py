@@ -20,7 +20,6 @@ masked, and all test texts are searched.
 import argparse
 import copy
 import re
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -30,12 +29,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
 from modeling_memory.memory_encoder import encode_chunks
 from modeling_memory.memory_pooling import LastPooling
+from training.command_line import run_command
 from training.data import file_checksums
 from training.fit import Budget, Order, fit
 from training.frozen import FrozenEncoder, cut_rows, load_encoder
@@ -50,7 +49,7 @@ from training.record import (
     write_json,
     write_record,
 )
-from training.strict_yaml import portable_path, portable_word
+from training.strict_yaml import portable_path
 
 QUERIES = ("ngram", "bag")
 
@@ -366,18 +365,7 @@ def _measure(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    options = build_parser().parse_args(arguments)
-    words = sys.argv[1:] if arguments is None else arguments
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        run(options, shlex.join(["python", "-m", "training.retrieval", *map(portable_word, words)]))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(build_parser(), run, arguments)
 
 
 if __name__ == "__main__":
