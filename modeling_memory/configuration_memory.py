@@ -62,7 +62,7 @@ def smallest_attention_window(config: PreTrainedConfig) -> int | None:
     chunked = getattr(config, "attention_chunk_size", None)
     if chunked is not None and layer_types is not None and any("chunked" in name for name in layer_types):
         windows.append(chunked)
-    return min(windows, default=None)
+    return min(windows) if windows else None
 
 
 def allot_memories(num_memories: int, num_chunks: int, memories_per_chunk: int) -> list[int]:
@@ -306,7 +306,8 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
             getattr(self.decoder, "max_position_embeddings", None),
             smallest_attention_window(self.decoder),
         )
-        return min((limit for limit in limits if limit is not None), default=None)
+        known = [limit for limit in limits if limit is not None]
+        return min(known) if known else None
 
     def _validate(self) -> None:
         for name in ("chunk_length", "window_length", "memories_per_chunk"):

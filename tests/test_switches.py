@@ -24,6 +24,7 @@ def switched(case: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **trainin
 def fast_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler up to its backend, which takes minutes; the test marked slow has it, too."""
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()  # they count for the whole process
     monkeypatch.setattr(
         trainer_module, "compile_blocks", functools.partial(trainer_module.compile_blocks, backend="aot_eager")
     )
