@@ -28,7 +28,7 @@ class Quality:
 
     run: str = "runs/quickstart"
     text: str = "training/corpora/books/test.parquet"
-    documents: int = 4
+    documents: int = 2
     tokens: int = 4096
     trained_tokens: int = 128
 
