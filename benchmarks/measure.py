@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from training.record import FORMAT_VERSION, describe_code, describe_hardware, write_json
+from training.record import FORMAT_VERSION, describe_code, describe_hardware, read_json, write_json
 from training.strict_yaml import REPOSITORY, portable_paths
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -200,3 +200,35 @@ def save_record(record: dict[str, Any], name: str, out: str | None, *, publish: 
             print("tracked files differ from the commit, so the record goes to scratch/; commit and measure again")
     write_json(path, portable_paths(record))
     return path
+
+
+def gather_runs(folders: list[Path], command: str, show: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    """Put what is shown of each run's record into one record; commit and machine are those of the first.
+
+    Args:
+        folders (`list[Path]`): Each a run, or runs side by side as a grid leaves them.
+        command (`str`): The command line, for the record.
+        show (`Callable`): What is kept of one run's record.
+
+    Raises:
+        ValueError: If there is no finished run, or the runs are of different commits or texts.
+    """
+    files = sorted(file for folder in folders for file in (*folder.glob("record.json"), *folder.glob("*/record.json")))
+    records = [read_json(file) for file in files]
+    if not records:
+        raise ValueError(f"no finished run in {', '.join(map(str, folders))}; run the recipe first")
+    first = records[0]
+    for file, record in zip(files, records, strict=True):
+        for key in ("code", "inputs"):
+            if record[key] != first[key]:
+                raise ValueError(f"{file} and {files[0]} differ in {key}; run both again from one commit and one text")
+    runs = {file.parent.name: show(record) for file, record in zip(files, records, strict=True)}
+    run = {"recipe_name": first["run"]["recipe_name"], "command": command, "created_at": first["run"]["created_at"]}
+    return {
+        "run": {**run, "status": "success"},
+        "code": first["code"],
+        "hardware": first["hardware"],
+        "inputs": first["inputs"],
+        "recipe": first["recipe"],
+        "metrics": {"runs": runs},
+    }

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from training.record import read_json, write_record
+from benchmarks.measure import gather_runs
+from training.record import write_record
 from training.strict_yaml import portable_word
 
 Record = dict[str, Any]
@@ -20,34 +21,8 @@ GAIN = ("gain_of_memory", "gain_of_memory_interval")
 
 
 def gather(folders: list[Path], command: str) -> Record:
-    """Put what is shown of each run's record into one record; commit and machine are those of the first.
-
-    Args:
-        folders (`list[Path]`): Each a run, or runs side by side as a grid leaves them.
-        command (`str`): The command line, for the record.
-
-    Raises:
-        ValueError: If there is no finished run, or the runs are of different commits or texts.
-    """
-    files = sorted(file for folder in folders for file in (*folder.glob("record.json"), *folder.glob("*/record.json")))
-    records = [read_json(file) for file in files]
-    if not records:
-        raise ValueError(f"no finished run in {', '.join(map(str, folders))}; run the recipe first")
-    first = records[0]
-    for file, record in zip(files, records, strict=True):
-        for key in ("code", "inputs"):
-            if record[key] != first[key]:
-                raise ValueError(f"{file} and {files[0]} differ in {key}; run both again from one commit and one text")
-    runs = {file.parent.name: _run(record) for file, record in zip(files, records, strict=True)}
-    run = {"recipe_name": first["run"]["recipe_name"], "command": command, "created_at": first["run"]["created_at"]}
-    return {
-        "run": {**run, "status": "success"},
-        "code": first["code"],
-        "hardware": first["hardware"],
-        "inputs": first["inputs"],
-        "recipe": first["recipe"],
-        "metrics": {"runs": runs},
-    }
+    """Put what is shown of each pair's run into one record; see [`gather_runs`]."""
+    return gather_runs(folders, command, _run)
 
 
 def _run(record: Record) -> Record:

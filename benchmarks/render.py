@@ -25,6 +25,7 @@ from matplotlib.ticker import PercentFormatter
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from benchmarks.fidelity_curve import draw_fidelity_curve, fidelity_curve_lines
 from benchmarks.instruments import capacity_lines, ceiling_lines, fidelity_lines, probe_lines, retrieval_lines
 from benchmarks.measure import duration
 from benchmarks.pairs import pairs_lines
@@ -315,6 +316,7 @@ TABLES = {
     "capacity": Table("capacity", _sourced(capacity_lines), "python -m training.ceiling"),
     "retrieval": Table("retrieval", _sourced(retrieval_lines), "python -m training.retrieval"),
     "fidelity": Table("fidelity", _sourced(fidelity_lines), "python -m training.evaluate runs/quickstart/hub"),
+    "fidelity_curve": Table("fidelity_curve", _sourced(fidelity_curve_lines), "python -m benchmarks.fidelity_curve"),
     "store": Table("store", _sourced(store_lines), "python -m benchmarks.store"),
     "store_search": Table("store", _sourced(store_search_lines), "python -m benchmarks.store"),
     "store_faults": Table("store_faults", _sourced(store_faults_lines), "python -m benchmarks.store_faults"),
@@ -483,6 +485,7 @@ DRAWINGS = {
     "probe": lambda record, folder: [write_probe_figure(record, folder)],
     "ceiling": lambda record, folder: [write_ceiling_figure(record, folder)],
     "capacity": lambda record, folder: [write_ceiling_figure(record, folder)],
+    "fidelity_curve": draw_fidelity_curve,
     "rolling": draw_rolling,
 }
 
