@@ -123,7 +123,7 @@ def starters_lines(record: Record, link: str) -> list[str]:
         *lines,
         "",
         "Token accuracy of the published, rounded weights on the validation and test splits of books and news, the "
-        "lowest of the four named; causal losses in nats per token on the test split, by the run that trained the model.",
+        "lowest of the four named; causal losses in nats per token on the test split, by the run that made the model.",
     ]
 
 
