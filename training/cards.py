@@ -108,6 +108,7 @@ def render_card(
         config=model.config,
         remote_code=remote_code,
         parameters=_parameters(model),
+        dtype=str(model.dtype).removeprefix("torch."),
         results=results,
         domains=card_domains(record),
         compute=card_compute(record),
