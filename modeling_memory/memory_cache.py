@@ -181,6 +181,39 @@ class MemoryCache(DynamicCache):
             setattr(self, name, value)
 
 
+def join_rows(parts: list[tuple[DynamicCache, torch.Tensor]]) -> tuple[DynamicCache, torch.Tensor]:
+    """Put the rows of caches of unequal width under each other; the columns that some lack are empty.
+
+    Args:
+        parts (`list`): Caches with their column masks `(rows, columns)`.
+
+    Returns:
+        The joined cache, which is the first one, and its column mask.
+    """
+    cache, mask = parts[0]
+    if len(parts) > 1:
+        width = max(mask.shape[1] for _, mask in parts)
+        for layers in zip(*(part.layers for part, _ in parts), strict=True):
+            layers[0].keys = torch.cat([_widen(layer.keys, width, 2) for layer in layers])
+            layers[0].values = torch.cat([_widen(layer.values, width, 2) for layer in layers])
+        mask = torch.cat([_widen(mask, width) for _, mask in parts])
+    return cache, mask
+
+
+def share_columns(cache: DynamicCache, width: int, rows: torch.Tensor) -> DynamicCache:
+    """Return a cache of the first `width` columns of some rows of another, which stays as it is.
+
+    Args:
+        cache (`DynamicCache`): The cache to take from.
+        width (`int`): Columns to take.
+        rows (`torch.LongTensor` of shape `(R,)`): Rows to take; one may be taken more than once.
+    """
+    shared = DynamicCache()
+    for number, layer in enumerate(cache.layers if width else []):
+        shared.update(layer.keys[:, :, :width][rows], layer.values[:, :, :width][rows], number)
+    return shared
+
+
 def _widen(tensor: torch.Tensor, width: int, dim: int = 1) -> torch.Tensor:
     """Pad a tensor with zeros at the end of a dimension."""
     missing = width - tensor.shape[dim]
