@@ -33,6 +33,10 @@ class MemoryCache(DynamicCache):
         num_pinned (`torch.LongTensor` of shape `(B,)`): How many of the memories belong to the context in the slots,
             which stays in front whatever folds behind it.
         num_clear (`torch.LongTensor` of shape `(B,)`): How many of those are embedded tokens around the slots.
+        folded_input_ids (`torch.LongTensor` of shape `(B, F)`): Under `memory_policy="merge"` the tokens of all folded
+            windows; else none.
+        segment_sizes (`torch.LongTensor` of shape `(B, S)`): Under that policy the chunks that each K memories behind
+            the pinned stand for; 0 where a row has fewer.
         rolls_behind_slots (`bool`): Whether a text with slots that fills the cache folds behind them.
     """
 
@@ -48,6 +52,8 @@ class MemoryCache(DynamicCache):
         self.asked: Any = None
         self.num_pinned: Any = None
         self.num_clear: Any = None
+        self.folded_input_ids: Any = None
+        self.segment_sizes: Any = None
         self.rolls_behind_slots = False
 
     _row_state = (
@@ -59,7 +65,11 @@ class MemoryCache(DynamicCache):
         "asked",
         "num_pinned",
         "num_clear",
+        "folded_input_ids",
+        "segment_sizes",
     )
+
+    _merging_state = ("folded_input_ids", "segment_sizes")
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of text columns read so far, padding included."""
@@ -76,11 +86,13 @@ class MemoryCache(DynamicCache):
 
         Args:
             cache (`DynamicCache`): Cache of B rows and S columns.
-            state: Every attribute of the row state, see the class.
+            state: Every attribute of the row state, see the class; none of a text that merging reads again is a text
+                that has none.
         """
         self.layers = cache.layers
+        nothing = torch.zeros_like(state["window_input_ids"][:, :0])
         for name in self._row_state:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, nothing) if name in self._merging_state else state[name])
 
     def row_state(self) -> dict[str, torch.Tensor]:
         """Return the tensors of the row state by name."""

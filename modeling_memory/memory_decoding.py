@@ -61,8 +61,10 @@ class MemoryDecodingMixin:
         """Run the decoder; returns features `(rows, columns, X)` and the decoder's output."""
         raise NotImplementedError
 
-    def _encode(self, chunk_ids: torch.Tensor, chunk_mask: torch.Tensor | None) -> torch.Tensor:
-        """Turn chunks `(n, L)` into memories `(n, K, D)`."""
+    def _encode(
+        self, chunk_ids: torch.Tensor, chunk_mask: torch.Tensor | None, num_memories: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Turn chunks `(n, L)` into memories `(n, K, D)`, of which the first `num_memories` `(n,)` count."""
         raise NotImplementedError
 
     def get_input_embeddings(self) -> nn.Module:

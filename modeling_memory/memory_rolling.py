@@ -11,19 +11,20 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from .memory_cache import MemoryCache, join_rows, share_columns
-from .memory_decoding import MemoryDecodingMixin, Reading, is_checkpointing, row_groups
+from .memory_decoding import Reading, is_checkpointing, row_groups
+from .memory_merging import MemoryMergingMixin
 from .memory_text import Text, check_capacity, is_compiling
 from .memory_windows import Windows, pack_present, scatter_present, split_windows
 
 
-class MemoryRollingMixin(MemoryDecodingMixin):
+class MemoryRollingMixin(MemoryMergingMixin):
     """How a text that outgrows its window folds into memories."""
 
     def _read_windows(
         self,
         text: Text,
         cache: MemoryCache | None,
-        prior: tuple[torch.Tensor, ...] | None = None,
+        prior: dict[str, torch.Tensor] | None = None,
         columns: torch.Tensor | None = None,
         **options: Any,
     ) -> Reading:
@@ -32,9 +33,8 @@ class MemoryRollingMixin(MemoryDecodingMixin):
         Args:
             text (`Text`): Token ids of shape `(B, T)`.
             cache ([`MemoryCache`], *optional*): An empty cache to fill with each row's last window.
-            prior (`tuple`, *optional*): What stands before the whole text: memories `(B, M, D)`, their mask `(B, M)`,
-                whether a marker has been read `(B,)`, how many of them belong to a context that stays `(B,)`, and how
-                many of those are tokens in clear `(B,)`.
+            prior (`dict`, *optional*): What stands before the whole text: of the row state of a [`MemoryCache`] all
+                that is not about the open window.
             columns (`torch.LongTensor`, *optional*): Text columns whose features are wanted.
             options: Passed to the decoder.
         """
@@ -58,34 +58,41 @@ class MemoryRollingMixin(MemoryDecodingMixin):
         memory_embeds, memory_mask = self._fold(windows)  # (B, M, D), (B, M)
         num_prior = num_pinned = num_clear = torch.zeros_like(windows.counts)
         if prior is not None:
-            num_prior, num_pinned, num_clear = prior[1].sum(1), prior[3], prior[4]
+            num_prior, num_pinned, num_clear = prior["memory_mask"].sum(1), prior["num_pinned"], prior["num_clear"]
             memory_embeds, memory_mask = pack_present(
-                torch.cat([prior[0].to(memory_embeds), memory_embeds], 1),
-                torch.cat([prior[1].to(memory_mask), memory_mask], 1),
+                torch.cat([prior["memory_embeds"].to(memory_embeds), memory_embeds], 1),
+                torch.cat([prior["memory_mask"].to(memory_mask), memory_mask], 1),
             )
+        policy = self.config.memory_policy
+        merging = self._folded_text(windows, prior) if policy == "merge" else {}
         room = self._check_room(memory_mask, num_clear)
         first_marker = self._first_marker(windows)  # (B,)
         if prior is not None:
-            first_marker = first_marker.masked_fill(prior[2], -1)
+            first_marker = first_marker.masked_fill(prior["asked"], -1)
         if columns is not None and not options.get("output_hidden_states") and not is_compiling():
             windows, columns = windows.keep(columns), None
 
         num_visible = num_prior[windows.row] + windows.index * self.config.memories_per_window  # (P,)
         number = torch.arange(memory_mask.shape[1], device=num_visible.device)
         visible = number < num_visible[:, None]  # (P, M)
-        if room is not None:  # those of the context stay
+        if room is not None and policy == "merge":
+            memory_embeds, born, died, merging["segment_sizes"] = self._merge(
+                memory_embeds, prior, room, windows.counts, merging["folded_input_ids"]
+            )
+            visible = (born[windows.row] <= windows.index[:, None]) & (windows.index[:, None] < died[windows.row])
+        elif room is not None:  # those of the context stay
             pinned, clear = num_pinned[windows.row, None], num_clear[windows.row, None]
-            if self.config.memory_policy == "drop_oldest":
+            if policy == "drop_oldest":
                 visible &= (number < pinned) | (number >= num_visible[:, None] - room + pinned - clear)
             else:
                 visible = self._nearest(memory_embeds[windows.row], visible, number < pinned, room - pinned + clear)
         features, hidden_states, opened = self._decode_windows(
             windows, memory_embeds, visible.long(), first_marker, room is None, cache is not None, **options
         )
+        if room is not None and policy != "keep_nearest":
+            memory_embeds, memory_mask = pack_present(memory_embeds, visible[windows.last].long())
         if cache is not None:
             last = windows.last
-            if room is not None and self.config.memory_policy == "drop_oldest":
-                memory_embeds, memory_mask = pack_present(memory_embeds, visible[last].long())
             decoder_cache, column_mask = opened
             cache.start(
                 decoder_cache,
@@ -97,6 +104,7 @@ class MemoryRollingMixin(MemoryDecodingMixin):
                 asked=first_marker < (windows.counts - 1) * self.config.window_length,
                 num_pinned=num_pinned,
                 num_clear=num_clear,
+                **merging,
             )
             cache.num_columns = text.length
         if hidden_states is not None:
@@ -231,7 +239,8 @@ class MemoryRollingMixin(MemoryDecodingMixin):
             prefix_cache = self._decode_prefix(memory_embeds)
         is_last = windows.index == windows.counts[windows.row] - 1
         features, hidden_states, opened = [], [], []
-        groups = row_groups(len(visible), window_length + memory_embeds.shape[1], visible.device)
+        num_seen = memory_embeds.shape[1] if shared else int(visible.sum(1).max())
+        groups = row_groups(len(visible), window_length + num_seen, visible.device)
         for part in groups:
             row, seen, mask = windows.row[part], visible[part], windows.attention_mask[part]
             told = None if places is None else places[part]
@@ -359,8 +368,7 @@ class MemoryRollingMixin(MemoryDecodingMixin):
         )
         wanted = torch.arange(text.length, device=rows.device)
         wanted = wanted if columns is None else wanted[columns]
-        names = ("memory_embeds", "memory_mask", "asked", "num_pinned", "num_clear")
-        prior = tuple(getattr(cache, name)[rows] for name in names)
+        prior = {name: state[rows] for name, state in cache.row_state().items()}
         reading = self._read_windows(opened, MemoryCache(), prior, columns=length + wanted, **options)
         if reading.hidden_states is not None:
             reading.hidden_states = tuple(states[:, length:] for states in reading.hidden_states)

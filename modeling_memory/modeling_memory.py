@@ -43,6 +43,7 @@ from .memory_adapters import MemoryAdapterMixin, adapted_modules, inject_adapter
 from .memory_cache import MemoryCache  # noqa: F401
 from .memory_decoding import MemoryDecodingMixin, row_groups  # noqa: F401
 from .memory_encoder import build_encoder, encode_chunks
+from .memory_merging import MemoryMergingMixin  # noqa: F401
 from .memory_parts import (
     HUB_OPTIONS,
     check_decoder,
