@@ -81,11 +81,18 @@ class MemoryRollingMixin(MemoryMergingMixin):
             )
             visible = (born[windows.row] <= windows.index[:, None]) & (windows.index[:, None] < died[windows.row])
         elif room is not None:  # those of the context stay
-            pinned, clear = num_pinned[windows.row, None], num_clear[windows.row, None]
+            pinned = num_pinned[windows.row, None]  # (P, 1)
+            num_kept = room - pinned + num_clear[windows.row, None]
             if policy == "drop_oldest":
-                visible &= (number < pinned) | (number >= num_visible[:, None] - room + pinned - clear)
+                visible &= (number < pinned) | (number >= num_visible[:, None] - num_kept)
             else:
-                visible = self._nearest(memory_embeds[windows.row], visible, number < pinned, room - pinned + clear)
+                nearest = [
+                    self._nearest(
+                        memory_embeds[windows.row[part]], visible[part], number < pinned[part], num_kept[part]
+                    )
+                    for part in row_groups(len(visible), visible.shape[1], visible.device)
+                ]
+                visible = torch.cat(nearest)
         features, hidden_states, opened = self._decode_windows(
             windows, memory_embeds, visible.long(), first_marker, room is None, cache is not None, **options
         )
@@ -261,9 +268,10 @@ class MemoryRollingMixin(MemoryMergingMixin):
                     **options,
                 )
             else:
-                embeds = memory_embeds[row]
-                if not shared:
-                    embeds, seen = pack_present(embeds, seen)
+                if shared:
+                    embeds = memory_embeds[row]
+                else:
+                    embeds, seen = pack_present(memory_embeds, seen, row)
                 window_features, outputs, column_mask = self._decode_behind(
                     self._memory_block(embeds, seen),
                     self._embed(windows.input_ids[part], told),

@@ -17,6 +17,7 @@ ATOL = 1e-5
 MODELS = {
     "one_memory": {"encoder": "llama", "max_memories": 3},
     "bert": {"encoder": "bert", "max_memories": 4, "pooling": "mean"},
+    "mixer": {"encoder": "masked_mixer", "max_memories": 5},
     "little_room": {"encoder": "llama", "max_memories": 1},
     "fewer_memories_of_a_chunk": {"encoder": "masked_mixer", "max_memories": 13, "memories_per_chunk": 4},
     "then_longer_chunks": {"encoder": "llama", "max_memories": 4, "memories_per_chunk": 2, "pooling": "mean"},
