@@ -43,7 +43,7 @@ def measure_policies(
 
     Returns:
         `dict`: By reading, such as `merge 16`: nats per token, and how much more that is than with all memories, with
-        an interval over texts.
+        an interval over texts; for merged memories also than with as many of the newest.
     """
     readings: dict[str, tuple[int | None, str]] = {"all": (None, "error")}
     readings |= {f"{policy} {room}": (room, policy) for room in rooms for policy in POLICIES}
@@ -55,12 +55,12 @@ def measure_policies(
     by_text = {name: values.double().mean(1) for name, values in losses.items()}
     result = {}
     for name, means in by_text.items():
-        more = means - by_text["all"]
-        result[name] = {
-            "loss": means.mean().item(),
-            "more": more.mean().item(),
-            "more_interval": list(bootstrap_interval(more)),
-        }
+        policy, _, room = name.partition(" ")
+        beside = {"more": "all"} | ({"beside_newest": f"drop_oldest {room}"} if policy == "merge" else {})
+        result[name] = {"loss": means.mean().item()}
+        for key, other in beside.items():
+            difference = means - by_text[other]
+            result[name] |= {key: difference.mean().item(), f"{key}_interval": list(bootstrap_interval(difference))}
     return result
 
 
@@ -82,8 +82,19 @@ def merging_lines(record: Record, link: str) -> list[str]:
             more = "" if name == "all" else f" ({found['more']:+.4f}, {low:+.4f} to {high:+.4f})"
             cells.append(f"[{found['loss']:.4f}]({link}){more}")
         lines.append(f"| {title} | {' | '.join(cells)} |")
+    beside = []
+    for stage, title in STAGES.items():
+        found = [(room, metrics[stage][f"merge {room}"]) for room in given["rooms"]]
+        shown = (
+            f"{cell['beside_newest']:+.4f} ({cell['beside_newest_interval'][0]:+.4f} to "
+            f"{cell['beside_newest_interval'][1]:+.4f}) with {room}"
+            for room, cell in found
+        )
+        beside.append(f"learnt with {title} {', '.join(shown)}")
     return [
         *lines,
+        "",
+        f"Merged against as many of the newest: {'; '.join(beside)}.",
         "",
         f"Nats per token, and in brackets how many more than with all memories (95 % over texts); tokens "
         f"{given['first']} to {given['tokens']} of {given['documents']} stretches of the test split. "

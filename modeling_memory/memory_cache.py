@@ -86,8 +86,8 @@ class MemoryCache(DynamicCache):
 
         Args:
             cache (`DynamicCache`): Cache of B rows and S columns.
-            state: Every attribute of the row state, see the class; none of a text that merging reads again is a text
-                that has none.
+            state: Every attribute of the row state, see the class. What merging needs may be left out where nothing
+                has folded, or under another policy.
         """
         self.layers = cache.layers
         nothing = torch.zeros_like(state["window_input_ids"][:, :0])

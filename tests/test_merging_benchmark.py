@@ -38,6 +38,8 @@ def test_losses_are_those_of_the_readings_and_differences_of_equal_tokens(measur
         assert found["more"] == pytest.approx(found["loss"] - result["all"]["loss"], abs=1e-9)
         assert found["more_interval"][0] <= found["more"] + 1e-9 <= found["more_interval"][1] + 2e-9
     assert len({round(result[f"{policy} 6"]["loss"], 6) for policy in merging.POLICIES}) == 3
+    merged, newest = result["merge 6"], result["drop_oldest 6"]
+    assert merged["beside_newest"] == pytest.approx(merged["loss"] - newest["loss"], abs=1e-9)
     assert (model.config.max_memories, model.config.memory_policy) == (None, "error")
 
 
@@ -55,6 +57,6 @@ def test_the_record_can_be_rendered_and_a_missing_run_is_named(measured, capsys:
     record = json.loads(json.dumps({"given": given, "metrics": dict.fromkeys(merging.STAGES, measured[2])}))
     lines = merging.merging_lines(record, "x.json")
     assert "| 6, merged | [" in "\n".join(lines) and lines[2].startswith("| all, up to 20 | [")
-    assert len(lines) == 2 + 8 + 2
+    assert len(lines) == 2 + 8 + 4 and "Merged against as many of the newest: learnt with all" in lines[11]
     assert merging.main(["--run", "runs/nowhere"]) == 2
     assert "python -m training.run merging" in capsys.readouterr().err
