@@ -206,13 +206,17 @@ class MemoryMergingMixin(MemoryDecodingMixin):
                 life = torch.tensor(values, dtype=torch.long).repeat_interleave(per_chunk)
                 lives.append(torch.cat([torch.full((pinned,), always), life]))
             sizes.append(torch.tensor([segment.size for segment in plan if segment.died == FOREVER]).long())
-        table = torch.cat([memory_embeds.flatten(0, 1), self._encode_merged(merged, folded_input_ids)])
+        table = torch.cat(
+            [memory_embeds.flatten(0, 1), self._encode_merged(merged, folded_input_ids, memory_embeds.dtype)]
+        )
         born, died, sizes, columns = (
             pad_sequence(rows, batch_first=True).to(device) for rows in (born, died, sizes, columns)
         )
         return table[columns], born, died, sizes
 
-    def _encode_merged(self, merged: list[tuple[int, int, int]], folded_input_ids: torch.Tensor) -> torch.Tensor:
+    def _encode_merged(
+        self, merged: list[tuple[int, int, int]], folded_input_ids: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
         """Encode segments, each given by row, first chunk and number of chunks; K memories of each, `(n * K, D)`."""
         per_chunk, length = self.config.memories_per_chunk, self.config.chunk_length
         pieces = defaultdict(list)  # by length: row, first token, memories, place of the first memory
@@ -222,12 +226,12 @@ class MemoryMergingMixin(MemoryDecodingMixin):
                 pieces[chunks * length].append((row, (start + first) * length, share, place))
                 place += share
         device, width = folded_input_ids.device, self.config.decoder.hidden_size
-        memories = torch.zeros(len(merged) * per_chunk, width, dtype=self.decoder.dtype, device=device)
+        memories = torch.zeros(len(merged) * per_chunk, width, dtype=dtype, device=device)
         for num_tokens, rows in pieces.items():
             row, first, share, place = torch.tensor(rows, device=device).T[..., None]  # (pieces, 1) each
             text = folded_input_ids[row, first + torch.arange(num_tokens, device=device)]
             encoded = self._encode(text, None, share[:, 0] if per_chunk > 1 else None)  # (pieces, K, D)
             number = torch.arange(per_chunk, device=device)
             asked = number < share
-            memories = memories.index_put(((place + number)[asked],), encoded[asked])
+            memories = memories.index_put(((place + number)[asked],), encoded[asked].to(memories))
         return memories

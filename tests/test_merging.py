@@ -114,6 +114,16 @@ def test_gradients_equal_the_plain_loop(kind):
             torch.testing.assert_close(fast.grad, plain.grad, atol=2e-4, rtol=1e-4, msg=name)
 
 
+def test_it_trains_under_autocast():
+    model, text = merging_model(), random_ids(2, 6 * WINDOW)
+    exact = model(text, labels=text).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(text, labels=text).loss
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), exact.detach(), atol=0.05, rtol=0)
+    assert model.projector.out.weight.grad.isfinite().all()
+
+
 def test_writing_encodes_no_text_twice_but_what_is_merged():
     model, prompt, read = merging_model(max_memories=4), random_ids(1, 3), []
     model.encoder.register_forward_pre_hook(
