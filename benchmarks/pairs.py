@@ -31,7 +31,7 @@ def _run(record: Record) -> Record:
     stage = next(stage for stage in record["recipe"]["stages"] if stage["name"] == name)
     done = record["stages"][name]
     norms = [log["projector_norm"] for log in done["series"] if "projector_norm" in log]
-    decoder = next((stage for stage in record["recipe"]["stages"] if stage["kind"] == "causal_lm"), {})
+    decoder = next((stage for stage in record["recipe"]["stages"] if stage.get("kind") == "causal_lm"), {})
     return {
         "adapters": stage["adapters"],
         "decoder": {
@@ -39,8 +39,7 @@ def _run(record: Record) -> Record:
             "from": decoder.get("from", {}),
             "steps": decoder.get("training", {}).get("max_steps"),
         },
-        "projector_type": stage["model"].get("projector_type"),
-        "pooling": stage["model"].get("pooling"),
+        "projector_type": stage.get("model", {}).get("projector_type"),
         "parameters": done["parameters_by_part"],
         "steps": done["steps"],
         "rows": done["rows"],
