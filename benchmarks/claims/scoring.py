@@ -28,7 +28,7 @@ from training.strict_yaml import REPOSITORY
 from training.suites import Evaluation, Scores, score, spread_rows, summarise_scores
 from training.tokenizer import special_tokens_of, tokenizer_checksum
 
-SCORED_TOKENS = 16_384
+SCORED_TOKENS = 20_480
 TEXTS = {"books": "training/corpora/books/test.parquet", "news": "training/corpora/wikinews/test.parquet"}
 DOMAINS = (*TEXTS, "random")
 
