@@ -81,6 +81,20 @@ class Number:
         return Number(value, value - down, value + up, self.kind)
 
 
+def read_number(metrics: Mapping[str, Any], kind: str, path: str) -> Number:
+    """Read a token accuracy or loss with its interval, over texts where there is one.
+
+    Raises:
+        NotMeasuredError: If it is not there.
+    """
+    name, intervals = INTERVALS[kind]
+    for interval in intervals:
+        if name in metrics and interval in metrics:
+            low, high = metrics[interval]
+            return Number(metrics[name], low, high, kind)
+    raise NotMeasuredError(path)
+
+
 @dataclass(frozen=True)
 class Reading:
     """Something measured: where it stands among the cells (`cell.suite.condition`), and what to call it."""
@@ -98,6 +112,7 @@ class Study:
 
     def __init__(self, record: Mapping[str, Any]) -> None:
         self.record = record
+        self.paired: dict[str, Any] = dict(record["metrics"].get("paired", {}))
 
     def part(self, path: str) -> dict[str, Any]:
         """Return the metrics at `cell.suite.condition`.
@@ -131,18 +146,12 @@ class Study:
 
     def number(self, path: str, kind: str) -> Number:
         """Return a token accuracy, loss or information ratio (of the paper's convention) with its interval."""
-        found = self.part(path)
         if kind == "ratio":
             loss = self.number(path, "loss")
             uninformed = uninformed_loss(self.vocab_size, "paper")
             value, low, high = (1 - nats / uninformed for nats in (loss.value, loss.high, loss.low))
             return Number(value, low, high, "ratio")
-        name, intervals = INTERVALS[kind]
-        for interval in intervals:
-            if interval in found:
-                low, high = found[interval]
-                return Number(found[name], low, high, kind)
-        raise NotMeasuredError(path)
+        return read_number(self.part(path), kind, path)
 
     @property
     def vocab_size(self) -> int:
@@ -150,13 +159,18 @@ class Study:
         return int(self.record["recipe"]["tokenizer"]["vocab_size"])
 
     def difference(self, one: Reading, other: Reading, kind: str) -> Number:
-        """How much larger one is; row by row where both were scored on the same rows."""
+        """How much larger one is; row by row where both were scored on the same rows.
+
+        Differences by row are kept in `paired`, since the record holds no numbers by row.
+        """
+        key = f"{one.path} - {other.path}"
         parts = [self.part(reading.path) for reading in (one, other)]
-        rows = [part.get("row_losses") for part in parts] if kind == "loss" else [None, None]
-        if rows[0] is not None and rows[1] is not None and len(rows[0]) == len(rows[1]):
-            found = paired_difference(rows[0], rows[1])
-            low, high = found["interval"]
-            return Number(found["mean"], low, high, kind)
+        rows = [part.get("row_losses", []) for part in parts]
+        if kind == "loss" and rows[0] and len(rows[0]) == len(rows[1]):
+            self.paired[key] = paired_difference(rows[0], rows[1])
+        if kind == "loss" and key in self.paired:
+            low, high = self.paired[key]["interval"]
+            return Number(self.paired[key]["mean"], low, high, kind)
         return self.number(one.path, kind).minus(self.number(other.path, kind))
 
 

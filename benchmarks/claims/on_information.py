@@ -15,6 +15,7 @@ from benchmarks.claims.evidence import (
     higher,
     judge,
     not_lower,
+    read_number,
     times,
 )
 
@@ -64,8 +65,8 @@ def _falls_with_length(model: str) -> Part:
         )
         steps = zip(cells[:-1], cells[1:], strict=True)
         falls = all(later["token_accuracy"] <= earlier["token_accuracy"] for earlier, later in steps)
-        first, last = cells[0]["token_accuracy_interval"], cells[-1]["token_accuracy_interval"]
-        return [shown], judge(falls and first[0] >= 2 * last[1], first[1] < 2 * last[0])
+        first, last = (read_number(cell, "accuracy", model) for cell in (cells[0], cells[-1]))
+        return [shown], judge(falls and first.low >= 2 * last.high, first.high < 2 * last.low)
 
     criterion = "tokens right: never more at the next length, and from the shortest to the longest at least halved"
     return Part(f"{model}: recovery falls steeply with length", criterion, decide)
@@ -106,9 +107,9 @@ def _near_perfect(stages: dict[str, str]) -> Part:
         if not cells:
             raise NotMeasuredError("no autoencoder")
         for label, cell in cells.items():
-            low = cell["token_accuracy_interval"][0]
-            lines.append(f"{label}: {100 * cell['token_accuracy']:.2f} %, {cell['loss']:.4f} nats")
-            verdicts.append(judge(low > 0.95 and cell["loss_interval"][1] < 0.03, False))
+            right, loss = (read_number(cell, kind, label) for kind in ("accuracy", "loss"))
+            lines.append(f"{label}: {100 * right.value:.2f} %, {loss.value:.4f} nats")
+            verdicts.append(judge(right.low > 0.95 and loss.high < 0.03, False))
         return ["; ".join(lines)], Verdict.HOLDS if Verdict.HOLDS in verdicts else Verdict.UNDECIDED
 
     criterion = "over 95 % and under 0.03 nats on test text, intervals included, for at least one autoencoder"

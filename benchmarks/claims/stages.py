@@ -10,7 +10,7 @@ What a stage cost and how it learnt is read from its `stage.json`.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from benchmarks.claims.cells import Cell, measure_cell
 from benchmarks.claims.scoring import DOMAINS, SCORED_TOKENS, ClaimsText, score_rows, summarise, without_rows
 from training.evaluate import load_model
 from training.record import read_json
-from training.suites import Scores, score_suite
+from training.suites import Evaluation, score_suite
 
 COPIED, ROW_LENGTH, AUTOENCODED = 32, 128, 64
+COPIED_TOKENS = 16_384
+OTHER_DOMAINS = DOMAINS[1:]
 PREFIX = "stage_"
 
 
@@ -52,7 +54,7 @@ def score_stages(run: Path, text: ClaimsText, folder: Path) -> dict[str, Cell]:
             "stage": name,
             "weights": hashlib.sha256(weights.read_bytes()).hexdigest()[:16],
             "text": text.description,
-            "tokens": SCORED_TOKENS,
+            "tokens": {"copied": COPIED_TOKENS, "others": SCORED_TOKENS},
             "lengths": {"autoencoded": AUTOENCODED, "copied": COPIED, "causal": ROW_LENGTH},
         }
 
@@ -81,12 +83,17 @@ def score_stage(folder: Path, stage: Mapping[str, Any], text: ClaimsText) -> dic
         return _causal(AutoModelForCausalLM.from_pretrained(folder), text, stage["data"]["window_length"])
     model, _, _ = load_model(str(folder))
     if stage["kind"] == "autoencoder":
-        return _with_domains("retention", model, text, AUTOENCODED, "reconstruction")
-    copies = {"marker": stage["data"]["marker"]}
+        evaluation = text.evaluation(model)
+        return {"retention": _with_domains("retention", evaluation, text, "reconstruction", AUTOENCODED)}
+    evaluation = text.evaluation(model, marker=stage["data"]["marker"])
+    # The controls of next tokens read every window behind all of another text's: only where they are asked for.
+    controls = "causal" in stage["objectives"]
     return {
-        **_with_domains("copy", model, text, COPIED, "copy", **copies),
-        **_with_domains("blank_copy", model, text, COPIED, "blank_copy", **copies),
-        **_with_domains("clm", model, text, ROW_LENGTH, "causal"),
+        "copy": _with_domains("copy", evaluation, text, "copy", COPIED, ["random"], num_tokens=COPIED_TOKENS),
+        "blank_copy": _with_domains(
+            "blank_copy", evaluation, text, "blank_copy", COPIED, [], num_tokens=COPIED_TOKENS
+        ),
+        "clm": _with_domains("clm", evaluation, text, "causal", ROW_LENGTH, controls=controls),
     }
 
 
@@ -101,16 +108,23 @@ def _causal(model: PreTrainedModel, text: ClaimsText, window_length: int | None)
 
 
 def _with_domains(
-    suite: str, model: PreTrainedModel, text: ClaimsText, length: int, objective: str, **options: Any
+    suite: str,
+    evaluation: Evaluation,
+    text: ClaimsText,
+    objective: str,
+    length: int,
+    domains: Sequence[str] = OTHER_DOMAINS,
+    *,
+    num_tokens: int = SCORED_TOKENS,
+    controls: bool = True,
 ) -> dict[str, Any]:
-    """A suite with its controls on the run's own text, and without them on the other domains."""
-    evaluation = text.evaluation(model, **options)
-    scores: dict[str, Scores] = score_suite(evaluation, suite, text.rows("books", length))
-    for domain in DOMAINS[1:]:
-        scores[domain] = score_rows(evaluation, objective, text.rows(domain, length))
+    """A suite with its controls on the run's own text, and without them on other domains."""
+    rows = text.rows("books", length, num_tokens)
+    scores = score_suite(evaluation, suite, rows) if controls else {"memory": score_rows(evaluation, objective, rows)}
+    for domain in domains:
+        scores[domain] = score_rows(evaluation, objective, text.rows(domain, length, num_tokens))
     period = evaluation.chunk_length if suite == "retention" else length
-    found = {name: summarise(part, evaluation.vocab_size, period) for name, part in scores.items()}
-    return {suite: _only_books_by_row(found)}
+    return _only_books_by_row({name: summarise(part, evaluation.vocab_size, period) for name, part in scores.items()})
 
 
 def _condition(domain: str) -> str:
@@ -119,7 +133,8 @@ def _condition(domain: str) -> str:
 
 def _only_books_by_row(found: dict[str, Any]) -> dict[str, Any]:
     """Keep numbers by row where models are compared row by row."""
-    return {name: part if name in ("memory", "no_memory") else without_rows(part) for name, part in found.items()}
+    by_row = ("memory", "wrong_memory", "no_memory")
+    return {name: part if name in by_row else without_rows(part) for name, part in found.items()}
 
 
 def describe_stages(run: Path) -> dict[str, Any]:
