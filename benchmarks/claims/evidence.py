@@ -15,7 +15,7 @@ Everything else is undecided, and what was not measured is not run.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -185,11 +185,13 @@ class Part:
         claim (`str`): In words.
         criterion (`str`): When it holds and when it does not.
         decide (`Callable[[Study], Outcome]`): Lines of what came out, and the verdict.
+        counts (`bool`): False for what is shown beside a statement and not said by it.
     """
 
     claim: str
     criterion: str
     decide: Callable[[Study], Outcome]
+    counts: bool = True
 
     def outcome(self, study: Study) -> Outcome:
         """Decide; what is missing gives `not run`, never an error."""
@@ -197,6 +199,11 @@ class Part:
             return self.decide(study)
         except NotMeasuredError as missing:
             return [f"`{missing}` is missing"], Verdict.NOT_RUN
+
+
+def beside(part: Part) -> Part:
+    """Show a part with a statement without letting it decide."""
+    return replace(part, counts=False)
 
 
 def judge(for_it: bool, against: bool) -> Verdict:

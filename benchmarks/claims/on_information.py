@@ -11,6 +11,7 @@ from benchmarks.claims.evidence import (
     Reading,
     Study,
     Verdict,
+    beside,
     close,
     higher,
     judge,
@@ -320,12 +321,14 @@ PARTS: dict[str, tuple[Part, ...]] = {
         ),
         _unstable("mixer_unmasked", "a mixer without masks"),
         _unstable("mixer_unmasked_decoder", "a mixer with an unmasked decoder"),
-        higher("four heads above one", MIXER, retention("mixer_flat", "one head")),
-        not_lower("four heads not below sixteen", MIXER, retention("mixer_heads_16", "sixteen heads")),
-        higher(
-            "a kernel of four above one, at one head",
-            retention("mixer_flat_kernel", "kernel of four"),
-            retention("mixer_flat", "kernel of one"),
+        beside(higher("four heads above one", MIXER, retention("mixer_flat", "one head"))),
+        beside(not_lower("four heads not below sixteen", MIXER, retention("mixer_heads_16", "sixteen heads"))),
+        beside(
+            higher(
+                "a kernel of four above one, at one head",
+                retention("mixer_flat_kernel", "kernel of four"),
+                retention("mixer_flat", "kernel of one"),
+            )
         ),
         _half_precision("mixer_heads_16", "a mixer of sixteen heads"),
     ),

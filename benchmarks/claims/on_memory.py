@@ -10,6 +10,7 @@ from benchmarks.claims.evidence import (
     Reading,
     Study,
     Verdict,
+    beside,
     close,
     higher,
     judge,
@@ -225,11 +226,13 @@ PARTS: dict[str, tuple[Part, ...]] = {
     "11": (
         lower("memory predicts better than no memory", MEMORY_MODEL, NO_MEMORY, by=0.01),
         lower("full context better than memory", FULL_CONTEXT, MEMORY_MODEL, by=0.01),
-        lower(
-            "the text's own memories better than another's",
-            MEMORY_MODEL,
-            predicting("memory", "another text's", "wrong_memory"),
-            by=0.0,
+        beside(
+            lower(
+                "the text's own memories better than another's",
+                MEMORY_MODEL,
+                predicting("memory", "another text's", "wrong_memory"),
+                by=0.0,
+            )
         ),
         _share_of_gap(),
         _not_possible(
@@ -247,11 +250,13 @@ PARTS: dict[str, tuple[Part, ...]] = {
             blank("blank_clm", "frozen causal mixer"),
             2,
         ),
-        times(
-            "and better than an untrained one's",
-            blank("blank_only", "frozen autoencoder"),
-            blank("blank_untrained", "frozen untrained mixer"),
-            2,
+        beside(
+            times(
+                "and better than an untrained one's",
+                blank("blank_only", "frozen autoencoder"),
+                blank("blank_untrained", "frozen untrained mixer"),
+                2,
+            )
         ),
     ),
     "13": (
@@ -268,10 +273,12 @@ PARTS: dict[str, tuple[Part, ...]] = {
             predicting("no_memory", "next token without memory"),
             0.1,
         ),
-        stays_under(
-            "another text's memories do not help",
-            copying("copy_trainable", "another text's memories", "wrong_memory"),
-            0.25,
+        beside(
+            stays_under(
+                "another text's memories do not help",
+                copying("copy_trainable", "another text's memories", "wrong_memory"),
+                0.25,
+            )
         ),
     ),
     "14": (
@@ -371,7 +378,7 @@ PARTS: dict[str, tuple[Part, ...]] = {
     "21": (
         _rounding("1_4", 0.6, under=True, claim="trained with noise, eight bits are nearly free"),
         _rounding("none", 5.0, under=False, claim="trained without, they are not"),
-        _noise_costs("1_4"),
+        beside(_noise_costs("1_4")),
     ),
     "22": (
         close(

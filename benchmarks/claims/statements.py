@@ -65,12 +65,12 @@ def load_statements() -> dict[str, Statement]:
 
 
 def verdict_of(decided: Sequence[Decided]) -> Verdict:
-    """The joint verdict."""
-    return joint_verdict([one.verdict for one in decided])
+    """The joint verdict of the parts that count."""
+    return joint_verdict([one.verdict for one in decided if one.part.counts])
 
 
 def count_parts(decided: Sequence[Decided]) -> str:
-    """Say how many parts came to which verdict; empty where all agree."""
-    counts = {verdict: sum(one.verdict is verdict for one in decided) for verdict in Verdict}
+    """Say how many of the parts that count came to which verdict; empty where all agree."""
+    counts = {verdict: sum(one.verdict is verdict and one.part.counts for one in decided) for verdict in Verdict}
     shown = [f"{verdict.value}: {count}" for verdict, count in counts.items() if count]
     return "" if len(shown) < 2 else ", ".join(shown)
