@@ -25,6 +25,7 @@ from matplotlib.ticker import PercentFormatter
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from benchmarks.claims.figures import draw_claims
 from benchmarks.claims.report import fault_lines, headline_lines, overview_lines, scale_lines, statement_lines
 from benchmarks.fidelity_curve import draw_fidelity_curve, fidelity_curve_lines
 from benchmarks.instruments import capacity_lines, ceiling_lines, fidelity_lines, probe_lines, retrieval_lines
@@ -494,6 +495,7 @@ DRAWINGS = {
     "capacity": lambda record, folder: [write_ceiling_figure(record, folder)],
     "fidelity_curve": draw_fidelity_curve,
     "rolling": draw_rolling,
+    "claims": draw_claims,
 }
 
 

@@ -23,6 +23,8 @@ from benchmarks.claims.scoring import paired_difference
 from training.metrics import uninformed_loss
 
 MARGINS = {"accuracy": 0.02, "loss": 0.02, "ratio": 0.02}
+WORDS = {"accuracy": "tokens right", "loss": "loss", "ratio": "information ratio"}
+SHORT = "; less is undecided, since training was short"
 UNITS = {"accuracy": "points", "loss": "nats", "ratio": "points"}
 INTERVALS = {
     "accuracy": ("token_accuracy", ("token_accuracy_rows_interval", "token_accuracy_interval")),
@@ -230,44 +232,47 @@ def joint_verdict(verdicts: Sequence[Verdict]) -> Verdict:
 
 
 def higher(claim: str, one: Reading, other: Reading, *, kind: str = "accuracy", by: float | None = None) -> Part:
-    """One is higher than the other by more than a margin."""
+    """One is higher than the other by more than a margin; a margin above the usual counts with the interval."""
     margin = MARGINS[kind] if by is None else by
+    large = margin > MARGINS[kind]
 
     def decide(study: Study) -> Outcome:
         found = study.difference(one, other, kind)
-        verdict = judge(
-            found.low > 0 and found.value > margin, found.high < 0 and found.value < -min(margin, MARGINS[kind])
-        )
-        if verdict is Verdict.UNDECIDED and margin > MARGINS[kind] and found.high < margin:
-            verdict = Verdict.FAILS  # a large difference was asked for, and even the interval's end is smaller
-        return [*_both(study, one, other, kind), f"difference {found.as_difference()}"], verdict
+        lines = [*_both(study, one, other, kind), f"difference {found.as_difference()}"]
+        if large:
+            return lines, judge(found.low > margin, found.high < margin)
+        return lines, judge(found.low > 0 and found.value > margin, found.high < 0 and found.value < -margin)
 
-    word = {"accuracy": "tokens right", "loss": "loss", "ratio": "information ratio"}[kind]
-    return Part(claim, f"{word}: more by over {_bound(margin, kind)}, the interval above zero", decide)
+    end = "interval included" if large else "the interval above zero; as much less speaks against it"
+    return Part(claim, f"{WORDS[kind]}: more by over {_bound(margin, kind)}, {end}", decide)
 
 
 def lower(claim: str, one: Reading, other: Reading, *, by: float | None = None) -> Part:
-    """One has a lower loss than the other by more than a margin."""
-    margin = MARGINS["loss"] if by is None else by
-    part = higher(claim, other, one, kind="loss", by=margin)
+    """One has a lower loss than the other by more than a margin; see [`higher`]."""
+    part = higher(claim, other, one, kind="loss", by=by)
 
     def decide(study: Study) -> Outcome:
         found = study.difference(one, other, "loss")
-        return [*_both(study, one, other, "loss"), f"difference {found.as_difference()}"], part.decide(study)[1]
+        lines = [*_both(study, one, other, "loss"), f"difference {found.as_difference()}"]
+        return lines, part.decide(study)[1]
 
-    return Part(claim, f"loss: less by over {_bound(margin, 'loss')}, the interval below zero", decide)
+    criterion = (
+        part.criterion.replace("much less", "much more").replace("more by", "less by").replace("above", "below")
+    )
+    return Part(claim, criterion, decide)
 
 
-def times(claim: str, one: Reading, other: Reading, factor: float) -> Part:
-    """One has at least so many times the token accuracy of the other."""
+def times(claim: str, one: Reading, other: Reading, factor: float, *, decisive: bool = True) -> Part:
+    """One has at least so many times the token accuracy of the other; see [`reaches`] for `decisive`."""
 
     def decide(study: Study) -> Outcome:
         a, b = (study.number(reading.path, "accuracy") for reading in (one, other))
-        ratio = f"{a.value / b.value:.1f} times" if b.value else "from nothing"
+        ratio = f"{a.value / b.value:.1f} times" if a.value < 100 * b.value else "over 100 times"
         lines = [*_both(study, one, other, "accuracy"), ratio]
-        return lines, judge(a.low >= factor * b.high, a.high < factor * b.low)
+        return lines, judge(a.low >= factor * b.high, decisive and a.high < factor * b.low)
 
-    return Part(claim, f"tokens right: at least {factor:g} times, at the unfavourable ends of both intervals", decide)
+    criterion = f"tokens right: at least {factor:g} times, at the unfavourable ends of both intervals"
+    return Part(claim, criterion + ("" if decisive else SHORT), decide)
 
 
 def close(claim: str, one: Reading, other: Reading, within: float, *, kind: str = "accuracy") -> Part:
@@ -278,8 +283,9 @@ def close(claim: str, one: Reading, other: Reading, within: float, *, kind: str 
         verdict = judge(max(abs(found.low), abs(found.high)) <= within, found.low > within or found.high < -within)
         return [*_both(study, one, other, kind), f"difference {found.as_difference()}"], verdict
 
-    word = {"accuracy": "tokens right", "loss": "loss", "ratio": "information ratio"}[kind]
-    return Part(claim, f"{word}: the interval of the difference within {_bound(within, kind)} either way", decide)
+    return Part(
+        claim, f"{WORDS[kind]}: the interval of the difference within {_bound(within, kind)} either way", decide
+    )
 
 
 def not_lower(claim: str, one: Reading, other: Reading, *, kind: str = "accuracy", by: float | None = None) -> Part:
@@ -291,13 +297,12 @@ def not_lower(claim: str, one: Reading, other: Reading, *, kind: str = "accuracy
         verdict = judge(found.low > -margin, found.high < -margin)
         return [*_both(study, one, other, kind), f"difference {found.as_difference()}"], verdict
 
-    word = {"accuracy": "tokens right", "loss": "loss", "ratio": "information ratio"}[kind]
-    return Part(claim, f"{word}: not less by over {_bound(margin, kind)}, interval included", decide)
+    return Part(claim, f"{WORDS[kind]}: not less by over {_bound(margin, kind)}, interval included", decide)
 
 
-def reaches(claim: str, one: Reading, bound: float, *, kind: str = "accuracy") -> Part:
-    """A number is at least a bound."""
-    return _against_bound(claim, one, bound, kind, at_least=True)
+def reaches(claim: str, one: Reading, bound: float, *, kind: str = "accuracy", decisive: bool = True) -> Part:
+    """A number is at least a bound; less is undecided where it is not `decisive`, as after short training."""
+    return _against_bound(claim, one, bound, kind, at_least=True, decisive=decisive)
 
 
 def stays_under(claim: str, one: Reading, bound: float, *, kind: str = "accuracy") -> Part:
@@ -305,17 +310,18 @@ def stays_under(claim: str, one: Reading, bound: float, *, kind: str = "accuracy
     return _against_bound(claim, one, bound, kind, at_least=False)
 
 
-def _against_bound(claim: str, one: Reading, bound: float, kind: str, *, at_least: bool) -> Part:
+def _against_bound(
+    claim: str, one: Reading, bound: float, kind: str, *, at_least: bool, decisive: bool = True
+) -> Part:
     def decide(study: Study) -> Outcome:
         found = study.number(one.path, kind)
         over, under = found.low >= bound, found.high <= bound
-        verdict = judge(over, under) if at_least else judge(under, over)
+        verdict = judge(over, decisive and under) if at_least else judge(under, over)
         return [f"{one.label} {found}"], verdict
 
-    word = {"accuracy": "tokens right", "loss": "loss", "ratio": "information ratio"}[kind]
     side = "at least" if at_least else "at most"
     shown = f"{100 * bound:g} %" if kind == "accuracy" else f"{bound:g}{' nats' if kind == 'loss' else ''}"
-    return Part(claim, f"{word}: {side} {shown}, interval included", decide)
+    return Part(claim, f"{WORDS[kind]}: {side} {shown}, interval included{'' if decisive else SHORT}", decide)
 
 
 def _both(study: Study, one: Reading, other: Reading, kind: str) -> list[str]:

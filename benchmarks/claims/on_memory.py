@@ -260,12 +260,20 @@ PARTS: dict[str, tuple[Part, ...]] = {
         ),
     ),
     "13": (
-        reaches("copies 32 tokens through two vectors", copying("copy_trainable", "trainable encoder"), 0.9),
+        reaches(
+            "copies 32 tokens through two vectors", copying("copy_trainable", "trainable encoder"), 0.9, decisive=False
+        ),
         times(
             "far above its own control without memory",
             copying("copy_trainable", "own memories"),
             copying("copy_trainable", "none", "no_memory"),
             2,
+            decisive=False,
+        ),
+        higher(
+            "above it at all",
+            copying("copy_trainable", "own memories"),
+            copying("copy_trainable", "none", "no_memory"),
         ),
         close(
             "the control is a guess of the next token",
@@ -299,6 +307,19 @@ PARTS: dict[str, tuple[Part, ...]] = {
             copying("curriculum", "curriculum, copy"),
             blank("blank_only", "blank copy alone"),
         ),
+        beside(
+            higher(
+                "copying better than blank copying did at the end of its first half",
+                copying("curriculum", "then copy"),
+                blank("curriculum_blank", "blank copy, 150 steps"),
+            )
+        ),
+        times(
+            "blank copy, then copy: far above copy from the start",
+            copying("curriculum", "curriculum, copy"),
+            copying("copy_direct", "copy from the start"),
+            2,
+        ),
         higher(
             "blank copy alone better than copy from the start",
             blank("blank_only", "blank copy alone"),
@@ -323,8 +344,10 @@ PARTS: dict[str, tuple[Part, ...]] = {
         best_of(
             "one model copies",
             [
-                reaches("", copying("combined", "trainable encoder, combined"), 0.9),
-                reaches("", copying("combined_frozen", "curriculum with frozen encoder, combined"), 0.9),
+                reaches("", copying("combined", "trainable encoder, combined"), 0.9, decisive=False),
+                reaches(
+                    "", copying("combined_frozen", "curriculum with frozen encoder, combined"), 0.9, decisive=False
+                ),
             ],
         ),
         best_of(

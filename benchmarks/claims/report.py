@@ -5,6 +5,7 @@ import textwrap
 from typing import Any
 
 from benchmarks.claims.evidence import Study, Verdict
+from benchmarks.claims.figures import is_drawn
 from benchmarks.claims.statements import Decided, Statement, count_parts, load_statements, verdict_of
 
 WIDTH = 119
@@ -105,7 +106,7 @@ def statement_lines(record: dict[str, Any], link: str) -> list[str]:
         lines.append("")
         if statement.notes:
             lines += [*wrap(f"*Differs.* {statement.notes}"), ""]
-        if statement.figure and statement.figure["shows"]:
+        if statement.figure and statement.figure["shows"] and is_drawn(statement.figure["name"], record):
             lines += [f"![{statement.figure['shows']}](figures/claims_{statement.figure['name']}.png)", ""]
     return lines[:-1]
 

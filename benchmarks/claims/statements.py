@@ -1,5 +1,6 @@
 """All statements: their words from `statements.yaml`, their parts from the code, their verdicts from the record."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ class Statement:
         return [Decided(part, *part.outcome(study)) for part in self.parts]
 
 
+@functools.cache
 def load_statements() -> dict[str, Statement]:
     """Put words and parts together, in the order of the page.
 
