@@ -28,6 +28,8 @@ ENCODERS = {
     "probe_untrained_transformer_16": "untrained transformer",
     "probe_ae_16_shuffled": "another text's vector",
 }
+HIGHLIGHTED = ("probe_ae_16", "probe_ae_transformer_16")
+CONTROLS = ("probe_untrained_16", "probe_untrained_transformer_16", "probe_ae_16_shuffled")
 LENGTHS = (16, 32, 64)
 BY_LENGTH = {
     "ae": "autoencoder",
@@ -89,7 +91,7 @@ def information(study: Study) -> Figure:
     labels = sorted(found, key=lambda path: found[path].value)
     for row, path in enumerate(labels):
         number = found[path]
-        _bar(bars, row, number, COLOURS[0] if "ae" in path.split("_")[1:3] else COLOURS[5])
+        _bar(bars, row, number, COLOURS[0] if path in HIGHLIGHTED else "grey" if path in CONTROLS else COLOURS[5])
         factor = "" if path == "probe_clm_mixer_16" else f", {number.value / base.value:.1f} × causal mixer"
         bars.text(number.high + 0.015, row, f"{100 * number.value:.1f} %{factor}", va="center", fontsize=7)
     bars.set_yticks(range(len(labels)), [ENCODERS[path] for path in labels], fontsize=8)
@@ -139,9 +141,9 @@ def fidelity(study: Study) -> Figure:
     left.set_xticks(ticks, [str(tick) for tick in ticks])
     left.set_xlabel("tokens in one vector")
     ways = {
-        "shorter chunks: 64, 32, 16 tokens": shorter,
-        "wider vectors: 128, 256, 384, 64 tokens": ("ae_64", "ae_64_width_256", "ae_64_width_384"),
-        "more vectors: 1, 2, 4, 64 tokens": ("ae_64", "ae_64_two_vectors", "ae_64_four_vectors"),
+        "shorter texts: 64, 32, 16 tokens in 128 numbers": shorter,
+        "wider vectors: 64 tokens in 128, 256, 384": ("ae_64", "ae_64_width_256", "ae_64_width_384"),
+        "more vectors: 64 tokens in 1, 2, 4 × 128": ("ae_64", "ae_64_two_vectors", "ae_64_four_vectors"),
     }
     for colour, (label, names) in zip(COLOURS, ways.items(), strict=False):
         _curve(right, {sizes[name]["numbers_per_token"]: numbers[name] for name in names}, colour, label)
