@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
 from benchmarks.claims.evidence import NotMeasuredError, Number, Study
 from benchmarks.claims.stages import sizes_of
@@ -108,6 +108,7 @@ def information(study: Study) -> Figure:
     _curve(lines, dict(_at(study, {64: "probe_oracle_token_64"})), COLOURS[4], "oracle's encoder")
     lines.set_xscale("log", base=2)
     lines.set_xticks(LENGTHS, [str(length) for length in LENGTHS])
+    lines.set_xlim(14, 73)
     lines.set_ylim(0, 1.02)
     lines.set_xlabel("tokens in one vector of 128 numbers")
     lines.set_title("by length of the text", fontsize=10)
@@ -224,8 +225,11 @@ def other_text(study: Study) -> Figure:
     untrained = math.log(study.vocab_size) + 0.5
     left.axhline(untrained, color="grey", linestyle="--", linewidth=1)
     left.text(max(books), untrained * 1.04, "untrained", fontsize=7, color="grey", ha="right")
-    left.set_xscale("log")
-    left.set_yscale("log")
+    left.loglog()
+    for axis in (left.xaxis, left.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     left.set_xlabel("loss on books (nats), one point an autoencoder")
     left.set_ylabel("loss on other text (nats)")
     left.legend(fontsize=8, frameon=False)
