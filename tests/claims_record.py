@@ -85,6 +85,7 @@ def build_record() -> dict[str, Any]:
         for key in keys:
             place = place.setdefault(key, {})
         place.update(metrics(path))
+    record["metrics"]["paired"] = {SHARE: {"mean": 0.4, "interval": [0.3, 0.45]}}
     cells["random_tokens"]["metrics"]["text"] = metrics("random_tokens.text")
     cells["half_depth"]["metrics"]["cosine_whole"] = {"mean": 0.5, "smallest": 0.1}
     for name in [name for name in cells if name.startswith("half_precision")]:
@@ -119,6 +120,10 @@ def other_records() -> dict[str, Any]:
         },
     }
     return {name: {"commit": "0" * 40, "created_at": "", "metrics": found} for name, found in metrics_of.items()}
+
+
+NO_MEMORY, MEMORY, FULL_CONTEXT = (f"stage_{name}.clm.memory" for name in ("no_memory", "memory", "full_context"))
+SHARE = f"({NO_MEMORY} - {MEMORY}) / ({NO_MEMORY} - {FULL_CONTEXT})"
 
 
 class Recorder(Study):

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
-from benchmarks.claims.scoring import paired_difference
+from benchmarks.claims.scoring import paired_difference, paired_share
 from training.metrics import uninformed_loss
 
 MARGINS = {"accuracy": 0.02, "loss": 0.02, "ratio": 0.02}
@@ -174,6 +174,17 @@ class Study:
             low, high = self.paired[key]["interval"]
             return Number(self.paired[key]["mean"], low, high, kind)
         return self.number(one.path, kind).minus(self.number(other.path, kind))
+
+    def share(self, start: Reading, here: Reading, end: Reading) -> Number:
+        """Share of the way from one loss to another that a third has come, with texts drawn again for all three."""
+        key = f"({start.path} - {here.path}) / ({start.path} - {end.path})"
+        rows = [self.part(reading.path).get("row_losses", []) for reading in (start, here, end)]
+        if rows[0] and len({len(part) for part in rows}) == 1:
+            self.paired[key] = paired_share(*rows)
+        if key not in self.paired:
+            raise NotMeasuredError(key)
+        low, high = self.paired[key]["interval"]
+        return Number(self.paired[key]["mean"], low, high, "ratio")
 
 
 Outcome = tuple[list[str], Verdict]

@@ -63,13 +63,12 @@ def best_of(claim: str, parts: Sequence[Part]) -> Part:
 def _share_of_gap(bound: float = 0.5) -> Part:
     def decide(study: Study) -> Outcome:
         gap = study.difference(NO_MEMORY, FULL_CONTEXT, "loss")
-        won = study.difference(NO_MEMORY, MEMORY_MODEL, "loss")
         if gap.low <= 0:
             return [f"no gap to recover: {gap.as_difference()}"], Verdict.UNDECIDED
-        share = Number(won.value / gap.value, won.low / gap.high, won.high / gap.low, "ratio")
+        share = study.share(NO_MEMORY, MEMORY_MODEL, FULL_CONTEXT)
         return [f"share of the gap that memory wins back {share}"], judge(share.high < bound, share.low > bound)
 
-    criterion = f"share of the loss between no memory and full context won back: under {bound:g}, intervals included"
+    criterion = f"share of the loss between no memory and full context won back: under {bound:g}, interval included"
     return Part("before a transformer decoder a gap to full context remains", criterion, decide)
 
 

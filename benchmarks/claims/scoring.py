@@ -159,6 +159,17 @@ def paired_difference(one: Sequence[float], other: Sequence[float]) -> dict[str,
     return {"mean": difference.mean().item(), "interval": list(bootstrap_interval(difference))}
 
 
+def paired_share(start: Sequence[float], here: Sequence[float], end: Sequence[float]) -> dict[str, Any]:
+    """Share of the way from the rows of one model to those of another that a third has come, with its 95 % interval.
+
+    >>> paired_share([3.0, 4.0], [2.5, 3.5], [1.0, 2.0])
+    {'mean': 0.25, 'interval': [0.25, 0.25]}
+    """
+    first, third, last = (torch.tensor(rows, dtype=torch.float64) for rows in (start, here, end))
+    won, whole = first - third, first - last
+    return {"mean": (won.sum() / whole.sum()).item(), "interval": list(bootstrap_interval(won, whole))}
+
+
 def without_rows(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out what holds a number for each row."""
     return {name: value for name, value in metrics.items() if not name.startswith("row_")}
