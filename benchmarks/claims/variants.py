@@ -24,6 +24,7 @@ B texts, T tokens of a text, W tokens of a window, V vocabulary.
 """
 
 import argparse
+import copy
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -181,28 +182,22 @@ def next_token_variant(kind: str, seed: int) -> Variant:
     return Variant(name, measure, needs, {"kind": kind, "as_stage": "memory", "seed": seed})
 
 
-def build_model(source: Source, name: str, given: Mapping[str, Any] | None = None) -> Any:
-    """Build the model that a stage begins with; `given` stands in for stages that it is joined from."""
+def build_model(source: Source, name: str, given: Mapping[str, Any] | None = None, **fields: Any) -> Any:
+    """Build the model that a stage begins with, with other fields; `given` stands in for stages it is joined from."""
+    stage = source.stage(name)
     return build_stage_model(
-        source.stage(name),
+        replace(stage, model={**stage.model, **fields}),
         special_tokens=source.inputs.special_tokens,
         vocab_size=source.vocab_size,
-        load=lambda stage: (given or {}).get(stage) or source.load(stage),
+        load=lambda other: (given or {}).get(other) or source.load(other),
     )
 
 
 def build_oracle(source: Source, kind: Any, length: int, seed: int) -> OracleMemory:
     """Put a fresh mixer encoder of whole texts before the stage `decoder`; all of it is trained."""
     with seeded(seed):
-        encoder = build_autoencoder(source, chunk_length=length).encoder
+        encoder = build_model(source, "ae", chunk_length=length).encoder
     return OracleMemory(encoder, source.load("decoder"), kind)
-
-
-def build_autoencoder(source: Source, **fields: Any) -> Any:
-    """Build the autoencoder of the stage `ae` with other fields."""
-    stage = replace(source.stage("ae"), model={**source.stage("ae").model, **fields})
-    special, size = source.inputs.special_tokens, source.vocab_size
-    return build_stage_model(stage, special_tokens=special, vocab_size=size, load=source.load)
 
 
 @torch.no_grad()
@@ -265,7 +260,7 @@ def noise_variant(name: str, noise: float, seed: int = 0) -> Variant:
     def measure(source: Source, folder: Path, checkpoint: Path) -> dict[str, Any]:
         encoder = source.stage("transformer_unroll").model["encoder"]
         with seeded(seed):
-            model = build_autoencoder(source, encoder=encoder, bottleneck_size=NARROW, bottleneck_noise=noise)
+            model = build_model(source, "ae", encoder=encoder, bottleneck_size=NARROW, bottleneck_noise=noise)
         length = model.config.chunk_length
         budget, rows = source.budget("transformer_unroll", seed), source.test_rows(length)
         spent = train(model, source, checkpoint, budget, length, lambda own: model(input_ids=own, labels=own).loss)
@@ -383,8 +378,8 @@ def half_precision_variant(stage: str) -> Variant:
         rows = source.test_rows(model.config.chunk_length)
         metrics: dict[str, Any] = {"largest_activation": largest_activation(model, rows[:256])}
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            model.to(dtype)
-            logits = torch.cat([model(input_ids=part).logits for part in rows.split(256)])
+            rounded = copy.deepcopy(model).to(dtype)
+            logits = torch.cat([rounded(input_ids=part).logits for part in rows.split(256)])
             found = {"non_finite_share": 1 - logits.isfinite().double().mean().item()}
             correct, losses = token_results(logits, rows)
             if found["non_finite_share"]:  # a loss of what is no number is none
