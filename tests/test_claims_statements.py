@@ -22,9 +22,11 @@ from benchmarks.claims.evidence import (
     stays_under,
     times,
 )
-from benchmarks.claims.figures import FIGURES, draw_claims
+from benchmarks.claims.figures import ENCODERS, FIGURES, READERS, draw_claims
+from benchmarks.claims.probes import encoders
 from benchmarks.claims.report import decide_all, heading_of, slug
 from benchmarks.claims.statements import load_statements, verdict_of
+from benchmarks.claims.variants import variants
 from tests.claims_record import SHARE, build_record, metrics, paths_read
 from training.record import read_json, write_json
 from training.strict_yaml import REPOSITORY
@@ -93,6 +95,15 @@ def test_one_part_against_a_statement_is_enough():
 
 def test_there_is_every_statement():
     assert list(load_statements()) == KEYS
+
+
+def test_statements_read_only_what_something_measures():
+    record = build_record()
+    stages = {f"stage_{stage['name']}" for stage in record["recipe"]["stages"]}
+    foreign = {"domain_tinystories", "domain_wikipedia", "pretrained_base", "pretrained_brief", "pretrained_long"}
+    measured = stages | set(variants()) | set(encoders()) | foreign
+    figures = {*ENCODERS, *(path.split(".")[0] for path in READERS)}
+    assert {path.split(".")[0] for path in paths_read(record)} | figures <= measured
 
 
 def test_a_full_record_decides_everything_that_can_be_run():

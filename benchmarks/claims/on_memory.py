@@ -416,6 +416,13 @@ PARTS: dict[str, tuple[Part, ...]] = {
             Reading("pretrained_long.clm", "after long training"),
             by=0.05,
         ),
+        beside(
+            higher(
+                "long training does teach it to copy",
+                Reading("pretrained_long.copy.memory", "after long training"),
+                Reading("pretrained_brief.copy.memory", "after brief training"),
+            )
+        ),
     ),
     "23": (_cache_entries(), _linear_reading(), _first_token_gain()),
     "a": (
