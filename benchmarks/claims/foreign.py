@@ -33,7 +33,7 @@ from benchmarks.claims.scoring import SCORED_TOKENS, summarise
 from benchmarks.claims.source import Source, open_run
 from benchmarks.claims.variants import (
     Reader,
-    build_autoencoder,
+    build_model,
     build_parser,
     score_chunks,
     seeded,
@@ -122,7 +122,7 @@ def measure_domain(source: Source, folder: Path, domain: Domain, limit: int) -> 
         (found,) = probe({"MiniLM-L6": PretrainedRecipe(SENTENCES).source}, probed, folder / "probe")
         (embedding,) = found["lengths"][str(LENGTH)].values()
         with seeded(0):
-            model = build_autoencoder(source)
+            model = build_model(source, "ae")
         length = model.config.chunk_length
         chunks = budget.batch_tokens // length
         rows = TokenRows(tokens, row_length=length, num_items=budget.steps * chunks, seed=0)
