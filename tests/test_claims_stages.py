@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.claims import scoring, stages
 from benchmarks.claims.gather import gather_cells, slim
-from benchmarks.claims.scoring import ClaimsText, paired_difference, score_rows, summarise
+from benchmarks.claims.scoring import ClaimsText, paired_difference, paired_share, score_rows, summarise
 from benchmarks.claims.stages import describe_stages, score_stages, sizes_of
 from modeling_memory import MemoryAutoencoder, MemoryAutoencoderConfig, MemoryProcessor
 from tests.conftest import tiny_decoder_config, tiny_encoder_config
@@ -110,6 +110,15 @@ def test_models_on_other_rows_cannot_be_paired(text: ClaimsText):
     assert sum(found["row_losses"]) / len(found["row_losses"]) == pytest.approx(found["loss"])
     with pytest.raises(ValueError, match="compare models on the same rows"):
         paired_difference(found["row_losses"], found["row_losses"][1:])
+
+
+def test_a_share_of_the_gap_is_that_of_all_rows_together():
+    start, end = torch.linspace(3, 4, 50), torch.linspace(2, 4.1, 50)  # the last rows have a gap the other way
+    found = paired_share(start.tolist(), (start + end).div(2).tolist(), end.tolist())
+    assert found["mean"] == pytest.approx(0.5) and found["interval"] == pytest.approx([0.5, 0.5])
+    here = start - torch.arange(50) % 2
+    low, high = paired_share(start.tolist(), here.tolist(), (start - 1).tolist())["interval"]
+    assert 0.3 < low < 0.45 and 0.55 < high < 0.7
 
 
 def test_two_measurements_of_one_name_are_refused(tmp_path: Path):
