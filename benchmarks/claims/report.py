@@ -51,9 +51,9 @@ def heading_of(key: str, statement: Statement) -> str:
 
 
 def wrap(text: str, first: str = "", rest: str = "") -> list[str]:
-    """Break a paragraph into lines of the width of this repository's pages."""
+    """Break a paragraph into lines of the width of this repository's pages, never before a percent sign."""
     return textwrap.wrap(
-        " ".join(text.split()),
+        " ".join(text.split()).replace(" %", "\u00a0%"),
         WIDTH,
         initial_indent=first,
         subsequent_indent=rest,
@@ -101,7 +101,7 @@ def statement_lines(record: dict[str, Any], link: str) -> list[str]:
             came_out = "; ".join(one.lines)
             mark = "" if one.part.counts else "beside it, "
             lines += wrap(f"- {mark}{one.part.claim}: **{one.verdict.value}**. {came_out}.", rest="  ")
-            if one.verdict is not Verdict.NOT_RUN or one.part.criterion != "none":
+            if one.part.criterion:
                 lines += wrap(f"*Decided by* {one.part.criterion}.", "  ", "  ")
         lines.append("")
         if statement.notes:
