@@ -120,13 +120,16 @@ def information(study: Study) -> Figure:
 def fidelity(study: Study) -> Figure:
     """Token accuracy of autoencoders by tokens per vector, and by numbers per token reached in three ways."""
     stages = ("ae", "ae_32", "ae_64", "ae_64_width_256", "ae_64_width_384", "ae_64_two_vectors", "ae_64_four_vectors")
-    numbers = {name: study.number(f"stage_{name}.retention.memory", "accuracy") for name in stages}
-    sizes = {name: sizes_of(study.stage(name)["model"]) for name in stages}
+    paths = {f"stage_{name}.retention.memory": name for name in stages}
+    numbers = {paths[path]: number for path, number in _measured(study, paths)}
+    sizes = {name: sizes_of(study.stage(name)["model"]) for name in numbers}
+    if not {"ae", "ae_64"} <= numbers.keys():
+        raise NotMeasuredError("autoencoders of 16 and of 64 tokens")
     figure, (left, right) = _panels((9, 3.8), (1, 1))
     shorter = ("ae_64", "ae_32", "ae")
     _curve(
         left,
-        {sizes[n]["tokens_per_vector"]: numbers[n] for n in shorter},
+        {sizes[n]["tokens_per_vector"]: numbers[n] for n in shorter if n in numbers},
         COLOURS[0],
         "this study, 128 numbers, 400 steps",
     )
@@ -147,7 +150,12 @@ def fidelity(study: Study) -> Figure:
         "more vectors: 64 tokens in 1, 2, 4 × 128": ("ae_64", "ae_64_two_vectors", "ae_64_four_vectors"),
     }
     for colour, (label, names) in zip(COLOURS, ways.items(), strict=False):
-        _curve(right, {sizes[name]["numbers_per_token"]: numbers[name] for name in names}, colour, label)
+        _curve(
+            right,
+            {sizes[name]["numbers_per_token"]: numbers[name] for name in names if name in numbers},
+            colour,
+            label,
+        )
     right.set_xlabel("numbers for each token")
     for panel in (left, right):
         panel.set_ylim(0, 1.02)
