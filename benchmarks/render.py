@@ -30,10 +30,12 @@ from benchmarks.claims.report import fault_lines, headline_lines, overview_lines
 from benchmarks.fidelity_curve import draw_fidelity_curve, fidelity_curve_lines
 from benchmarks.instruments import capacity_lines, ceiling_lines, fidelity_lines, probe_lines, retrieval_lines
 from benchmarks.measure import duration
+from benchmarks.merging import merging_lines
 from benchmarks.pairs import pairs_lines
 from benchmarks.rolling_tables import (
     draw_rolling,
     first_token_lines,
+    folding_lines,
     generation_lines,
     goal_lines,
     quality_lines,
@@ -328,9 +330,11 @@ TABLES = {
     "claims_overview": Table("claims", _sourced(overview_lines), _CLAIMS),
     "claims_statements": Table("claims", statement_lines, _CLAIMS),
     "claims_faults": Table("claims", fault_lines, _CLAIMS),
+    "merging": Table("merging", _with_source_below(merging_lines), "python -m benchmarks.merging"),
     "rolling": Table("rolling", _with_source_below(goal_lines), _ROLLING),
     "rolling_first_token": Table("rolling", _with_source_below(first_token_lines), _ROLLING),
     "rolling_generation": Table("rolling", _with_source_below(generation_lines), _ROLLING),
+    "rolling_folding": Table("rolling", _with_source_below(folding_lines), _ROLLING),
     "rolling_reading": Table("rolling", _with_source_below(reading_lines), _ROLLING),
     "rolling_quality": Table("rolling", _with_source_below(quality_lines), _ROLLING),
 }

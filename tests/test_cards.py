@@ -216,3 +216,11 @@ def test_the_card_asks_for_the_versions_that_the_package_asks_for(model):
 
 def test_a_second_card_is_the_same(model):
     assert str(render_card(model, RECORD)) == str(render_card(model, json.loads(json.dumps(RECORD))))
+
+
+@pytest.mark.parametrize(("varied", "said"), [(True, "whole windows up to 64 tokens"), (False, "exactly 64 tokens")])
+def test_a_card_says_which_lengths_were_trained(varied, said):
+    stage = {"name": "copy", "objectives": {"copy": 1.0}, "data": {"row_length": 64, "vary_source": varied}}
+    record = {"published_stage": "copy", "recipe": {"stages": [stage], "evaluation": {}}}
+    assert said in " ".join(render_card(build("memory")[0], record).text.split())
+    assert "trained to give back" not in render_card(build("memory")[0]).text

@@ -314,6 +314,26 @@ def test_the_command_publishes_and_verifies_a_checkpoint(model, processor, tmp_p
     assert ModelCard.load(tmp_path / "hub" / "README.md").data.model_name == "me/tiny"
 
 
+def test_the_command_publishes_rounded_weights_and_says_so(model, processor, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("checkpoint")
+    processor.save_pretrained("checkpoint")
+    Path("record.json").write_text(json.dumps(RECORD))
+    command = ["checkpoint", "--record", "record.json", "--to", "half", "--dtype", "bfloat16"]
+    assert publish.main(command) == 0
+    whole, half = (Path(name, "model.safetensors").stat().st_size for name in ("checkpoint", "half"))
+    assert half < 0.6 * whole
+    loaded = load_checkpoint("half")[0]
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    rounded = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    assert all(torch.equal(tensor, rounded[name]) for name, tensor in loaded.state_dict().items())
+    assert "rounded to bfloat16" in Path("half", "README.md").read_text()
+    assert (
+        publish.main(["checkpoint", "--to", "other", "--dtype", "bfloat16", "--by-reference", "--base", "decoder=a/b"])
+        == 2
+    )
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -108,6 +108,8 @@ def render_card(
         config=model.config,
         remote_code=remote_code,
         parameters=_parameters(model),
+        copied=copied_length(record),
+        dtype=str(model.dtype).removeprefix("torch."),
         results=results,
         domains=card_domains(record),
         compute=card_compute(record),
@@ -180,6 +182,21 @@ def training_files(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         if isinstance(files, Mapping)
         for name, checksum in files.items()
     ]
+
+
+def copied_length(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return how many tokens the published stage was trained to give back, and whether fewer as well.
+
+    >>> stage = {"name": "copy", "objectives": {"copy": 1.0}, "data": {"row_length": 64, "vary_source": True}}
+    >>> copied_length({"published_stage": "copy", "recipe": {"stages": [stage]}})
+    {'tokens': 64, 'fewer': True}
+    """
+    stages = {stage["name"]: stage for stage in record.get("recipe", {}).get("stages", [])}
+    stage = stages.get(record.get("published_stage"))
+    if stage is None or not {"copy", "blank_copy"} & set(stage.get("objectives") or {}):
+        return None
+    data = stage["data"]
+    return {"tokens": data.get("source_length") or data["row_length"], "fewer": bool(data.get("vary_source"))}
 
 
 def card_results(record: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -186,13 +186,16 @@ def check_files(folder: Path) -> None:
                 raise PublishError(f"{name} contains {place}, a place on this machine")
 
 
-def load_checkpoint(folder: str | os.PathLike, bases: Mapping[str, Base] | None = None) -> tuple[PreTrainedModel, Any]:
+def load_checkpoint(
+    folder: str | os.PathLike, bases: Mapping[str, Base] | None = None, dtype: str = "auto"
+) -> tuple[PreTrainedModel, Any]:
     """Load a model of this package and its processor from a folder.
 
     Args:
         folder (`str` or `os.PathLike`): A checkpoint or a Hub folder.
         bases (`dict`, *optional*): Of one saved by reference, what encoder and decoder come from. By default they are
             loaded from the Hub.
+        dtype (`str`): Of the weights, `"bfloat16"` for example. Default: as they are stored.
 
     Returns:
         The model, and its [`MemoryProcessor`] or `None`.
@@ -206,7 +209,7 @@ def load_checkpoint(folder: str | os.PathLike, bases: Mapping[str, Base] | None 
     auto_class = AutoModelForCausalLM if is_causal_lm(config.model_type) else AutoModel
     references = getattr(config, "references", None) or {}
     places = {f"{part}_base": base.source for part, base in (bases or {}).items() if part in references}
-    model = auto_class.from_pretrained(folder, **places)
+    model = auto_class.from_pretrained(folder, dtype=dtype, **places)
     processor = MemoryProcessor.from_pretrained(folder) if (folder / "processor_config.json").exists() else None
     return model, processor
 

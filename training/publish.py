@@ -4,6 +4,7 @@
 python -m training.publish runs/quickstart/hub --to ~/my-model
 python -m training.publish runs/quickstart/hub --to ~/my-model --push me/my-model --private
 python -m training.publish runs/quickstart/stages/autoencoder/model --to ~/my-autoencoder --pull-request --push me/ae
+python -m training.publish runs/quickstart/hub --to ~/my-half-size --dtype bfloat16
 python -m training.publish my-checkpoint --to ~/my-adapter --by-reference --base decoder=HuggingFaceTB/SmolLM2-135M
 ```
 """
@@ -45,6 +46,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--stage", help="the record's stage that this is (default: from the checkpoint's place)")
     parser.add_argument("--domains", metavar="FILE", help="record of training.domains: results on other text")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="auto", help="numbers of the published weights "
+        "(default: as they are); measure what rounding costs with training.domains"
+    )  # fmt: skip
     parser.add_argument("--name", help="name of the model in its card (default: the repository's, or the recipe's)")
     parser.add_argument(
         "--base-model", action="append", default=[], metavar="ID", help="Hub id of a model it was trained from"
@@ -86,7 +91,9 @@ def publish(options: argparse.Namespace) -> None:
         measured = _read(Path(options.domains).expanduser())
         record = {**(record or {}), "domains": measured["domains"]}
     bases = _find_bases(checkpoint, options)
-    model, _ = load_checkpoint(checkpoint, bases)
+    if options.by_reference and options.dtype != "auto":
+        raise ValueError("--dtype rounds all weights, but --by-reference leaves those of the bases where they are")
+    model, _ = load_checkpoint(checkpoint, bases, options.dtype)
     referred = bases if options.by_reference else {}
     if options.push:
         check_bases_on_hub(referred)
