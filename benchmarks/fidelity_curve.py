@@ -43,8 +43,8 @@ def fidelity_curve_lines(record: Record, link: str) -> list[str]:
     runs = by_length(record)
     lines = [
         "| tokens per vector | tokens right | loss (nats per token) | another text's vector | no vector | "
-        "minutes of training |",
-        "|---:|---:|---:|---:|---:|---:|",
+        "test tokens | minutes of training |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for run in runs:
         own, wrong, none = (run["conditions"][name] for name in ("memory", "wrong_memory", "no_memory"))
@@ -52,14 +52,14 @@ def fidelity_curve_lines(record: Record, link: str) -> list[str]:
         lines.append(
             f"| {run['chunk_length']} | [{own['token_accuracy']:.2%}]({link}) ({100 * low:.2f} to {100 * high:.2f}) | "
             f"{own['loss']:.4f} | {wrong['token_accuracy']:.1%} | {none['token_accuracy']:.1%} | "
-            f"{run['seconds'] / 60:.1f} |"
+            f"{own['num_tokens']:,} | {run['seconds'] / 60:.1f} |"
         )
     first = runs[0]
     return [
         *lines,
         "",
         f"Vectors of {first['width']} numbers; {first['text_tokens']:,} tokens of text, the same steps and sizes for "
-        f"all lengths; {first['conditions']['memory']['num_tokens']:,} tokens of the test split.",
+        "all lengths.",
     ]
 
 

@@ -49,8 +49,8 @@ def test_runs_are_gathered_and_shown_in_order(grid: Path, tmp_path: Path):
     record = json.loads(out.read_text())
     assert "num_correct" not in json.dumps(record) and str(tmp_path) not in json.dumps(record)
     lines = fidelity_curve_lines(record, "link")
-    assert lines[2].startswith("| 4 | [90.00%](link) (89.00 to 91.00) | 0.1000 | 2.0% | 1.0% | 1.5 |")
-    assert lines[3].startswith("| 16 | [75.00%](link)") and "256 tokens of the test split" in lines[-1]
+    assert lines[2].startswith("| 4 | [90.00%](link) (89.00 to 91.00) | 0.1000 | 2.0% | 1.0% | 256 | 1.5 |")
+    assert lines[3].startswith("| 16 | [75.00%](link)") and "for all lengths" in lines[-1]
     assert draw_fidelity_curve(record, tmp_path) == ["accuracy.png"]
     assert (tmp_path / "accuracy.png").stat().st_size > 5000
 
