@@ -10,9 +10,9 @@ python -m benchmarks.claims.probes runs/claims --to runs/claims_cells --threads 
 | `probe_ENCODER_LENGTH_shuffled` | the same from another text's vectors: what is guessed |
 | `retrieval_START` | an encoder tuned by contrast from a stage, and how often it finds texts before and after |
 
-An encoder is a stage, `untrained` or `untrained_transformer` (fresh weights), `oracle_token` (of
-[`benchmarks.claims.variants`], which keeps it) or `retrieval_START`. Every decoder has the same size, steps and text;
-every text is read once.
+An encoder is a stage, `untrained` or `untrained_transformer` (fresh weights), an oracle of
+[`benchmarks.claims.variants`], or `retrieval_START`. Every decoder has the same size, steps and text; every text is
+read once.
 """
 
 import argparse
@@ -43,6 +43,7 @@ BUDGET = Budget(steps=300, batch_tokens=2048)
 TUNING = Budget(steps=200, batch_tokens=1024, optimizer="adamw", learning_rate=3e-4)
 LENGTH = 16
 FOUND_TEXTS = 512
+STARTS = ("clm_mixer", "ae")
 UNTRAINED_AS = {"untrained_16": "ae", "untrained_32": "ae_32", "untrained_64": "ae_64",
                 "untrained_transformer_16": "decoder"}  # fmt: skip
 """Cell without its prefix -> stage whose architecture gets fresh weights."""
@@ -90,11 +91,8 @@ def encoders() -> dict[str, Encoder]:
     found += [Encoder(f"retrieval_{start}") for start in STARTS]
     for length in (64, 32):
         found += [Encoder(name, length) for name in (f"ae_{length}", "clm_mixer", "decoder", "untrained")]
-    found.append(Encoder("oracle_token", 64))
+    found += [Encoder("oracle_token", 64), Encoder("oracle_token_16")]
     return {encoder.cell: encoder for encoder in found}
-
-
-STARTS = ("clm_mixer", "ae")
 
 
 def texts_of(source: Source, split: str) -> list[str]:
@@ -181,27 +179,26 @@ def measure_probes(run_folder: Path, cells: Path, only: Sequence[str] = (), reci
     Raises:
         ValueError: If a name is unknown, or, after all others were measured, if some wait for a model.
     """
-    known = encoders()
     tunings = {f"retrieval_{start}": start for start in STARTS}
-    unknown = [name for name in only if name not in {**known, **tunings}]
+    known = encoders()
+    unknown = [name for name in only if name not in {**tunings, **known}]
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: no such measurement; known: {', '.join([*tunings, *known])}")
     source = open_run(run_folder, recipe)
-    waiting: list[str] = []
+    waiting = []
     for name in only or [*tunings, *known]:
-        stage = tunings[name] if name in tunings else known[name].stage
+        encoder = known.get(name)
+        stage = tunings[name] if encoder is None else encoder.stage
         if stage is not None and source.lacks([stage]):
             waiting.append(f"{name} for the stage {stage}")
-        elif stage is None and not encoder_folder(cells, known[name].name).is_dir():
-            waiting.append(f"{name} for the measurement {known[name].name}")
+        elif encoder is None:
+            print(f"{name}: {measure_retrieval(source, cells, tunings[name])['seconds']:.0f} s", flush=True)
+        elif stage is None and not encoder_folder(cells, encoder.name).is_dir():
+            waiting.append(f"{name} for the measurement {encoder.name}")
         else:
-            if name in tunings:
-                cell = measure_retrieval(source, cells, stage or "")
-            else:
-                cell = measure_probe(source, cells, known[name])
-            print(f"{name}: {cell['seconds']:.0f} s", flush=True)
+            print(f"{name}: {measure_probe(source, cells, encoder)['seconds']:.0f} s", flush=True)
     if waiting:
-        raise ValueError(f"these wait: {'; '.join(waiting)}. Call again when it is there")
+        raise ValueError(f"these wait: {'; '.join(waiting)}. Call again when that is there")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,6 +9,7 @@ python -m benchmarks.claims.variants runs/claims --to runs/claims_cells --thread
 | `parallel_S`, `recurrent_S` | memory of each window beside the others, or handed on; data seed S |
 | `no_border_S` | as `parallel_S`, but no later window's first token is a target |
 | `oracle_KIND`, `oracle_full_context` | one vector of the whole text of 64 tokens, and all tokens before instead |
+| `oracle_token_16`, `oracle_full_context_16` | the same with texts of 16 tokens |
 | `noise_Q` | an autoencoder's bottleneck, trained with noise in [-Q, Q], narrow vectors then kept in eight bits |
 | `half_depth` | the transformer autoencoder's encoder under as many fresh layers: what becomes of its vectors |
 | `half_depth_copy`, `whole_copy` | blank copy through the lifted encoder, frozen, and through the encoder as it is |
@@ -248,10 +249,14 @@ def encoder_folder(folder: Path, name: str) -> Path:
     return folder / "models" / name
 
 
-def measure_oracle_full_context(source: Source, folder: Path, checkpoint: Path) -> dict[str, Any]:
-    """The stage `full_context` on the oracles' targets."""
-    scores = score_next_tokens(Reader(source.load("full_context")), source.test_rows(ORACLE_LENGTH))
-    return {"metrics": summarise(scores, source.vocab_size, ORACLE_LENGTH - 1)}
+def oracle_full_context_variant(name: str, length: int) -> Variant:
+    """The stage `full_context` on the targets of an oracle of texts of `length` tokens."""
+
+    def measure(source: Source, folder: Path, checkpoint: Path) -> dict[str, Any]:
+        scores = score_next_tokens(Reader(source.load("full_context")), source.test_rows(length))
+        return {"metrics": summarise(scores, source.vocab_size, length - 1)}
+
+    return Variant(name, measure, ("full_context",), {"length": length})
 
 
 def noise_variant(name: str, noise: float, seed: int = 0) -> Variant:
@@ -424,7 +429,9 @@ def variants() -> dict[str, Variant]:
         half_depth_copy_variant("half_depth_copy", lifted=True),
         Variant("random_tokens", measure_random_tokens, (), {"kind": "random_tokens", "as_stage": "ae"}),
         *(half_precision_variant(stage) for stage in HALF_PRECISION_STAGES),
-        Variant("oracle_full_context", measure_oracle_full_context, ("full_context",), {"length": ORACLE_LENGTH}),
+        oracle_full_context_variant("oracle_full_context", ORACLE_LENGTH),
+        oracle_variant("oracle_token_16", "token", 16),
+        oracle_full_context_variant("oracle_full_context_16", 16),
         *(next_token_variant(kind, second) for kind in ("recurrent", "parallel", "no_border")),
         oracle_variant("oracle_projection", "projection", ORACLE_LENGTH),
         half_depth_copy_variant("whole_copy", lifted=False),
