@@ -20,6 +20,7 @@ ENCODERS = {
     "probe_copy_trainable_16": "memory model, copying",
     "probe_combined_16": "memory model, combined",
     "probe_memory_16": "memory model, next tokens",
+    "probe_oracle_token_16_16": "oracle",
     "probe_retrieval_ae_16": "autoencoder, then retrieval",
     "probe_retrieval_clm_mixer_16": "causal mixer, then retrieval",
     "probe_clm_mixer_16": "causal mixer",
@@ -105,7 +106,12 @@ def information(study: Study) -> Figure:
         if encoder == "ae":
             paths |= {length: f"probe_ae_{length}_{length}" for length in LENGTHS[1:]}
         _curve(lines, {x: number for x, number in _at(study, paths)}, colour, label)
-    _curve(lines, dict(_at(study, {64: "probe_oracle_token_64"})), COLOURS[4], "oracle's encoder")
+    _curve(
+        lines,
+        dict(_at(study, {16: "probe_oracle_token_16_16", 64: "probe_oracle_token_64"})),
+        COLOURS[4],
+        "oracle's encoder",
+    )
     lines.set_xscale("log", base=2)
     lines.set_xticks(LENGTHS, [str(length) for length in LENGTHS])
     lines.set_xlim(14, 73)

@@ -17,7 +17,7 @@ from training.strict_yaml import parse_yaml
 Record = dict[str, Any]
 
 LEFT_OUT = ("row_losses", "token_accuracy_by_position", "num_correct", "information_ratio", "num_bytes",
-            "bits_per_byte_with_memory", "train_texts", "train_tokens_read", "num_vectors")  # fmt: skip
+            "bits_per_byte_with_memory", "train_texts", "train_tokens_read", "num_vectors", "as_stages")  # fmt: skip
 BY_POSITION = ("clm.memory", "clm.no_memory", "all")
 """Conditions whose loss by position is kept."""
 

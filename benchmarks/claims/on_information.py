@@ -44,6 +44,7 @@ CLM_TRANSFORMER = inversion("decoder", "causal transformer")
 RETRIEVAL = inversion("retrieval_clm_mixer", "retrieval-tuned causal mixer")
 MEMORY = inversion("memory", "encoder of the memory model trained on next tokens")
 ORACLE = inversion("oracle_token", "oracle's encoder", 64)
+ORACLE_16 = inversion("oracle_token_16", "oracle's encoder")
 
 
 def _foreign(study: Study, model: str, length: int, condition: str) -> dict[str, Any]:

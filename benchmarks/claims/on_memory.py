@@ -20,7 +20,7 @@ from benchmarks.claims.evidence import (
     stays_under,
     times,
 )
-from benchmarks.claims.on_information import AUTOENCODER, AUTOENCODER_64, CLM_MIXER, MEMORY, ORACLE
+from benchmarks.claims.on_information import AUTOENCODER, AUTOENCODER_64, CLM_MIXER, MEMORY, ORACLE, ORACLE_16
 
 
 def copying(stage: str, label: str, condition: str = "memory") -> Reading:
@@ -94,17 +94,17 @@ def _not_possible(claim: str, why: str) -> Part:
     return Part(claim, "", decide)
 
 
-def _oracle_near_zero(bound: float) -> Part:
+def _oracle_near_zero(length: int, suffix: str = "", bound: float = 0.25) -> Part:
     def decide(study: Study) -> Outcome:
-        own = study.number("oracle_token.own", "loss")
-        without = study.number("oracle_full_context", "loss")
+        own = study.number(f"oracle_token{suffix}.own", "loss")
+        without = study.number(f"oracle_full_context{suffix}", "loss")
         lines = [f"oracle {own}, all tokens before instead {without}"]
         return lines, judge(own.high <= bound * without.low, own.low > bound * without.high)
 
     criterion = (
         f"loss: at most {bound:g} times that of full context on the same targets, at the ends of both intervals"
     )
-    return Part("an oracle's vector as wide as the text is long makes the text predictable", criterion, decide)
+    return Part(f"an oracle's vector of 128 numbers makes {length} tokens predictable", criterion, decide)
 
 
 def _rounding(noise: str, bound: float, *, under: bool, claim: str) -> Part:
@@ -400,8 +400,10 @@ PARTS: dict[str, tuple[Part, ...]] = {
         ),
     ),
     "20": (
-        _oracle_near_zero(0.25),
-        times("while its vector inverts poorly", AUTOENCODER_64, ORACLE, 2),
+        _oracle_near_zero(64),
+        _oracle_near_zero(16, "_16"),
+        times("while its vector inverts poorly, 64 tokens", AUTOENCODER_64, ORACLE, 2),
+        times("while its vector inverts poorly, 16 tokens", AUTOENCODER, ORACLE_16, 2),
     ),
     "21": (
         _rounding("1_4", 0.6, under=True, claim="trained with noise, eight bits are nearly free"),
