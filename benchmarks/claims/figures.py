@@ -20,7 +20,7 @@ ENCODERS = {
     "probe_copy_trainable_16": "memory model, copying",
     "probe_combined_16": "memory model, combined",
     "probe_memory_16": "memory model, next tokens",
-    "probe_oracle_token_16_16": "oracle",
+    "probe_oracle_token_16_16": "oracle's encoder",
     "probe_retrieval_ae_16": "autoencoder, then retrieval",
     "probe_retrieval_clm_mixer_16": "causal mixer, then retrieval",
     "probe_clm_mixer_16": "causal mixer",
@@ -151,9 +151,9 @@ def fidelity(study: Study) -> Figure:
     left.set_xticks(ticks, [str(tick) for tick in ticks])
     left.set_xlabel("tokens in one vector")
     ways = {
-        "shorter texts: 64, 32, 16 tokens in 128 numbers": shorter,
-        "wider vectors: 64 tokens in 128, 256, 384": ("ae_64", "ae_64_width_256", "ae_64_width_384"),
-        "more vectors: 64 tokens in 1, 2, 4 × 128": ("ae_64", "ae_64_two_vectors", "ae_64_four_vectors"),
+        "shorter texts in one vector of 128 numbers": shorter,
+        "a wider vector for 64 tokens": ("ae_64", "ae_64_width_256", "ae_64_width_384"),
+        "more vectors of 128 numbers for 64 tokens": ("ae_64", "ae_64_two_vectors", "ae_64_four_vectors"),
     }
     for colour, (label, names) in zip(COLOURS, ways.items(), strict=False):
         _curve(
