@@ -31,8 +31,15 @@ def _run(record: Record) -> Record:
     stage = next(stage for stage in record["recipe"]["stages"] if stage["name"] == name)
     done = record["stages"][name]
     norms = [log["projector_norm"] for log in done["series"] if "projector_norm" in log]
+    decoder = next((stage for stage in record["recipe"]["stages"] if stage.get("kind") == "causal_lm"), {})
     return {
         "adapters": stage["adapters"],
+        "decoder": {
+            "fields": decoder.get("model", {}),
+            "from": decoder.get("from", {}),
+            "steps": decoder.get("training", {}).get("max_steps"),
+        },
+        "projector_type": stage.get("model", {}).get("projector_type"),
         "parameters": done["parameters_by_part"],
         "steps": done["steps"],
         "rows": done["rows"],
@@ -76,6 +83,37 @@ def pairs_lines(record: Record, link: str) -> list[str]:
         "",
         f"{counts['steps']} steps of {counts['rows'] // counts['steps']} rows each; {scored['num_rows']} rows of the "
         "test split. Loss in nats a token, token accuracy.",
+    ]
+
+
+def decoder_sizes_lines(record: Record, link: str) -> list[str]:
+    """A row for each decoder that read the same memories: what it writes again from them, beside the controls."""
+    lines = [
+        "| decoder | its parameters | projector | own memories | another text's | none | "
+        "gain over another text's (95 %) |",
+        "|---|---:|---|---:|---:|---:|---:|",
+    ]
+    runs = sorted(record["metrics"]["runs"].values(), key=lambda run: run["parameters"]["decoder"]["total"])
+    for run in runs:
+        conditions = next(values for suite, values in run["suites"].items() if suite.startswith("copy"))
+        fields = run["decoder"]["fields"]
+        what = f"fresh, width {fields['hidden_size']}" if fields else "stories260K, pretrained"
+        memory, wrong, none = (_cell(conditions.get(name)) for name in ("memory", "wrong_memory", "no_memory"))
+        low, high = conditions["wrong_memory"]["gain_of_memory_interval"]
+        gain = f"{conditions['wrong_memory']['gain_of_memory']:+.3f} ({low:+.3f} to {high:+.3f})"
+        lines.append(
+            f"| {what} | {run['parameters']['decoder']['total']:,} | {run['projector_type'] or 'linear'} | "
+            f"[{memory}]({link}) | {wrong} | {none} | {gain} |"
+        )
+    first = next(iter(runs))
+    scored = next(iter(first["suites"].values()))["memory"]
+    return [
+        *lines,
+        "",
+        f"MiniLM frozen, four memories for 32 tokens; {first['decoder']['steps']} steps of next-token training, then "
+        f"{first['steps']} steps of {first['rows'] // first['steps']} rows to write the text again; "
+        f"{scored['num_rows']} rows of the test split. Loss in "
+        "nats a token, token accuracy.",
     ]
 
 

@@ -31,7 +31,7 @@ from benchmarks.fidelity_curve import draw_fidelity_curve, fidelity_curve_lines
 from benchmarks.instruments import capacity_lines, ceiling_lines, fidelity_lines, probe_lines, retrieval_lines
 from benchmarks.measure import duration
 from benchmarks.merging import merging_lines
-from benchmarks.pairs import pairs_lines
+from benchmarks.pairs import decoder_sizes_lines, pairs_lines
 from benchmarks.rolling_tables import (
     draw_rolling,
     first_token_lines,
@@ -318,6 +318,7 @@ TABLES = {
     "probe": Table("probe", _sourced(probe_lines), "python -m training.probe"),
     "ceiling": Table("ceiling", _sourced(ceiling_lines), "python -m training.ceiling runs/quickstart/hub"),
     "pairs": Table("pairs", _sourced(pairs_lines), "python -m benchmarks.pairs"),
+    "decoder_sizes": Table("decoder_sizes", _sourced(decoder_sizes_lines), "python -m benchmarks.pairs"),
     "capacity": Table("capacity", _sourced(capacity_lines), "python -m training.ceiling"),
     "retrieval": Table("retrieval", _sourced(retrieval_lines), "python -m training.retrieval"),
     "fidelity": Table("fidelity", _sourced(fidelity_lines), "python -m training.evaluate runs/quickstart/hub"),
