@@ -6,26 +6,17 @@ python -m benchmarks.pairs runs/minilm --out benchmarks/results/pairs.json
 ```
 """  # noqa: E501
 
-import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import gather_runs
-from training.record import write_record
-from training.strict_yaml import portable_word
+from benchmarks.measure import gather_command
 
 Record = dict[str, Any]
 KEPT = ("token_accuracy", "token_accuracy_interval", "loss", "loss_interval", "num_rows", "num_tokens")
 GAIN = ("gain_of_memory", "gain_of_memory_interval")
 
 
-def gather(folders: list[Path], command: str) -> Record:
-    """Put what is shown of each pair's run into one record; see [`gather_runs`]."""
-    return gather_runs(folders, command, _run)
-
-
-def _run(record: Record) -> Record:
+def show(record: Record) -> Record:
     """What is shown of one run."""
     name = record["published_stage"]
     stage = next(stage for stage in record["recipe"]["stages"] if stage["name"] == name)
@@ -123,21 +114,7 @@ def _cell(values: Record | None) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.pairs", description="Gather records of pairs into one."
-    )
-    parser.add_argument("folders", nargs="+", help="runs, or the folder of a grid")
-    parser.add_argument("--out", default="benchmarks/results/pairs.json", metavar="FILE")
-    options = parser.parse_args(arguments)
-    words = " ".join(map(portable_word, [*options.folders, "--out", options.out]))
-    try:
-        record = gather([Path(folder) for folder in options.folders], f"python -m benchmarks.pairs {words}")
-        write_record(Path(options.out), record)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"record: {options.out}")
-    return 0
+    return gather_command("pairs", "Gather records of pairs into one.", show, arguments)
 
 
 if __name__ == "__main__":

@@ -189,6 +189,9 @@ def row_groups(num_rows: int, tokens_per_row: int, device: torch.device) -> list
         num_rows (`int`): Rows: chunks to encode or windows to decode, which do not see each other.
         tokens_per_row (`int`): Tokens of a row, memories among them.
         device (`torch.device`): Where they are read.
+
+    Returns:
+        `list[slice]`: The groups, in order.
     """
     if torch.is_grad_enabled() or is_compiling():
         return [slice(num_rows)]

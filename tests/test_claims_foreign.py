@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.claims import foreign
 from benchmarks.claims.cells import read_cells
-from benchmarks.claims.foreign import Domain, measure_domain, measure_pretrained, tokens_of
+from benchmarks.claims.foreign import Domain, measure_domain, measure_foreign, measure_pretrained, tokens_of
 from benchmarks.claims.source import Source
 from tests.claims_run import tiny_run
 
@@ -64,6 +64,15 @@ def test_copy_training_leaves_the_base_as_it_was(source: Source, news: Domain, t
     losses = [cells[f"pretrained_{name}"]["metrics"]["clm"]["loss"] for name in ("base", "brief", "long")]
     assert len(set(losses)) == 3
     assert {cell["metrics"]["copy"]["memory"]["num_tokens"] for cell in cells.values()} == {1024}
+    measure_pretrained(tmp_path / "one", str(tmp_path / "decoder"), news, only=["pretrained_base"])
+    assert list(read_cells(tmp_path / "one")) == ["pretrained_base"]
     before = {name: json.dumps(cell) for name, cell in cells.items()}
     measure_pretrained(tmp_path, str(tmp_path / "decoder"), news, steps={"brief": 1, "long": 6})
     assert before == {name: json.dumps(cell) for name, cell in read_cells(tmp_path).items()}
+
+
+def test_an_unknown_measurement_is_named(news: Domain, tmp_path: Path):
+    with pytest.raises(ValueError, match="domain_olds: no such measurement; known: domain_news, pretrained_base"):
+        measure_foreign(tmp_path, tmp_path, [news], "decoder", ["domain_olds"])
+    with pytest.raises(ValueError, match="known: domain_news$"):
+        measure_foreign(tmp_path, tmp_path, [news], None, ["pretrained_base"])

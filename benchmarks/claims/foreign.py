@@ -149,7 +149,9 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str]) -> t
     return tokenise_documents(tokenizer, documents).tokens
 
 
-def measure_pretrained(folder: Path, place: str, domain: Domain, steps: Mapping[str, int] = STEPS) -> None:
+def measure_pretrained(
+    folder: Path, place: str, domain: Domain, steps: Mapping[str, int] = STEPS, only: Sequence[str] = ()
+) -> None:
     """Teach a decoder that was trained elsewhere to copy, briefly and for long, and see what becomes of its language.
 
     Args:
@@ -157,6 +159,7 @@ def measure_pretrained(folder: Path, place: str, domain: Domain, steps: Mapping[
         place (`str`): Folder or Hub id of the decoder, its tokenizer beside it.
         domain (`Domain`): What it knows.
         steps (`Mapping[str, int]`): Name -> steps; the rows of a shorter training begin a longer one.
+        only (`Sequence[str]`): Cells to measure. Default: all.
     """
     decoder = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(place)
@@ -164,6 +167,8 @@ def measure_pretrained(folder: Path, place: str, domain: Domain, steps: Mapping[
         tokenizer.pad_token = tokenizer.unk_token
     train, test = tokens_of(tokenizer, domain.train), tokens_of(tokenizer, domain.test)
     for name, count in {"base": 0, **steps}.items():
+        if only and f"pretrained_{name}" not in only:
+            continue
         budget = replace(COPYING, steps=max(count, 1))
         asked = {
             "decoder": weights_checksum(decoder),
@@ -228,7 +233,9 @@ def build_pretrained(decoder: PreTrainedModel) -> MemoryEncoderDecoderForCausalL
         )
 
 
-def measure_foreign(run_folder: Path, cells: Path, domains: Sequence[Domain], model: str | None) -> None:
+def measure_foreign(
+    run_folder: Path, cells: Path, domains: Sequence[Domain], model: str | None, only: Sequence[str] = ()
+) -> None:
     """Measure what is missing.
 
     Args:
@@ -236,14 +243,25 @@ def measure_foreign(run_folder: Path, cells: Path, domains: Sequence[Domain], mo
         cells (`Path`): Folder of the study.
         domains (`Sequence[Domain]`): Kinds of text; the pretrained decoder is measured on the first.
         model (`str`, *optional*): The pretrained decoder.
+        only (`Sequence[str]`): Cells to measure. Default: all.
+
+    Raises:
+        ValueError: If there is no such cell.
     """
+    known = [f"domain_{domain.name}" for domain in domains]
+    known += [f"pretrained_{name}" for name in ("base", *STEPS)] if model is not None else []
+    unknown = [name for name in only if name not in known]
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: no such measurement; known: {', '.join(known)}")
     source = open_run(run_folder)
     limit = min(len(tokens_of(source.inputs.tokenizer, domain.train)) for domain in domains)
     for domain in domains:
+        if only and f"domain_{domain.name}" not in only:
+            continue
         cell = measure_domain(source, cells, domain, limit)
         print(f"{cell['name']}: {cell['seconds']:.0f} s", flush=True)
     if model is not None:
-        measure_pretrained(cells, model, domains[0])
+        measure_pretrained(cells, model, domains[0], only=only)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -258,7 +276,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.threads:
             torch.set_num_threads(options.threads)
         domains = [Domain.parse(given) for given in options.text]
-        measure_foreign(Path(options.run), Path(options.to), domains, options.model)
+        only = [name for name in options.only.split(",") if name]
+        measure_foreign(Path(options.run), Path(options.to), domains, options.model, only)
 
     return run_command(parser, run, arguments)
 
