@@ -7,7 +7,6 @@ python -m benchmarks.fidelity_curve runs/fidelity
 ```
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from benchmarks.measure import gather_runs
+from benchmarks.measure import gather_command
 from training.figures import COLOURS
-from training.record import write_record
-from training.strict_yaml import portable_word
 
 Record = dict[str, Any]
 KEPT = ("token_accuracy", "token_accuracy_interval", "loss", "num_rows", "num_tokens")
@@ -93,22 +90,7 @@ def by_length(record: Record) -> list[Record]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.fidelity_curve", description="Gather autoencoders of several lengths into one."
-    )
-    parser.add_argument("folders", nargs="+", help="runs, or the folder of a grid")
-    parser.add_argument("--out", default="benchmarks/results/fidelity_curve.json", metavar="FILE")
-    options = parser.parse_args(arguments)
-    words = " ".join(map(portable_word, [*options.folders, "--out", options.out]))
-    try:
-        folders = [Path(folder) for folder in options.folders]
-        record = gather_runs(folders, f"python -m benchmarks.fidelity_curve {words}", show)
-        write_record(Path(options.out), record)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"record: {options.out}")
-    return 0
+    return gather_command("fidelity_curve", "Gather autoencoders of several lengths into one.", show, arguments)
 
 
 if __name__ == "__main__":

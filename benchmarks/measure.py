@@ -1,5 +1,6 @@
 """What the benchmarks share: interleaved timing, equality of what is compared, spread, and where a record goes."""
 
+import argparse
 import math
 import statistics
 import time
@@ -10,7 +11,8 @@ from typing import Any
 
 import torch
 
-from training.record import FORMAT_VERSION, describe_code, describe_hardware, read_json, write_json
+from training.command_line import run_command
+from training.record import FORMAT_VERSION, describe_code, describe_hardware, read_json, write_json, write_record
 from training.strict_yaml import REPOSITORY, portable_paths
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -232,3 +234,25 @@ def gather_runs(folders: list[Path], command: str, show: Callable[[dict[str, Any
         "recipe": first["recipe"],
         "metrics": {"runs": runs},
     }
+
+
+def gather_command(
+    name: str, description: str, show: Callable[[dict[str, Any]], Any], arguments: Sequence[str] | None
+) -> int:
+    """Run the command line of a benchmark that gathers the records of runs into one; returns the exit status.
+
+    Args:
+        name (`str`): Of the module in `benchmarks`, and of the record unless the caller gives another.
+        description (`str`): One sentence.
+        show (`Callable`): As [`gather_runs`] takes it.
+        arguments (`Sequence[str]`, *optional*): The words behind the command; default: those of the process.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    parser.add_argument("folders", nargs="+", help="runs, or the folder of a grid")
+    parser.add_argument("--out", default=f"benchmarks/results/{name}.json", metavar="FILE")
+
+    def run(options: argparse.Namespace, command: str) -> None:
+        write_record(Path(options.out), gather_runs([Path(folder) for folder in options.folders], command, show))
+        print(f"record: {options.out}")
+
+    return run_command(parser, run, arguments)

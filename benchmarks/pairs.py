@@ -6,33 +6,31 @@ python -m benchmarks.pairs runs/minilm --out benchmarks/results/pairs.json
 ```
 """  # noqa: E501
 
-import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import gather_runs
-from training.record import write_record
-from training.strict_yaml import portable_word
+from benchmarks.measure import gather_command
 
 Record = dict[str, Any]
 KEPT = ("token_accuracy", "token_accuracy_interval", "loss", "loss_interval", "num_rows", "num_tokens")
 GAIN = ("gain_of_memory", "gain_of_memory_interval")
 
 
-def gather(folders: list[Path], command: str) -> Record:
-    """Put what is shown of each pair's run into one record; see [`gather_runs`]."""
-    return gather_runs(folders, command, _run)
-
-
-def _run(record: Record) -> Record:
+def show(record: Record) -> Record:
     """What is shown of one run."""
     name = record["published_stage"]
     stage = next(stage for stage in record["recipe"]["stages"] if stage["name"] == name)
     done = record["stages"][name]
     norms = [log["projector_norm"] for log in done["series"] if "projector_norm" in log]
+    decoder = next((stage for stage in record["recipe"]["stages"] if stage.get("kind") == "causal_lm"), {})
     return {
         "adapters": stage["adapters"],
+        "decoder": {
+            "fields": decoder.get("model", {}),
+            "from": decoder.get("from", {}),
+            "steps": decoder.get("training", {}).get("max_steps"),
+        },
+        "projector_type": stage.get("model", {}).get("projector_type"),
         "parameters": done["parameters_by_part"],
         "steps": done["steps"],
         "rows": done["rows"],
@@ -79,27 +77,44 @@ def pairs_lines(record: Record, link: str) -> list[str]:
     ]
 
 
+def decoder_sizes_lines(record: Record, link: str) -> list[str]:
+    """A row for each decoder that read the same memories: what it writes again from them, beside the controls."""
+    lines = [
+        "| decoder | its parameters | projector | own memories | another text's | none | "
+        "gain over another text's (95 %) |",
+        "|---|---:|---|---:|---:|---:|---:|",
+    ]
+    runs = sorted(record["metrics"]["runs"].values(), key=lambda run: run["parameters"]["decoder"]["total"])
+    for run in runs:
+        conditions = next(values for suite, values in run["suites"].items() if suite.startswith("copy"))
+        fields = run["decoder"]["fields"]
+        what = f"fresh, width {fields['hidden_size']}" if fields else "stories260K, pretrained"
+        memory, wrong, none = (_cell(conditions.get(name)) for name in ("memory", "wrong_memory", "no_memory"))
+        low, high = conditions["wrong_memory"]["gain_of_memory_interval"]
+        gain = f"{conditions['wrong_memory']['gain_of_memory']:+.3f} ({low:+.3f} to {high:+.3f})"
+        lines.append(
+            f"| {what} | {run['parameters']['decoder']['total']:,} | {run['projector_type'] or 'linear'} | "
+            f"[{memory}]({link}) | {wrong} | {none} | {gain} |"
+        )
+    first = next(iter(runs))
+    scored = next(iter(first["suites"].values()))["memory"]
+    return [
+        *lines,
+        "",
+        f"MiniLM frozen, four memories for 32 tokens; {first['decoder']['steps']} steps of next-token training, then "
+        f"{first['steps']} steps of {first['rows'] // first['steps']} rows to write the text again; "
+        f"{scored['num_rows']} rows of the test split. Loss in "
+        "nats a token, token accuracy.",
+    ]
+
+
 def _cell(values: Record | None) -> str:
     return "" if values is None else f"{values['loss']:.3f}, {values['token_accuracy']:.1%}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.pairs", description="Gather records of pairs into one."
-    )
-    parser.add_argument("folders", nargs="+", help="runs, or the folder of a grid")
-    parser.add_argument("--out", default="benchmarks/results/pairs.json", metavar="FILE")
-    options = parser.parse_args(arguments)
-    words = " ".join(map(portable_word, [*options.folders, "--out", options.out]))
-    try:
-        record = gather([Path(folder) for folder in options.folders], f"python -m benchmarks.pairs {words}")
-        write_record(Path(options.out), record)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"record: {options.out}")
-    return 0
+    return gather_command("pairs", "Gather records of pairs into one.", show, arguments)
 
 
 if __name__ == "__main__":

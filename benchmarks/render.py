@@ -25,13 +25,17 @@ from matplotlib.ticker import PercentFormatter
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from benchmarks.claims.figures import draw_claims
+from benchmarks.claims.report import fault_lines, headline_lines, overview_lines, scale_lines, statement_lines
 from benchmarks.fidelity_curve import draw_fidelity_curve, fidelity_curve_lines
 from benchmarks.instruments import capacity_lines, ceiling_lines, fidelity_lines, probe_lines, retrieval_lines
 from benchmarks.measure import duration
-from benchmarks.pairs import pairs_lines
+from benchmarks.merging import merging_lines
+from benchmarks.pairs import decoder_sizes_lines, pairs_lines
 from benchmarks.rolling_tables import (
     draw_rolling,
     first_token_lines,
+    folding_lines,
     generation_lines,
     goal_lines,
     quality_lines,
@@ -300,6 +304,7 @@ def _with_source_below(lines: Callable[[Record, str], list[str]]) -> Callable[[R
     return lambda record, link: [*lines(record, link), "", source_line(record, link)]
 
 
+_CLAIMS = "python -m benchmarks.claims runs/claims"
 _ROLLING = "python -m benchmarks.rolling --threads 2"
 _QUICKSTART = "python -m training.run configuration/recipes/quickstart.yaml"
 TABLES = {
@@ -314,6 +319,7 @@ TABLES = {
     "probe": Table("probe", _sourced(probe_lines), "python -m training.probe"),
     "ceiling": Table("ceiling", _sourced(ceiling_lines), "python -m training.ceiling runs/quickstart/hub"),
     "pairs": Table("pairs", _sourced(pairs_lines), "python -m benchmarks.pairs"),
+    "decoder_sizes": Table("decoder_sizes", _sourced(decoder_sizes_lines), "python -m benchmarks.pairs"),
     "capacity": Table("capacity", _sourced(capacity_lines), "python -m training.ceiling"),
     "retrieval": Table("retrieval", _sourced(retrieval_lines), "python -m training.retrieval"),
     "fidelity": Table("fidelity", _sourced(fidelity_lines), "python -m training.evaluate runs/quickstart/hub"),
@@ -322,9 +328,16 @@ TABLES = {
     "store": Table("store", _sourced(store_lines), "python -m benchmarks.store"),
     "store_search": Table("store", _sourced(store_search_lines), "python -m benchmarks.store"),
     "store_faults": Table("store_faults", _sourced(store_faults_lines), "python -m benchmarks.store_faults"),
+    "claims_headline": Table("claims", headline_lines, _CLAIMS),
+    "claims_scale": Table("claims", _sourced(scale_lines), _CLAIMS),
+    "claims_overview": Table("claims", _sourced(overview_lines), _CLAIMS),
+    "claims_statements": Table("claims", statement_lines, _CLAIMS),
+    "claims_faults": Table("claims", fault_lines, _CLAIMS),
+    "merging": Table("merging", _with_source_below(merging_lines), "python -m benchmarks.merging"),
     "rolling": Table("rolling", _with_source_below(goal_lines), _ROLLING),
     "rolling_first_token": Table("rolling", _with_source_below(first_token_lines), _ROLLING),
     "rolling_generation": Table("rolling", _with_source_below(generation_lines), _ROLLING),
+    "rolling_folding": Table("rolling", _with_source_below(folding_lines), _ROLLING),
     "rolling_reading": Table("rolling", _with_source_below(reading_lines), _ROLLING),
     "rolling_quality": Table("rolling", _with_source_below(quality_lines), _ROLLING),
 }
@@ -489,6 +502,7 @@ DRAWINGS = {
     "capacity": lambda record, folder: [write_ceiling_figure(record, folder)],
     "fidelity_curve": draw_fidelity_curve,
     "rolling": draw_rolling,
+    "claims": draw_claims,
 }
 
 

@@ -76,6 +76,16 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Folding:
+    """Time per token of plain text that rolls over, behind the memories of `tokens` of it, for so many windows."""
+
+    shape: str
+    tokens: int
+    windows: int = 4
+    bound: int = 256
+
+
+@dataclass(frozen=True)
 class Reading:
     """Cost of reading texts of several lengths, in windows; `bound` keeps the newest memories only."""
 
@@ -87,7 +97,7 @@ class Reading:
     bound: int | None = None
 
 
-Cell = FirstToken | Generation | Reading | Quality
+Cell = FirstToken | Generation | Folding | Reading | Quality
 
 SHAPES = {
     "quickstart": Shape("quickstart's model", "float32", folder="runs/quickstart/hub"),
@@ -149,6 +159,8 @@ def cells() -> dict[str, Cell]:
         "reading/1024": Reading("quickstart_shape", 1024, 1024, LENGTHS, 1),
         "first_token/quickstart/16384": FirstToken("quickstart", 16384, 3),
         "generation/quickstart/16384": Generation("quickstart", 16384),
+        "folding/quickstart/16384": Folding("quickstart", 16384),
+        "folding/small/16384": Folding("small", 16384, windows=2),
         "first_token/small/16384/part": FirstToken("small", 16384, 1, layers=3),
         "first_token/large/16384/part": FirstToken("large", 16384, 1, layers=1),
         "generation/large/16384": Generation("large", 16384),
@@ -164,6 +176,7 @@ def cells() -> dict[str, Cell]:
     plan["first_token/large/16384"] = FirstToken("large", 16384, 1)
     for shape in ("quickstart", "small", "large"):
         plan |= {f"generation/{shape}/{n}": Generation(shape, n) for n in (1024, 4096, 65536)}
+    plan |= {f"folding/quickstart/{n}": Folding("quickstart", n) for n in (1024, 4096, 65536)}
     plan["first_token/small/8192"] = FirstToken("small", 8192, 1)
     plan["reading/16"] = Reading("quickstart_shape", 16, 1024, LENGTHS, 1)
     for tokens in (32768, 65536):
@@ -188,6 +201,7 @@ QUICK_CELLS: dict[str, Cell] = {
     "first_token/tiny/128": FirstToken("tiny", 128, 2),
     "first_token/tiny/256": FirstToken("tiny", 256, 1, layers=1),
     "generation/tiny/128": Generation("tiny", 128, steps=2, bound=4),
+    "folding/tiny/128": Folding("tiny", 128, windows=2, bound=4),
     "reading/64": Reading("tiny", 64, 64, (64, 128, 256), 2),
     "reading/16_bounded": Reading("tiny", 16, 64, (64, 128, 256), 2, bound=4),
 }
@@ -247,6 +261,11 @@ def time_paths(runs: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[
         return timed
 
     seconds = interleave({name: counted(name, run) for name, run in runs.items()}, repetitions=repetitions, warmup=0)
+    return with_medians(seconds, cpu_seconds)
+
+
+def with_medians(seconds: dict[str, list[float]], cpu_seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Put the medians beside the times."""
     return {
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
@@ -367,6 +386,52 @@ def measure_generation(cell: Generation, model: MemoryEncoderDecoderForCausalLM)
 
 
 @torch.no_grad()
+def measure_folding(cell: Folding, model: MemoryEncoderDecoderForCausalLM) -> dict[str, Any]:
+    """Time each token of plain text through roll-overs, all memories kept and the newest only, in turn.
+
+    `step` are tokens that an open window takes, `fold` those that fold a full one: its encoding and the new cache.
+    """
+    config = model.config
+    context = random_ids(config.vocab_size, 1, cell.tokens)
+    text = random_ids(config.vocab_size, 1, cell.windows * config.window_length + 1)
+    stored, _ = model.encode_memories(context.view(1, -1, config.chunk_length))
+    paths = {"memories": stored, "newest": stored[:, -cell.bound :]}
+
+    def read(name: str, ids: torch.Tensor, **inputs: Any) -> Any:
+        before = config.max_memories, config.memory_policy
+        if name == "newest":
+            config.max_memories, config.memory_policy = cell.bound, "drop_oldest"
+        try:
+            return model(ids, logits_to_keep=1, use_cache=True, **inputs).past_key_values
+        finally:
+            config.max_memories, config.memory_policy = before
+
+    caches = {}
+    for name, memory_embeds in paths.items():
+        slots = torch.full((1, memory_embeds.shape[1]), config.memory_token_id)
+        ids = torch.cat([slots, text[:, :1]], 1)
+        caches[name] = read(name, ids, memory_embeds=memory_embeds, rolling_memory=True)
+        caches[name].num_pinned = torch.zeros_like(caches[name].num_pinned)  # those of a text that folded before
+    kinds = [f"{name}_{kind}" for name in paths for kind in ("step", "fold")]
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    for column in range(1, text.shape[1]):
+        for name, cache in caches.items():
+            kind = f"{name}_{'fold' if int(cache.window_fill) == config.window_length else 'step'}"
+            started, cpu_started = time.perf_counter(), time.process_time()
+            read(name, text[:, column : column + 1], past_key_values=cache)
+            cpu_seconds[kind].append(time.process_time() - cpu_started)
+            seconds[kind].append(time.perf_counter() - started)
+    result, window = with_medians(seconds, cpu_seconds), config.window_length
+    for key in ("median", "cpu_median"):
+        per_token = {
+            name: (result[key][f"{name}_step"] * (window - 1) + result[key][f"{name}_fold"]) / window for name in paths
+        }
+        result[key.replace("median", "per_token")] = per_token
+    return {**result, "window_length": window}
+
+
+@torch.no_grad()
 def measure_reading(cell: Reading, shape: Shape, seed: int) -> dict[str, Any]:
     """Time to read texts in windows, the states of every token given; cost = factor * tokens ** exponent."""
     torch.manual_seed(seed)
@@ -399,6 +464,8 @@ def measure_cell(cell: Cell, shapes: Mapping[str, Shape], models: dict[str, Any]
     model = models[cell.shape]
     if isinstance(cell, FirstToken):
         return measure_first_token(cell, model)
+    if isinstance(cell, Folding):
+        return measure_folding(cell, model)
     return measure_generation(cell, model)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM
 from training.data import load_texts
@@ -43,11 +43,13 @@ def read_rolling(model: MemoryEncoderDecoderForCausalLM, text: torch.Tensor) -> 
     return model(text[None], use_cache=False).logits[0]
 
 
-def read_newest(model: MemoryEncoderDecoderForCausalLM, text: torch.Tensor, memories: int) -> torch.Tensor:
-    """As [`read_rolling`], but behind the newest memories only."""
+def read_within(
+    model: MemoryEncoderDecoderForCausalLM, text: torch.Tensor, memories: int | None, policy: str
+) -> torch.Tensor:
+    """As [`read_rolling`], but with room for so many memories, and what does not fit left to a policy."""
     config = model.config
     before = config.max_memories, config.memory_policy
-    config.max_memories, config.memory_policy = memories, "drop_oldest"
+    config.max_memories, config.memory_policy = memories, policy
     try:
         return read_rolling(model, text)
     finally:
@@ -76,7 +78,7 @@ def readers(
     positions = full_context.config.max_position_embeddings
     return {
         "rolling": lambda text: read_rolling(memory, text),
-        "rolling_newest": lambda text: read_newest(memory, text, newest),
+        "rolling_newest": lambda text: read_within(memory, text, newest, "drop_oldest"),
         "no_memory": lambda text: read_rows(no_memory, text, width),
         "no_memory_sliding": lambda text: read_sliding(no_memory, text, width),
         "full_context": lambda text: full_context(text[None, :positions], use_cache=False).logits[0],
@@ -117,6 +119,15 @@ def losses_by_position(
     return {"edges": edges, "losses": losses, "losses_by_document": by_document}
 
 
+def cut_documents(tokenizer: PreTrainedTokenizerBase, text: str, num_documents: int, num_tokens: int) -> torch.Tensor:
+    """Cut stretches `(num_documents, num_tokens)` out of a text file of the repository, spread evenly over it."""
+    joined = "\n\n".join(load_texts([REPOSITORY / text]))
+    ids = torch.tensor(tokenizer(joined, add_special_tokens=False)["input_ids"])
+    last = len(ids) - num_tokens
+    starts = [last * i // max(num_documents - 1, 1) for i in range(num_documents)]
+    return torch.stack([ids[start : start + num_tokens] for start in starts])
+
+
 def measure_quality(cell: Quality) -> dict[str, Any]:
     """Load the run's models, cut the documents and read them in every way."""
     run = REPOSITORY / cell.run
@@ -126,11 +137,7 @@ def measure_quality(cell: Quality) -> dict[str, Any]:
         for name in ("no_memory", "full_context")
     ]
     tokenizer = AutoTokenizer.from_pretrained(run / "hub")
-    text = "\n\n".join(load_texts([REPOSITORY / cell.text]))
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-    last = len(ids) - cell.tokens
-    starts = [last * i // max(cell.documents - 1, 1) for i in range(cell.documents)]
-    documents = torch.stack([ids[start : start + cell.tokens] for start in starts])
+    documents = cut_documents(tokenizer, cell.text, cell.documents, cell.tokens)
     paths = readers(memory, *baselines, cell.trained_tokens)
     result = losses_by_position(paths, documents, cell.trained_tokens)
     newest = (cell.trained_tokens // memory.config.window_length - 1) * memory.config.memories_per_window

@@ -167,6 +167,28 @@ def generation_lines(record: Record, link: str) -> list[str]:
     return [*lines, *note, *missing(record, "generation/")]
 
 
+def folding_lines(record: Record, link: str) -> list[str]:
+    """Time per token of plain text through roll-overs, by length of the text before."""
+    lines = [
+        "| decoder | window | tokens before | all memories: a token | one that folds a window | mean | newest only: "
+        "a token | one that folds a window | mean |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    shapes = measured_shapes(record, "folding")
+    for shape in shapes:
+        for tokens, cell in by_length(record, "folding", shape).items():
+            median = cell["median"]
+            columns = []
+            for name in ("memories", "newest"):
+                columns += [duration(median[f"{name}_{kind}"]) for kind in ("step", "fold")]
+                columns.append(f"[{duration(cell['per_token'][name])}]({link})")
+            title, window = record["shapes"][shape]["title"], cell["window_length"]
+            lines.append(f"| {title} | {window} | {tokens:,} | {' | '.join(columns)} |")
+    if not shapes:
+        return missing(record, "folding/") or ["", "Not measured."]
+    return [*lines, *missing(record, "folding/")]
+
+
 def reading_lines(record: Record, link: str) -> list[str]:
     """Time to read a text of n tokens in windows, and the exponent of the cost."""
     cells = {title: record["metrics"][name] for name, title in READINGS.items() if name in record["metrics"]}

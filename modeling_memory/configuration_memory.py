@@ -12,7 +12,7 @@ POOLINGS = ("last", "mean", "first", "queries", "pooled_queries")
 PROJECTOR_TYPES = ("identity", "linear", "mlp", "bottleneck")
 MEMORY_POSITIONS = ("contiguous", "fixed")
 ABSENT_MEMORIES = ("mask", "ones", "zeros")
-MEMORY_POLICIES = ("error", "drop_oldest", "keep_nearest")
+MEMORY_POLICIES = ("error", "drop_oldest", "keep_nearest", "merge")
 FORMAT_VERSION = 1
 COUNTING_FROM_PADDING = (
     "roberta",
@@ -142,7 +142,8 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         memory_policy (`str`): What happens when a text folds into more memories than `max_memories` or the decoder's
             positions allow: `"error"`; `"drop_oldest"`: the oldest make room; `"keep_nearest"`: each window sees the
             memories of the window before it and those most like them (cosine), and all are kept, since the next may
-            see others. Those of a context in slots always stay.
+            see others; `"merge"`: the text of old neighbours is read again, into half as many memories. Those of a
+            context in slots always stay.
         self_memory (`bool`): Whether plain text longer than a window folds its full windows into memories. Needs one
             tokenizer for encoder and decoder.
         freeze_encoder (`bool`): Encoder in `eval()` without gradients, always.
@@ -243,6 +244,14 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         room = self._decoder_room()
         return None if room is None else room - self.window_length
 
+    @property
+    def mergeable_chunks(self) -> int | None:
+        """Most chunks that the memories of one can stand for under `"merge"`, a power of two; `None`: any number."""
+        limit = encoder_limit(self.encoder)
+        if limit is None:
+            return None
+        return 2 ** (self.memories_per_chunk * max(1, limit // self.chunk_length)).bit_length() // 2
+
     def memories_within(self, num_bytes: int, bytes_per_value: int = 2) -> int:
         """Return how many memories fit into so many bytes, as stored: D values each.
 
@@ -292,13 +301,17 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
 
     @property
     def max_position_embeddings(self) -> int | None:
-        """Most text tokens the model reads: all full windows that fit as memories, and one in clear; `None`: any."""
+        """Text tokens that the model surely reads: full windows that fit as memories, one in clear; `None`: any."""
         capacity = self.memory_capacity
         if not self.self_memory:
             return self._decoder_room()
-        if capacity is None or self.memory_policy != "error":
+        per_memory = {"error": 1, "merge": self.mergeable_chunks}.get(self.memory_policy)
+        if capacity is None or per_memory is None:
             return None
-        return self.window_length * (1 + capacity // self.memories_per_window)
+        per_window, places = self.window_length // self.chunk_length, capacity // self.memories_per_chunk
+        if self.memory_policy == "merge" and places > 1 and per_window.bit_count() > 1:
+            places -= 1  # neighbours of unequal size may leave a place partly used
+        return self.window_length * (1 + places * per_memory // per_window)
 
     def _decoder_room(self) -> int | None:
         """Positions that every layer of the decoder can see."""
@@ -402,6 +415,8 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
             raise ValueError(
                 "`memory_policy='keep_nearest'` has no memory to keep: `max_memories` is 0. Set it to 1 or more."
             )
+        if self.memory_policy == "merge":
+            self._validate_merging()
         room = self._decoder_room()
         needed = (self.max_memories or 0) + self.window_length
         if room is not None and needed > room:
@@ -415,6 +430,20 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         if limit is not None and self.chunk_length > limit:
             raise ValueError(
                 f"`chunk_length` is {self.chunk_length}, but the encoder takes {limit} tokens. Shorten the chunk."
+            )
+
+    def _validate_merging(self) -> None:
+        if self.max_memories is not None and self.max_memories < self.memories_per_chunk:
+            raise ValueError(
+                f"`max_memories` is {self.max_memories}, but `memory_policy='merge'` leaves old text the memories of "
+                f"one chunk at the least, and that has {self.memories_per_chunk}. Raise it."
+            )
+        if self.mergeable_chunks == 1:
+            raise ValueError(
+                f"`memory_policy='merge'` reads two chunks of {self.chunk_length} tokens again as one, but the "
+                f"encoder takes {encoder_limit(self.encoder)} tokens, and of a chunk with one memory no fewer can be "
+                "asked. Choose an encoder that takes longer chunks, more `memories_per_chunk`, or another policy, "
+                "such as 'drop_oldest'."
             )
 
     def _validate_tokens(self) -> None:

@@ -16,6 +16,11 @@ from transformers.utils import ModelOutput
 from .memory_text import Text, is_compiling
 from .memory_windows import has_inner_padding, predicting_column
 
+TOKENS_PER_GROUP = {"cpu": 4096}
+"""Most tokens, memories among them, that are read at a time where no gradient is asked for, by type of device."""
+TOKENS_PER_GROUP_ELSEWHERE = 65536
+"""The same on other devices, which want large batches: bounds memory only."""
+
 
 @dataclass
 class Reading:
@@ -56,8 +61,10 @@ class MemoryDecodingMixin:
         """Run the decoder; returns features `(rows, columns, X)` and the decoder's output."""
         raise NotImplementedError
 
-    def _encode(self, chunk_ids: torch.Tensor, chunk_mask: torch.Tensor | None) -> torch.Tensor:
-        """Turn chunks `(n, L)` into memories `(n, K, D)`."""
+    def _encode(
+        self, chunk_ids: torch.Tensor, chunk_mask: torch.Tensor | None, num_memories: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Turn chunks `(n, L)` into memories `(n, K, D)`, of which the first `num_memories` `(n,)` count."""
         raise NotImplementedError
 
     def get_input_embeddings(self) -> nn.Module:
@@ -170,6 +177,26 @@ class MemoryDecodingMixin:
     @property
     def _has_slots(self) -> bool:
         return self.config.memory_token_id is not None
+
+
+def row_groups(num_rows: int, tokens_per_row: int, device: torch.device) -> list[slice]:
+    """Cut rows into groups of at most `TOKENS_PER_GROUP` tokens, or of one row.
+
+    All rows are one group where gradients are asked for, since the graph keeps what every row needs anyway, and where
+    the code is compiled.
+
+    Args:
+        num_rows (`int`): Rows: chunks to encode or windows to decode, which do not see each other.
+        tokens_per_row (`int`): Tokens of a row, memories among them.
+        device (`torch.device`): Where they are read.
+
+    Returns:
+        `list[slice]`: The groups, in order.
+    """
+    if torch.is_grad_enabled() or is_compiling():
+        return [slice(num_rows)]
+    step = max(1, TOKENS_PER_GROUP.get(device.type, TOKENS_PER_GROUP_ELSEWHERE) // tokens_per_row)
+    return [slice(start, start + step) for start in range(0, num_rows, step)]
 
 
 def is_checkpointing(model: PreTrainedModel) -> bool:

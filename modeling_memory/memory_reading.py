@@ -243,7 +243,16 @@ class MemoryReadingMixin(MemoryRollingMixin):
                 f"Row {row} ends in a memory slot, while the text of another row is longer than a window and folds. "
                 "Let each row have a token behind its memories, such as COPY, or give them one by one."
             )
-        prior = before, before_mask, asked, before_mask.sum(1), num_clear
+        nothing = torch.zeros_like(mask[:, :0])
+        prior = {
+            "memory_embeds": before,
+            "memory_mask": before_mask,
+            "asked": asked,
+            "num_pinned": before_mask.sum(1),
+            "num_clear": num_clear,
+            "folded_input_ids": nothing,
+            "segment_sizes": nothing,
+        }
         inner = Text(text.input_ids.masked_fill(slots, 0), behind, None, text.position_ids)
         wanted = ahead if columns is None else ahead[:, columns]
         if not wanted.any():

@@ -19,7 +19,7 @@ PUBLISHED = {"llama": 1_235_814_400, "qwen3": 596_049_920, "smollm2": 134_515_00
 """Parameters that the model cards of the decoders and encoders give."""
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", [*PAIRS, "paper_scale"])
 def test_what_a_recipe_says_it_needs_is_what_is_computed(name: str):
     header = (RECIPES / f"{name}.yaml").read_text()
     for found in estimate_recipe(load_recipe(name)):

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.pairs import gather, main, pairs_lines
-from training.record import write_json
+from benchmarks.measure import gather_runs
+from benchmarks.pairs import decoder_sizes_lines, main, pairs_lines, show
+from training.record import read_json, write_json
 
 
 def condition(loss: float, gain: float | None = None) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def records(tmp_path: Path) -> Path:
 
 
 def test_the_table_has_a_row_for_each_run_task_and_budget(records: Path, tmp_path: Path):
-    record = gather([records], "python -m benchmarks.pairs")
+    record = gather_runs([records], "python -m benchmarks.pairs", show)
     assert record["metrics"]["runs"]["a"]["projector_norm"] == {"first": 1.5, "last": 2.5}
     lines = pairs_lines(record, "x.json")
     assert len([line for line in lines if line.startswith("| projector")]) == 4
@@ -48,6 +49,20 @@ def test_the_table_has_a_row_for_each_run_task_and_budget(records: Path, tmp_pat
     assert last.startswith("| projector and LoRA | write it again | 4 |") and "3.750, 25.0% | 2.500" in last
     assert "+0.500 (-0.500 to +1.500)" in last and "5 steps of 8 rows each; 4 rows" in lines[-1]
     assert main([str(records), "--out", str(tmp_path / "out.json")]) == 0 and (tmp_path / "out.json").is_file()
+
+
+def test_decoders_of_several_sizes_stand_in_the_order_of_their_sizes(records: Path):
+    for name, model, size in (("a", {"hidden_size": 64}, 2000), ("b", {}, 1000)):
+        file = records / name / "record.json"
+        record = read_json(file)
+        decoder = {"name": "d", "kind": "causal_lm", "model": model, "training": {"max_steps": 7}}
+        record["recipe"]["stages"].insert(0, decoder)
+        record["stages"]["m"]["parameters_by_part"] = {"decoder": {"total": size}}
+        write_json(file, record)
+    lines = decoder_sizes_lines(gather_runs([records], "python -m benchmarks.pairs", show), "x.json")
+    assert lines[2].startswith("| stories260K, pretrained | 1,000 | linear | [3.000, 25.0%](x.json) | 3.500, 25.0% |")
+    assert lines[3].startswith("| fresh, width 64 | 2,000 |") and "+0.500 (-0.500 to +1.500)" in lines[3]
+    assert "7 steps of next-token training, then 5 steps of 8 rows" in lines[-1]
 
 
 def test_runs_of_two_commits_are_not_mixed(records: Path, capsys: pytest.CaptureFixture[str]):

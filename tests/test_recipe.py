@@ -92,7 +92,7 @@ def test_overrides_reach_stages_by_name_and_leave_the_file_alone(tmp_path: Path)
         ("stages.copying.objectives={copi: 1.0}", r"objectives\.copi .*did you mean copy"),
         ("stages.copying.objectives={}", "objectives is empty"),
         ("stages.copying.from={encoder: autoencoder}", "expected encoder and decoder, or model"),
-        ("stages.copying.from={encoder: decoder, decoder: decoder}", "stage of kind causal_lm; expected autoencoder"),
+        ("stages.copying.from={encoder: autoencoder, decoder: autoencoder}", "autoencoder; expected causal_lm"),
         ("stages.copying.from={encoder: autoencoder, decoder: decodr}", r"'decodr' \(did you mean decoder\?\)"),
         ("stages.autoencoder.from={model: decoder}", "expected an earlier stage"),
         ("stages.copying.data.window_length=8", "window_length is for causal_lm"),
@@ -134,6 +134,15 @@ def test_continued_stage_keeps_its_model(tmp_path: Path):
     with pytest.raises(ValueError, match="a continued stage keeps its model"):
         load(tmp_path, raw=raw)
     assert load(tmp_path, "stages.later.model={freeze_decoder: true}", raw=raw).stage("later").kind == "memory"
+
+
+def test_a_causal_lm_may_be_an_encoder_but_a_memory_model_may_not(tmp_path: Path):
+    recipe = load(tmp_path, "stages.copying.from={encoder: decoder, decoder: decoder}")
+    assert recipe.stage("copying").from_ == {"encoder": "decoder", "decoder": "decoder"}
+    raw = copy.deepcopy(RAW)
+    raw["stages"].append({**raw["stages"][2], "name": "later", "from": {"encoder": "copying", "decoder": "decoder"}})
+    with pytest.raises(ValueError, match="stage of kind memory; expected autoencoder or causal_lm"):
+        load(tmp_path, raw=raw)
 
 
 def test_repeated_key_is_refused_but_anchors_may_be_merged(tmp_path: Path):

@@ -62,6 +62,17 @@ def test_the_cache_has_a_column_for_each_memory_and_token(record: dict[str, Any]
         assert cell["cache_share"][name] == pytest.approx(columns / (128 + written))
 
 
+def test_every_token_of_rolling_text_is_timed_once_and_folds_apart(record: dict[str, Any]):
+    cell = record["metrics"]["folding/tiny/128"]
+    counts = {name: len(seconds) for name, seconds in cell["seconds"].items()}
+    assert cell["window_length"] == 64
+    # The first token came with the memories; two windows of 64 follow it, and so two roll-overs.
+    assert counts == {"memories_step": 126, "memories_fold": 2, "newest_step": 126, "newest_fold": 2}
+    for name, seconds in cell["per_token"].items():
+        steps, fold = cell["median"][f"{name}_step"], cell["median"][f"{name}_fold"]
+        assert seconds == pytest.approx((63 * steps + fold) / 64)
+
+
 def test_exponents_are_fitted_to_the_medians(record: dict[str, Any]):
     cell = record["metrics"]["reading/64"]
     assert cell["fit"] == pytest.approx(
@@ -110,8 +121,8 @@ def test_ways_of_reading_equal_plain_loops():
     text = random_ids(5 * WINDOW)
     text[text == COPY] = 9
     rolled = rolling_quality.read_rolling(model, text)
-    torch.testing.assert_close(rolling_quality.read_newest(model, text, 99), rolled)
-    newest = rolling_quality.read_newest(model, text, 2)
+    torch.testing.assert_close(rolling_quality.read_within(model, text, 99, "drop_oldest"), rolled)
+    newest = rolling_quality.read_within(model, text, 2, "drop_oldest")
     stored, _ = model.encode_memories(text[2 * WINDOW : 3 * WINDOW].view(1, -1, model.config.chunk_length))
     given = torch.cat([torch.full((2,), SLOT), text[3 * WINDOW : 4 * WINDOW]])
     logits = model(given[None], memory_embeds=stored).logits[0, 2:]
@@ -154,7 +165,7 @@ def test_the_record_can_be_rendered(record: dict[str, Any], tmp_path: Path):
     cells["generation/tiny/16384"]["given"] = {**cells["generation/tiny/128"]["given"], "tokens": 16384}
     record = {**record, "metrics": cells, "not_measured": ["first_token/tiny/512"]}
     tables = {name: table.lines(record, "x.json") for name, table in render.TABLES.items() if "rolling" in name}
-    assert len(tables) == 5
+    assert len(tables) == 6
     text = "\n".join(line for lines in tables.values() for line in lines)
     for part in (
         "1 times faster |",
@@ -164,6 +175,7 @@ def test_the_record_can_be_rendered(record: dict[str, Any], tmp_path: Path):
         "| rolling memory | [3.000](x.json) |  | [2.500](x.json) |",
         "the newest 7 memories only",
         "\\*",
+        "| a tiny shape | 64 | 128 |",
     ):
         assert part in text, part
     assert render.DRAWINGS["rolling"](record, tmp_path) == ["first_token.png", "loss.png"]

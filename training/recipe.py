@@ -412,7 +412,7 @@ def _check_references(
         expected = "encoder and decoder, or model" if stage.kind == "memory" else "model, or nothing"
         raise ValueError(f"{path}.from has the keys {sorted(keys)}, expected {expected}")
     for key, name in stage.from_.items():
-        kinds = {"model": (stage.kind,), "encoder": ("autoencoder",), "decoder": ("causal_lm",)}[key]
+        kinds = {"model": (stage.kind,), "encoder": ("autoencoder", "causal_lm"), "decoder": ("causal_lm",)}[key]
         if name in pretrained:
             continue
         _check_reference(name, kinds, earlier, f"{path}.from.{key}")

@@ -69,6 +69,7 @@ class Evaluation:
             per byte are reported.
         batch_size (`int`): Rows per forward call.
         num_generated_rows (`int`): Rows of the copy suite that are also written freely.
+        marker (`str`): `"none"` for a model that was trained on copies without a marker in front.
     """
 
     model: PreTrainedModel
@@ -78,6 +79,7 @@ class Evaluation:
     byte_lengths: torch.Tensor | None = None
     batch_size: int = 32
     num_generated_rows: int = 32
+    marker: str = "token"
 
     @property
     def layout(self) -> str:
@@ -106,6 +108,7 @@ class Evaluation:
             memories_per_chunk=getattr(self.model.config, "memories_per_chunk", 1),
             tokens_ids=self.special_tokens,
             layout=self.layout if objective != "reconstruction" else "self",
+            marker=self.marker,
         )
 
 
@@ -133,6 +136,33 @@ def score(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], num_rows: i
     return Scores(*(tensor[present].reshape(num_rows, -1).cpu() for tensor in (losses, correct, targets)))
 
 
+def score_suite(
+    evaluation: Evaluation,
+    suite: str,
+    rows: torch.Tensor,
+    baselines: Mapping[str, PreTrainedModel] | None = None,
+) -> dict[str, Scores]:
+    """Score every target of a suite under all its conditions; arguments and errors as of [`evaluate_suite`]."""
+    if suite not in SUITES:
+        raise ValueError(f"suite {suite!r} is unknown; known: {', '.join(SUITES)}")
+    if len(rows) < 2:
+        raise ValueError(
+            f"there are {len(rows)} rows of {rows.shape[1]} tokens, but the control with another text's memories "
+            "needs two; give a longer text or a higher limit"
+        )
+    is_autoencoder = evaluation.model.config.model_type == "memory_autoencoder"
+    if is_autoencoder and suite != "retention":
+        raise ValueError(f"the model is an autoencoder, which has the suite retention; {suite} needs a memory model")
+    evaluation.model.eval()
+    if suite == "clm":
+        return _clm(evaluation, rows, baselines or {})
+    if is_autoencoder:
+        return _over_batches(evaluation, rows, _reconstruction_conditions)
+    source = rows[:, : evaluation.window_length] if suite == "retention" else rows
+    objective = "copy" if suite == "copy" else "blank_copy"
+    return _over_batches(evaluation, source, lambda e, own, other: _copy_conditions(e, objective, own, other))
+
+
 def evaluate_suite(
     evaluation: Evaluation,
     suite: str,
@@ -158,25 +188,7 @@ def evaluate_suite(
     Raises:
         ValueError: If the suite is unknown, the model cannot take it, or the text is too short.
     """
-    if suite not in SUITES:
-        raise ValueError(f"suite {suite!r} is unknown; known: {', '.join(SUITES)}")
-    if len(rows) < 2:
-        raise ValueError(
-            f"there are {len(rows)} rows of {rows.shape[1]} tokens, but the control with another text's memories "
-            "needs two; give a longer text or a higher limit"
-        )
-    is_autoencoder = evaluation.model.config.model_type == "memory_autoencoder"
-    if is_autoencoder and suite != "retention":
-        raise ValueError(f"the model is an autoencoder, which has the suite retention; {suite} needs a memory model")
-    evaluation.model.eval()
-    if suite == "clm":
-        scores = _clm(evaluation, rows, baselines or {})
-    elif is_autoencoder:
-        scores = _over_batches(evaluation, rows, _reconstruction_conditions)
-    else:
-        source = rows[:, : evaluation.window_length] if suite == "retention" else rows
-        objective = "copy" if suite == "copy" else "blank_copy"
-        scores = _over_batches(evaluation, source, lambda e, own, other: _copy_conditions(e, objective, own, other))
+    scores = score_suite(evaluation, suite, rows, baselines)
     if period is None:
         period = evaluation.window_length if suite == "clm" else evaluation.chunk_length
     remembered = scores["memory"].targets.shape[1] if suite != "clm" else rows.shape[1] - evaluation.window_length

@@ -6,11 +6,11 @@ It is the truth that the batched model must equal, in outputs and in gradients.
 import torch
 
 
-def encode_chunk(model, chunk_ids: torch.Tensor) -> list[torch.Tensor]:
-    """Encode one chunk of real tokens `(n,)` into its K memories, each `(D,)`."""
+def encode_chunk(model, chunk_ids: torch.Tensor, num_memories: int | None = None) -> list[torch.Tensor]:
+    """Encode one chunk of real tokens `(n,)` into its K memories, or so many, each `(D,)`."""
     body = model.encoder(input_ids=chunk_ids[None], attention_mask=torch.ones_like(chunk_ids)[None])
     states = body.last_hidden_state[0]  # (n, E)
-    num_tokens, num_memories = len(chunk_ids), model.config.memories_per_chunk
+    num_tokens, num_memories = len(chunk_ids), num_memories or model.config.memories_per_chunk
     memories = []
     for number in range(num_memories):
         start = number * num_tokens // num_memories
@@ -123,7 +123,8 @@ def read_slots(model, chunks: list[torch.Tensor], token_ids: torch.Tensor) -> to
 def read_behind_context(model, chunks: list[torch.Tensor], token_ids: torch.Tensor) -> torch.Tensor:
     """Logits `(n, V)` of one prompt with slots whose tokens behind the last slot fold, window after window.
 
-    With `memory_policy="drop_oldest"` the oldest of the folded memories make room, those of the slots stay.
+    With `memory_policy="drop_oldest"` the oldest of the folded memories make room, with `"merge"` they are merged;
+    those of the slots stay.
     """
     config, table = model.config, model.get_input_embeddings()
     last = max(place for place, token in enumerate(token_ids) if token == config.memory_token_id)
@@ -141,6 +142,7 @@ def read_behind_context(model, chunks: list[torch.Tensor], token_ids: torch.Tens
     assert not memories
     logits = [model.decoder(inputs_embeds=torch.stack(front)[None], use_cache=False).logits[0]]
     folded: list[torch.Tensor] = []
+    segments: list[tuple] = []
     behind = token_ids[last + 1 :]
     for start in range(0, len(behind), config.window_length):
         window = behind[start : start + config.window_length]
@@ -149,20 +151,69 @@ def read_behind_context(model, chunks: list[torch.Tensor], token_ids: torch.Tens
             folded = folded[max(0, len(folded) - room) :]
         logits.append(decode_behind(model, front + folded, window, asked))
         asked = asked or any(is_marker(model, token) for token in window)
-        for offset in range(0, config.window_length, config.chunk_length):
-            if start + config.window_length < len(behind):
+        if start + config.window_length < len(behind):
+            if config.memory_policy == "merge":
+                segments = fold_and_merge(model, segments, window, config.max_memories - (len(front) - num_clear))
+                folded = [memory for _, memories in segments for memory in memories]
+                continue
+            for offset in range(0, config.window_length, config.chunk_length):
                 folded.extend(encode_chunk(model, window[offset : offset + config.chunk_length]))
     return torch.cat(logits)
+
+
+def longest_merge(config) -> int:
+    """Most chunks that may be merged: a power of two, and no piece of text longer than the encoder takes."""
+    longest = 1
+    while longest * 2 <= config.memories_per_chunk * (config.encoder.max_position_embeddings // config.chunk_length):
+        longest *= 2
+    return longest
+
+
+def encode_merged(model, token_ids: torch.Tensor) -> list[torch.Tensor]:
+    """Encode the text of merged neighbours `(n,)`, whole chunks, into as many memories as one chunk has."""
+    length, num_memories = model.config.chunk_length, model.config.memories_per_chunk
+    num_chunks = len(token_ids) // length
+    memories = []
+    if num_chunks <= num_memories:  # each chunk alone, with fewer memories
+        for number in range(num_chunks):
+            share = (number + 1) * num_memories // num_chunks - number * num_memories // num_chunks
+            memories.extend(encode_chunk(model, token_ids[number * length : (number + 1) * length], share))
+        return memories
+    for number in range(num_memories):  # longer chunks, with one memory each
+        start, end = (place * num_chunks // num_memories * length for place in (number, number + 1))
+        memories.extend(encode_chunk(model, token_ids[start:end], 1))
+    return memories
+
+
+def fold_and_merge(model, segments: list[tuple], window: torch.Tensor, room: int) -> list[tuple]:
+    """Append the chunks of a window to pairs of text and memories, and merge neighbours until there is room.
+
+    Merged are the two that stand for equally much text, those of least text and of them the oldest; where none
+    that the encoder can take are equal, the oldest two that it can take.
+    """
+    config, segments = model.config, list(segments)
+    for chunk in window.split(config.chunk_length):
+        segments.append((chunk, encode_chunk(model, chunk)))
+    while sum(len(memories) for _, memories in segments) > room:
+        sizes = [len(text) // config.chunk_length for text, _ in segments]
+        fitting = [i for i in range(len(sizes) - 1) if sizes[i] + sizes[i + 1] <= longest_merge(config)]
+        equal = [i for i in fitting if sizes[i] == sizes[i + 1]]
+        place = min(equal, key=lambda i: (sizes[i], i)) if equal else fitting[0]
+        text = torch.cat([segments[place][0], segments[place + 1][0]])
+        segments[place : place + 2] = [(text, encode_merged(model, text))]
+    return segments
 
 
 def read_with_room(model, token_ids: torch.Tensor) -> torch.Tensor:
     """Logits `(n, V)` of plain text whose memories are more than there is room for.
 
     With `memory_policy="drop_oldest"` the oldest make room; with `"keep_nearest"` a window sees what the
-    window before it folded into, newest first, and those most like that, in the order of the text.
+    window before it folded into, newest first, and those most like that, in the order of the text; with `"merge"`
+    neighbours are merged.
     """
     config = model.config
     logits, folded, asked = [], [], False
+    segments: list[tuple] = []
     for start in range(0, len(token_ids), config.window_length):
         window = token_ids[start : start + config.window_length]
         seen = folded[max(0, len(folded) - config.max_memories) :]
@@ -173,8 +224,14 @@ def read_with_room(model, token_ids: torch.Tensor) -> torch.Tensor:
             newest = list(range(len(folded)))[: -config.memories_per_window - 1 : -1]
             others = [number for number in likeness.argsort(descending=True).tolist() if number not in newest]
             seen = [folded[number] for number in sorted((newest + others)[: config.max_memories])]
+        if config.memory_policy == "merge":
+            seen = [memory for _, memories in segments for memory in memories]
         logits.append(decode_behind(model, seen, window, asked))
         asked = asked or any(is_marker(model, token) for token in window)
+        if config.memory_policy == "merge":
+            if start + config.window_length < len(token_ids):
+                segments = fold_and_merge(model, segments, window, config.max_memories)
+            continue
         for offset in range(0, config.window_length, config.chunk_length):
             if start + config.window_length < len(token_ids):
                 folded.extend(encode_chunk(model, window[offset : offset + config.chunk_length]))
