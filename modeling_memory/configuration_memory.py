@@ -10,7 +10,7 @@ from .configuration_masked_mixer import MaskedMixerConfig
 
 POOLINGS = ("last", "mean", "first", "queries", "pooled_queries")
 PROJECTOR_TYPES = ("identity", "linear", "mlp", "bottleneck")
-MEMORY_POSITIONS = ("contiguous", "fixed")
+MEMORY_POSITIONS = ("contiguous", "fixed", "spread")
 ABSENT_MEMORIES = ("mask", "ones", "zeros")
 MEMORY_POLICIES = ("error", "drop_oldest", "keep_nearest", "merge")
 FORMAT_VERSION = 1
@@ -135,10 +135,12 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
             decoder takes several times longer to learn which part of a memory to write where. Other text is as the
             decoder knows it.
         memory_positions (`str`): `"contiguous"`: text follows its memories directly. `"fixed"`: text starts after
-            room for `max_memories`, the paper's layout.
+            room for `max_memories`, the paper's layout. `"spread"`: likewise, and each memory takes as many positions
+            as it stands for tokens, L / K: a decoder with rotary positions then finds the memory that holds a token
+            of a copy always as far back, however many memories there are.
         absent_memories (`str`): `"mask"`, or with fixed positions `"ones"` or `"zeros"`, the paper's constant fillers.
         max_memories (`int`, *optional*): Most memory vectors a text may need. Default: what the decoder's positions
-            and attention windows leave beside one window; required by fixed positions.
+            and attention windows leave beside one window; required by fixed and spread positions.
         memory_policy (`str`): What happens when a text folds into more memories than `max_memories` or the decoder's
             positions allow: `"error"`; `"drop_oldest"`: the oldest make room; `"keep_nearest"`: each window sees the
             memories of the window before it and those most like them (cosine), and all are kept, since the next may
@@ -235,6 +237,16 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
     def memories_per_window(self) -> int:
         """Memory vectors that a full window folds into."""
         return self.window_length // self.chunk_length * self.memories_per_chunk
+
+    @property
+    def memory_span(self) -> int:
+        """Positions from one memory to the next."""
+        return max(1, self.chunk_length // self.memories_per_chunk) if self.memory_positions == "spread" else 1
+
+    @property
+    def text_start(self) -> int | None:
+        """Position at which text starts that has memories before it or none; `None`: right behind its memories."""
+        return None if self.memory_positions == "contiguous" else self.max_memories * self.memory_span
 
     @property
     def memory_capacity(self) -> int | None:
@@ -401,14 +413,17 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
             raise ValueError(f"`initializer_range` is {self.initializer_range}; expected 0 or more.")
 
     def _validate_layout(self) -> None:
-        if self.absent_memories != "mask" and self.memory_positions != "fixed":
+        if self.absent_memories != "mask" and self.memory_positions == "contiguous":
             raise ValueError(
                 f"`absent_memories={self.absent_memories!r}` fills the room that fixed positions reserve, but "
                 f"`memory_positions` is {self.memory_positions!r}. Set `memory_positions='fixed'` or "
                 "`absent_memories='mask'`."
             )
-        if self.memory_positions == "fixed" and self.max_memories is None:
-            raise ValueError("`memory_positions='fixed'` reserves room for `max_memories`, which is not set. Set it.")
+        if self.memory_positions != "contiguous" and self.max_memories is None:
+            raise ValueError(
+                f"`memory_positions={self.memory_positions!r}` reserves room for `max_memories`, which is not set. Set "
+                "it."
+            )
         if self.max_memories is not None and self.max_memories < 0:
             raise ValueError(f"`max_memories` is {self.max_memories}; expected 0 or more vectors.")
         if self.max_memories == 0 and self.memory_policy == "keep_nearest":
@@ -418,11 +433,11 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         if self.memory_policy == "merge":
             self._validate_merging()
         room = self._decoder_room()
-        needed = (self.max_memories or 0) + self.window_length
+        needed = (self.max_memories or 0) * self.memory_span + self.window_length
         if room is not None and needed > room:
             raise ValueError(
-                f"`max_memories` ({self.max_memories or 0}) and `window_length` ({self.window_length}) need {needed} "
-                f"positions, but the decoder's layers see {room} (max_position_embeddings "
+                f"`max_memories` ({self.max_memories or 0}, of {self.memory_span} positions each) and `window_length` "
+                f"({self.window_length}) need {needed} positions, but the decoder's layers see {room} (max_position_embeddings "
                 f"{getattr(self.decoder, 'max_position_embeddings', None)}, attention window "
                 f"{smallest_attention_window(self.decoder)}). Lower them or choose a decoder that sees further."
             )

@@ -33,7 +33,7 @@ def config(**fields):
         ({"memories_per_chunk": 5}, "more than the 4 tokens"),
         ({"pooling": "max"}, "'max'; expected one of 'last', 'mean'"),
         ({"projector_type": "conv"}, "'conv'; expected one of 'identity'"),
-        ({"memory_positions": "random"}, "expected one of 'contiguous', 'fixed'"),
+        ({"memory_positions": "random"}, "expected one of 'contiguous', 'fixed', 'spread'"),
         ({"absent_memories": "twos"}, "expected one of 'mask'"),
         ({"absent_memories": "ones"}, "memory_positions='fixed'"),
         ({"memory_positions": "fixed"}, "`max_memories`, which is not set"),
