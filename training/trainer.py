@@ -382,6 +382,15 @@ class MemoryTrainer(Trainer):
             self._tokens_since = 0, now
         super().log(logs, start_time)
 
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Return validation batches as `Trainer` does, made by the collator's `for_evaluation()` if it has one."""
+        collator = self.data_collator
+        self.data_collator = getattr(collator, "for_evaluation", lambda: collator)()
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = collator
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as `Trainer.evaluate` does; its time is not counted in the tokens per second of training."""
         started = time.perf_counter()
