@@ -131,7 +131,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         copy_token_id (`int`, *optional*): Id of the marker that asks for a copy; a real row of both token tables.
         blank_token_id (`int`, *optional*): Id of the blank of the blank-copy objective; a real row likewise.
         window_positions (`bool`): Whether tokens behind memories are told, from the text's first COPY or BLANK on,
-            their place in the window, by a learned vector added to their embedding. With rotary positions alone a
+            their place in the window, with spread memories in its chunk, by a learned vector added to their embedding. With rotary positions alone a
             decoder takes several times longer to learn which part of a memory to write where. Other text is as the
             decoder knows it.
         memory_positions (`str`): `"contiguous"`: text follows its memories directly. `"fixed"`: text starts after
@@ -242,6 +242,11 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
     def memory_span(self) -> int:
         """Positions from one memory to the next."""
         return max(1, self.chunk_length // self.memories_per_chunk) if self.memory_positions == "spread" else 1
+
+    @property
+    def num_places(self) -> int:
+        """Places that `window_positions` tells apart: of a window, or of a chunk where positions tell the chunk."""
+        return self.chunk_length if self.memory_positions == "spread" else self.window_length
 
     @property
     def text_start(self) -> int | None:

@@ -152,17 +152,17 @@ class MemoryDecodingMixin:
         return (marked > 0) & mask.bool()
 
     def _places(self, rank: torch.Tensor, visible: torch.Tensor, asked: torch.Tensor) -> torch.Tensor | None:
-        """Return places in the window `(B, T)` from ranks, -1 where a token is not told its place.
+        """Return places in the window, or in its chunk, `(B, T)` from ranks, -1 where a token is not told its place.
 
         It is told in rows that see some of the memories `(B, M)`, from the text's first marker on (`asked`, `(B, T)`).
         """
         if self.window_positions is None:
             return None
         told = visible.bool().any(1, keepdim=True) & asked
-        return torch.where(told, rank.clamp(min=0) % self.config.window_length, -1)
+        return torch.where(told, rank.clamp(min=0) % self.config.num_places, -1)
 
     def _tell_places(self, embeds: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
-        """Add to embeddings `(B, T, D)` what tells tokens their places in the window."""
+        """Add to embeddings `(B, T, D)` what tells tokens their places."""
         if self.window_positions is None or places is None:
             return embeds
         told = self.window_positions(places.clamp(min=0)) * (places >= 0)[..., None]

@@ -39,9 +39,10 @@ def decode_behind(model, memories: list[torch.Tensor], token_ids: torch.Tensor, 
     embeds = model.get_input_embeddings()(token_ids)  # (n, D)
     if config.window_positions and memories:
         told = []
+        num_places = config.chunk_length if config.memory_positions == "spread" else config.window_length
         for place, embed in enumerate(embeds):
             asked = asked or is_marker(model, token_ids[place])
-            told.append(embed + model.window_positions.weight[place] if asked else embed)
+            told.append(embed + model.window_positions.weight[place % num_places] if asked else embed)
         embeds = torch.stack(told)
     front = list(memories)
     start, span = len(front), 1
