@@ -27,6 +27,7 @@ from training.suites import (
     Evaluation,
     Scores,
     evaluate_suite,
+    copies_of_short_sources,
     free_running_copy,
     results_table,
     spread_rows,
@@ -172,6 +173,39 @@ def test_free_running_copy_compares_what_generate_writes():
     assert result["num_generated_rows"] == 3
     assert result["generated_token_accuracy"] == pytest.approx(same.double().mean().item())
     assert result["exact_match"] == same.all(1).double().mean().item()
+
+
+def test_short_chunks_are_scored_as_the_model_alone_reads_them():
+    model, rows = autoencoder(), random_ids(ROWS, 2 * CHUNK)
+    found = evaluate_suite(evaluation(model), "retention", rows)["memory"]["short_chunks"]
+    assert list(found) == sorted({str(max(1, CHUNK * quarters // 4)) for quarters in (1, 2, 3)})
+    for length, result in found.items():
+        chunks = rows.reshape(-1, CHUNK)[:, : int(length)]
+        right = torch.cat([model(chunk[None]).logits.argmax(-1)[0] == chunk for chunk in chunks])
+        assert result["token_accuracy"] == right.double().mean().item()
+        assert result["num_tokens"] == right.numel()
+
+
+def test_short_sources_count_only_with_their_end(monkeypatch: pytest.MonkeyPatch):
+    model, rows = build_model(), random_ids(ROWS, 2 * CHUNK)
+    asked = []
+
+    def write(input_ids: torch.Tensor, context_input_ids: torch.Tensor, max_new_tokens: int, **kwargs: Any) -> Any:
+        mask = kwargs["context_attention_mask"]
+        assert (input_ids[:, -1] == COPY).all() and (input_ids[:, :-1] == SLOT).all()
+        assert input_ids.shape[1] - 1 == int(mask.any(2).sum(1)[0])  # a slot for each chunk, the short one too
+        written = torch.full((len(input_ids), max_new_tokens), SPECIAL.eos)
+        for row in range(len(input_ids)):
+            written[row, :-1] = context_input_ids[row][mask[row].bool()]
+        written[1, -1] = 7  # all right but the end
+        asked.append(max_new_tokens - 1)
+        return torch.cat([input_ids, written], 1)
+
+    monkeypatch.setattr(model, "generate", write)
+    found = copies_of_short_sources(evaluation(model), torch.cat([rows, rows], 1))
+    assert [int(length) for length in found] == asked == [CHUNK // 2, CHUNK + CHUNK // 2, 4 * CHUNK - CHUNK // 2]
+    assert all(result["exact_match"] == pytest.approx(2 / 3) for result in found.values())
+    assert all(result["num_generated_rows"] == 3 for result in found.values())
 
 
 def test_free_running_copy_of_a_perfect_copier_is_exact(monkeypatch: pytest.MonkeyPatch):
