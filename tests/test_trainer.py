@@ -186,6 +186,13 @@ def test_shortened_rows_are_the_drawn_beginnings_whatever_the_batch(objective: s
         assert torch.equal(tensor, whole[key])
 
 
+def test_sources_that_may_end_anywhere_need_not_be_whole_windows_in_validation():
+    items = [TokenRows(tokens(), row_length=ROW, num_items=4, seed=1)[i] for i in range(4)]
+    options: dict[str, Any] = {"layout": "slots", "window_length": 2 * ROW, "chunk_length": 4, "shortened": 0.5}
+    batch = ObjectiveCollator(["copy"], SPECIAL, **options).for_evaluation()(items)["copy"]
+    assert ((batch["shift_labels"] != IGNORED).sum(1) == ROW).all()
+
+
 def test_drawn_lengths_are_uniform_and_only_a_share():
     lengths = draw_lengths(torch.arange(200_000), 5, 0.4)
     counts = torch.bincount(lengths, minlength=6).double() / 200_000

@@ -149,6 +149,7 @@ class ObjectiveCollator:
         self.source_length = source_length
         self.vary_source = vary_source
         self.shortened = shortened
+        self.evaluates = False
         self.padded = padded
         self.split_windows = split_windows
         self.every = every or {}
@@ -176,10 +177,10 @@ class ObjectiveCollator:
         return batches
 
     def for_evaluation(self) -> "ObjectiveCollator":
-        """Return this collator without what makes training's rows different: shortened ones."""
-        whole = copy.copy(self)
-        whole.shortened = 0.0
-        return whole
+        """Return this collator as validation reads with it: no row is cut short."""
+        evaluating = copy.copy(self)
+        evaluating.evaluates = True
+        return evaluating
 
     def collate(
         self,
@@ -240,7 +241,7 @@ class ObjectiveCollator:
             pieces = tokens.shape[1] // length
             tokens = tokens.reshape(-1, length)
             rows = (rows[:, None] * pieces + torch.arange(pieces)).flatten()
-        lengths = draw_lengths(rows, length, self.shortened)
+        lengths = draw_lengths(rows, length, 0.0 if self.evaluates else self.shortened)
         mask = (torch.arange(length) < lengths[:, None]).long()
         options = {} if objective == "reconstruction" else {"end": True}
         return tokens[:, :length], {"attention_mask": mask, **options}
