@@ -218,9 +218,16 @@ def test_a_second_card_is_the_same(model):
     assert str(render_card(model, RECORD)) == str(render_card(model, json.loads(json.dumps(RECORD))))
 
 
-@pytest.mark.parametrize(("varied", "said"), [(True, "whole windows up to 64 tokens"), (False, "exactly 64 tokens")])
-def test_a_card_says_which_lengths_were_trained(varied, said):
-    stage = {"name": "copy", "objectives": {"copy": 1.0}, "data": {"row_length": 64, "vary_source": varied}}
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"vary_source": True}, "give back texts of whole windows up to 64 tokens"),
+        ({"vary_source": False}, "give back texts of exactly 64 tokens"),
+        ({"shortened": 0.3}, "give back texts of up to 64 tokens (16 chunks) and to stop at their end; longer texts"),
+    ],
+)
+def test_a_card_says_which_lengths_were_trained(data, said):
+    stage = {"name": "copy", "objectives": {"copy": 1.0}, "data": {"row_length": 64, **data}}
     record = {"published_stage": "copy", "recipe": {"stages": [stage], "evaluation": {}}}
     assert said in " ".join(render_card(build("memory")[0], record).text.split())
     assert "trained to give back" not in render_card(build("memory")[0]).text
