@@ -131,9 +131,9 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         copy_token_id (`int`, *optional*): Id of the marker that asks for a copy; a real row of both token tables.
         blank_token_id (`int`, *optional*): Id of the blank of the blank-copy objective; a real row likewise.
         window_positions (`bool`): Whether tokens behind memories are told, from the text's first COPY or BLANK on,
-            their place in the window, with spread memories in its chunk, by a learned vector added to their embedding. With rotary positions alone a
-            decoder takes several times longer to learn which part of a memory to write where. Other text is as the
-            decoder knows it.
+            their place in the window, with spread memories in its chunk, by a learned vector added to their embedding.
+            With rotary positions alone a decoder takes several times longer to learn which part of a memory to write
+            where. Other text is as the decoder knows it.
         memory_positions (`str`): `"contiguous"`: text follows its memories directly. `"fixed"`: text starts after
             room for `max_memories`, the paper's layout. `"spread"`: likewise, and each memory takes as many positions
             as it stands for tokens, L / K: a decoder with rotary positions then finds the memory that holds a token
@@ -250,8 +250,10 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
 
     @property
     def text_start(self) -> int | None:
-        """Position at which text starts that has memories before it or none; `None`: right behind its memories."""
-        return None if self.memory_positions == "contiguous" else self.max_memories * self.memory_span
+        """Position at which text starts, whatever stands before it; `None`: right behind its memories."""
+        if self.memory_positions == "contiguous" or self.max_memories is None:
+            return None
+        return self.max_memories * self.memory_span
 
     @property
     def memory_capacity(self) -> int | None:
@@ -426,8 +428,8 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
             )
         if self.memory_positions != "contiguous" and self.max_memories is None:
             raise ValueError(
-                f"`memory_positions={self.memory_positions!r}` reserves room for `max_memories`, which is not set. Set "
-                "it."
+                f"`memory_positions={self.memory_positions!r}` reserves room for `max_memories`, which is not set. "
+                "Set it."
             )
         if self.max_memories is not None and self.max_memories < 0:
             raise ValueError(f"`max_memories` is {self.max_memories}; expected 0 or more vectors.")
@@ -442,8 +444,8 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         if room is not None and needed > room:
             raise ValueError(
                 f"`max_memories` ({self.max_memories or 0}, of {self.memory_span} positions each) and `window_length` "
-                f"({self.window_length}) need {needed} positions, but the decoder's layers see {room} (max_position_embeddings "
-                f"{getattr(self.decoder, 'max_position_embeddings', None)}, attention window "
+                f"({self.window_length}) need {needed} positions, but the decoder's layers see {room} "
+                f"(max_position_embeddings {getattr(self.decoder, 'max_position_embeddings', None)}, attention window "
                 f"{smallest_attention_window(self.decoder)}). Lower them or choose a decoder that sees further."
             )
         limit = encoder_limit(self.encoder)

@@ -28,8 +28,8 @@ class MemoryAutoencoderConfig(PreTrainedConfig):
         pooling (`str`): How the encoder's states become K vectors, as in [`MemoryEncoderDecoderConfig`].
         expansion (`str`): `"unroll"`: the decoder reads at each position another window of half the vector, projected
             to its width. `"repeat"`: it reads the vector itself everywhere.
-        unroll_stride (`int`): Elements from one position's window to the next. 1 as in the paper; the width times K / L
-            spreads the positions over the whole vector, so that many tokens need not share few of its elements.
+        unroll_stride (`int`): Elements from one position's window to the next. 1 as in the paper; the width times K
+            over L spreads the positions over the whole vector, so that many tokens need not share few of its elements.
         bottleneck_size (`int`, *optional*): Width to which the vector is narrowed and from which it is widened again.
             `None` leaves it as it is.
         bottleneck_noise (`float`): Half-width q of the uniform noise in [-q, q] added to the narrowed vector in

@@ -204,10 +204,7 @@ class MemoryReadingMixin(MemoryRollingMixin):
             num_clear = torch.zeros_like(num_clear)
         fixed = self.config.text_start is not None
         if fixed and num_clear.any():
-            raise ValueError(
-                f"With `memory_positions={self.config.memory_positions!r}` all memories stand before the text, but a slot "
-                "stands behind a token. Put the slots in front or use `memory_positions='contiguous'`."
-            )
+            raise ValueError(self._slots_behind_tokens())
         embeds = self._embed_slots(text, slots, memory_embeds, memory_mask, rolling=True)
         before, before_mask = pack_present(embeds, ahead)  # (B, R, D), (B, R)
         asked = self._markers(text.input_ids, ahead).any(1)
@@ -273,6 +270,13 @@ class MemoryReadingMixin(MemoryRollingMixin):
             reading.features = reading.features[:, columns]
         return reading
 
+    def _slots_behind_tokens(self) -> str:
+        """Say why slots behind tokens are refused."""
+        return (
+            f"With `memory_positions={self.config.memory_positions!r}` all memories stand before the text, but a slot "
+            "stands behind a token. Put the slots in front or use `memory_positions='contiguous'`."
+        )
+
     def _read_behind(
         self,
         text: Text,
@@ -297,10 +301,7 @@ class MemoryReadingMixin(MemoryRollingMixin):
             asked = self._markers(text.input_ids, mask).cumsum(1) > 0
             embeds = self._embed(text.input_ids, self._places(mask.cumsum(1) - 1, memory_mask, asked), slots)
             if (slots & (mask.cumsum(1) > 0)).any():
-                raise ValueError(
-                    f"With `memory_positions={self.config.memory_positions!r}` all memories stand before the text, "
-                    "but a slot stands behind a token. Put the slots in front or use `memory_positions='contiguous'`."
-                )
+                raise ValueError(self._slots_behind_tokens())
         block = self._memory_block(memory_embeds, memory_mask)
         positions = self._text_start(memory_mask.sum(1))[:, None] + (mask.cumsum(1) - 1).clamp(min=0)
         decoder_cache = None if not use_cache else DynamicCache()

@@ -140,7 +140,9 @@ class UnrollExpansion(RepeatExpansion):
         # With the vector laid end to end behind itself, windows that wrap are plain ones: one strided view, one copy.
         needed = (each - 1) * self.stride + self.window
         laid = memories.repeat(1, 1, -(-needed // memories.shape[2]))[:, :, :needed]
-        return self.projection(self._cut(laid.unfold(2, self.window, self.stride)))  # (B, K, L / K, D // 2) before the cut
+        return self.projection(
+            self._cut(laid.unfold(2, self.window, self.stride))
+        )  # (B, K, L / K, D // 2) before the cut
 
 
 class MemoryAutoencoder(PreTrainedModel):

@@ -112,9 +112,7 @@ def test_outputs_and_gradients_equal_the_plain_loop(variant):
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    length=st.integers(1, 30), width=st.integers(2, 9), num_memories=st.integers(1, 30), stride=st.integers(1, 11)
-)
+@given(length=st.integers(1, 30), width=st.integers(2, 9), num_memories=st.integers(1, 30), stride=st.integers(1, 11))
 def test_expansions_follow_the_rule_for_any_sizes(length, width, num_memories, stride):
     num_memories = min(num_memories, length)
     vectors = torch.randn(2, num_memories, width)

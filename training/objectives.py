@@ -574,8 +574,11 @@ def _with_end(tokens: torch.Tensor, mask: torch.Tensor, eos_token_id: int) -> tu
 def _whole_chunks(source: Columns, chunk_length: int, pad_token_id: int) -> Columns:
     """Pad sources `(B, H)` on the right to whole chunks."""
     missing = -source.input_ids.shape[1] % chunk_length
-    fillers = Columns(pad_token_id, IGNORED, 0)
-    return Columns(*(torch.nn.functional.pad(part, (0, missing), value=filler) for part, filler in zip(source, fillers)))
+    fillers = (pad_token_id, IGNORED, 0)
+    padded = (
+        torch.nn.functional.pad(part, (0, missing), value=one) for part, one in zip(source, fillers, strict=True)
+    )
+    return Columns(*padded)
 
 
 def _slot_columns(context_mask: torch.Tensor, memories_per_chunk: int, memory_token_id: int) -> Columns:

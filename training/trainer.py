@@ -205,6 +205,7 @@ class MemoryTrainer(Trainer):
         )
         self.objectives = objectives
         self.training = training
+        self._evaluation_collator = getattr(data_collator, "for_evaluation", lambda: data_collator)()
         self._check_sharding(data_collator)
         if training.gradient_checkpointing:
             checkpoint_activations(self.model)
@@ -384,12 +385,11 @@ class MemoryTrainer(Trainer):
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """Return validation batches as `Trainer` does, made by the collator's `for_evaluation()` if it has one."""
-        collator = self.data_collator
-        self.data_collator = getattr(collator, "for_evaluation", lambda: collator)()
+        of_training, self.data_collator = self.data_collator, self._evaluation_collator
         try:
             return super().get_eval_dataloader(*args, **kwargs)
         finally:
-            self.data_collator = collator
+            self.data_collator = of_training
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as `Trainer.evaluate` does; its time is not counted in the tokens per second of training."""
