@@ -185,7 +185,7 @@ def training_files(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def copied_length(record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return how many tokens the published stage learnt to give back: `exactly`, whole `windows` up to, or `any` up to.
+    """Return how many tokens the published stage learnt to copy: `exactly`, whole `windows` up to, or `any` up to.
 
     >>> stage = {"name": "copy", "objectives": {"copy": 1.0}, "data": {"row_length": 64, "vary_source": True}}
     >>> copied_length({"published_stage": "copy", "recipe": {"stages": [stage]}})

@@ -185,6 +185,7 @@ class MemoryTrainer(Trainer):
     """
 
     optimizer: torch.optim.Optimizer | None
+    data_collator: Any
 
     def __init__(
         self,
