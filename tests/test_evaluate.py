@@ -89,6 +89,24 @@ def test_copy_conditions_are_what_they_say(objective: str):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("objective", ["copy", "blank_copy"])
+def test_copies_of_spread_memories_are_asked_in_slots(objective: str):
+    model, rows = build_model(memory_positions="spread", max_memories=2 * WINDOW // CHUNK), random_ids(ROWS, 2 * WINDOW)
+    result = evaluate_suite(evaluation(model), objective, rows)
+    shown = torch.full_like(rows, BLANK)
+    if objective == "copy":
+        shown = torch.cat([torch.full((ROWS, 1), COPY), rows[:, :-1]], 1)
+    for name, source in (("memory", rows), ("wrong_memory", rows.roll(ROWS // 2, 0))):
+        chunks = source.view(ROWS, -1, CHUNK)
+        prompt = torch.cat([torch.full((ROWS, chunks.shape[1]), SLOT), shown], 1)
+        check(result[name], model(prompt, context_input_ids=chunks).logits[:, chunks.shape[1] :], rows)
+    alone = model(shown.reshape(-1, WINDOW)).logits.reshape(ROWS, 2 * WINDOW, -1)
+    check(result["no_memory"], alone, rows)
+    clm = evaluate_suite(evaluation(model), "clm", rows)
+    check(clm["memory"], model(rows).logits[:, :-1], rows[:, 1:])
+
+
+@torch.no_grad()
 def test_clm_scores_the_same_targets_under_every_condition():
     baselines = {name: LlamaForCausalLM(tiny_decoder_config()).eval() for name in ("no_memory", "full_context")}
     run, rows = evaluation(), random_ids(ROWS, 3 * WINDOW)

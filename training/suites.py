@@ -87,6 +87,13 @@ class Evaluation:
         return "self" if getattr(self.model.config, "self_memory", True) else "slots"
 
     @property
+    def copies_layout(self) -> str:
+        """Layout of copies: that of the other inputs, but slots where memories are spread, which is how those are told
+        apart: in plain text a copy's own windows would become memories among them."""
+        spread = getattr(self.model.config, "memory_positions", None) == "spread"
+        return "slots" if spread and self.model.config.memory_token_id is not None else self.layout
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the token table."""
         return int(self.model.config.vocab_size)
@@ -107,7 +114,7 @@ class Evaluation:
             chunk_length=self.chunk_length,
             memories_per_chunk=getattr(self.model.config, "memories_per_chunk", 1),
             tokens_ids=self.special_tokens,
-            layout=self.layout if objective != "reconstruction" else "self",
+            layout={"reconstruction": "self", "causal": self.layout}.get(objective, self.copies_layout),
             marker=self.marker,
         )
 
@@ -304,18 +311,19 @@ def _copy_conditions(
     batch = evaluation.build(objective, own)
     text_length = own.shape[1]
     text = {name: batch[name][:, -text_length:] for name in ("input_ids", "attention_mask", "shift_labels")}
-    if evaluation.layout == "slots":
+    split = {name: tensor.reshape(-1, evaluation.window_length) for name, tensor in text.items()}
+    if evaluation.copies_layout == "slots":
         return {
             "memory": batch,
             "wrong_memory": {**batch, "context_input_ids": evaluation.build(objective, other)["context_input_ids"]},
-            "no_memory": text,
+            "no_memory": split if evaluation.layout == "self" else text,
         }
     # Output windows see the source only through its memories, so another source in front is another text's memories.
     wrong = torch.cat([other, text["input_ids"]], 1)
     return {
         "memory": batch,
         "wrong_memory": {**batch, "input_ids": wrong},
-        "no_memory": {name: tensor.reshape(-1, evaluation.window_length) for name, tensor in text.items()},
+        "no_memory": split,
     }
 
 
