@@ -91,7 +91,10 @@ def test_copy_conditions_are_what_they_say(objective: str):
 @torch.no_grad()
 @pytest.mark.parametrize("objective", ["copy", "blank_copy"])
 def test_copies_of_spread_memories_are_asked_in_slots(objective: str):
-    model, rows = build_model(memory_positions="spread", max_memories=2 * WINDOW // CHUNK), random_ids(ROWS, 2 * WINDOW)
+    model, rows = (
+        build_model(memory_positions="spread", max_memories=2 * WINDOW // CHUNK),
+        random_ids(ROWS, 2 * WINDOW),
+    )
     result = evaluate_suite(evaluation(model), objective, rows)
     shown = torch.full_like(rows, BLANK)
     if objective == "copy":

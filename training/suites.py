@@ -89,7 +89,8 @@ class Evaluation:
     @property
     def copies_layout(self) -> str:
         """Layout of copies: that of the other inputs, but slots where memories are spread, which is how those are told
-        apart: in plain text a copy's own windows would become memories among them."""
+        apart: in plain text a copy's own windows would become memories among them.
+        """
         spread = getattr(self.model.config, "memory_positions", None) == "spread"
         return "slots" if spread and self.model.config.memory_token_id is not None else self.layout
 
