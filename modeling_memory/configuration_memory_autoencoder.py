@@ -124,6 +124,11 @@ class MemoryAutoencoderConfig(PreTrainedConfig):
                 "`expansion='unroll'` reads halves of the vector, but the decoder's `hidden_size` is 1. Widen the "
                 "decoder or use `expansion='repeat'`."
             )
+        if self.unroll_stride != 1 and self.expansion != "unroll":
+            raise ValueError(
+                f"`unroll_stride` is {self.unroll_stride}, but `expansion={self.expansion!r}` has no windows to move. "
+                "Leave it out, or use `expansion='unroll'`."
+            )
         if self.bottleneck_noise < 0:
             raise ValueError(f"`bottleneck_noise` is {self.bottleneck_noise}; expected 0 or a positive half-width.")
         if self.bottleneck_noise and self.bottleneck_size is None:

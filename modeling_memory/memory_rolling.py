@@ -300,7 +300,7 @@ class MemoryRollingMixin(MemoryMergingMixin):
         if self._takes_position_ids:
             positions = self.config.memory_span * torch.arange(memory_embeds.shape[1], device=memory_embeds.device)
             prefix["position_ids"] = positions.expand(memory_embeds.shape[:2])
-            prefix["attention_mask"] = torch.ones_like(prefix["position_ids"])  # else jumps are taken for packed texts
+            prefix["attention_mask"] = torch.ones_like(prefix["position_ids"])  # jumps are no packed texts
         return self.decoder.base_model(**prefix, past_key_values=cache, use_cache=True).past_key_values
 
     def _read_on(self, text: Text, cache: MemoryCache, columns: torch.Tensor | None = None, **options: Any) -> Reading:

@@ -116,7 +116,7 @@ class UnrollExpansion(RepeatExpansion):
     """Give the decoder at each position another window of the vector.
 
     Position i of a vector's stretch reads the D // 2 elements (s i, s i + 1, ...) mod D, mapped to width D by one
-    shared affine map. Stretches longer than D / s repeat: positions i and i + D read the same.
+    shared affine map. Long stretches repeat: positions i and i + D read the same.
 
     Args:
         num_memories (`int`): Vectors (K); vector j stands at the positions i with floor(i * K / L) = j.

@@ -37,6 +37,12 @@ def config(**fields):
         ({"absent_memories": "twos"}, "expected one of 'mask'"),
         ({"absent_memories": "ones"}, "memory_positions='fixed'"),
         ({"memory_positions": "fixed"}, "`max_memories`, which is not set"),
+        ({"memory_positions": "spread"}, "`max_memories`, which is not set"),
+        (
+            {"memory_positions": "spread", "max_memories": 6, "memories_per_chunk": 3},
+            "`chunk_length` 4 is no multiple",
+        ),
+        ({"memory_positions": "spread", "max_memories": 100}, "100, of 4 positions each.*need 404 positions"),
         ({"max_memories": -1}, "`max_memories` is -1"),
         ({"max_memories": 125}, "need 129 positions.*see 128"),
         ({"chunk_length": 256, "window_length": 256}, "need 256 positions"),

@@ -223,7 +223,10 @@ def test_a_second_card_is_the_same(model):
     [
         ({"vary_source": True}, "give back texts of whole windows up to 64 tokens"),
         ({"vary_source": False}, "give back texts of exactly 64 tokens"),
-        ({"shortened": 0.3}, "give back texts of up to 64 tokens (16 chunks) and to stop at their end; longer texts"),
+        (
+            {"shortened": 0.3},
+            "give back texts of up to 64 tokens (16 chunks), and to stop at the end of shorter ones; longer texts",
+        ),
     ],
 )
 def test_a_card_says_which_lengths_were_trained(data, said):

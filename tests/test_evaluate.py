@@ -229,6 +229,35 @@ def test_short_sources_count_only_with_their_end(monkeypatch: pytest.MonkeyPatch
     assert all(result["num_generated_rows"] == 3 for result in found.values())
 
 
+@pytest.mark.parametrize(
+    ("fields", "measured"),
+    [
+        ({"max_memories": 1, "memory_policy": "drop_oldest"}, [CHUNK // 2]),
+        ({"max_memories": 3, "memory_policy": "keep_nearest"}, [CHUNK // 2, CHUNK + CHUNK // 2]),
+        ({"memory_token_id": None}, []),
+    ],
+)
+def test_short_sources_that_do_not_fit_in_slots_are_left_out(fields: dict[str, Any], measured: list[int]):
+    found = evaluate_suite(evaluation(build_model(**fields)), "copy", random_ids(ROWS, 4 * CHUNK))
+    assert [int(length) for length in found["memory"]["short_sources"]] == measured
+
+
+@pytest.mark.parametrize(
+    ("decoder", "num_memories", "num_tokens", "fits"),
+    [
+        ({"max_position_embeddings": 20}, 3, 17, True),
+        ({"max_position_embeddings": 20}, 3, 18, False),
+        ({"sliding_window": 16}, 3, 13, True),
+        ({"sliding_window": 16}, 3, 14, False),
+    ],
+)
+def test_what_fits_is_what_the_decoder_sees(decoder: dict[str, Any], num_memories: int, num_tokens: int, fits: bool):
+    config = MemoryEncoderDecoderConfig(
+        encoder=tiny_encoder_config("masked_mixer"), decoder=tiny_decoder_config(**decoder), chunk_length=4
+    )
+    assert config.fits(num_memories, num_tokens) is fits
+
+
 def test_free_running_copy_of_a_perfect_copier_is_exact(monkeypatch: pytest.MonkeyPatch):
     model = build_model()
 

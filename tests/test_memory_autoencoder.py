@@ -396,6 +396,8 @@ def test_resized_vocabulary_saves_and_loads(tmp_path):
         ({"chunk_length": 0}, "`chunk_length` is 0"),
         ({"memories_per_chunk": 7}, "`memories_per_chunk` is 7, more than the 6 tokens"),
         ({"pooling": "max"}, "`pooling` is 'max'; expected one of 'last'"),
+        ({"expansion": "repeat", "unroll_stride": 2}, "has no windows to move"),
+        ({"unroll_stride": 0}, "`unroll_stride` is 0; expected a positive integer"),
         ({"expansion": "unfold"}, "`expansion` is 'unfold'; expected one of 'unroll', 'repeat'"),
         ({"bottleneck_size": 0}, "`bottleneck_size` is 0"),
         ({"bottleneck_noise": -0.1, "bottleneck_size": 2}, "`bottleneck_noise` is -0.1"),

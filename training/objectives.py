@@ -42,7 +42,7 @@ class SpecialTokens:
     Attributes:
         pad (`int`): Fills columns that the attention mask hides.
         bos (`int`, *optional*): Begins a document. No objective adds one.
-        eos (`int`, *optional*): Ends a document. No objective adds one.
+        eos (`int`, *optional*): Ends a document. Copies of sources that may end anywhere ask for it behind them.
         memory (`int`, *optional*): Slot that a memory takes; for the slots layout.
         copy (`int`, *optional*): Marker that asks for the source; for the copy objective.
         blank (`int`, *optional*): Token that shows nothing; for the blank copy objective.
@@ -243,7 +243,8 @@ def build_batch(
     """Build the inputs and targets of one objective from rows of tokens.
 
     Rows may be padded on either side; the batch is padded on the right and as wide as its longest row needs. Sources
-    are whole windows in every row, so that copy window m+i outputs exactly the tokens of source window i.
+    are whole windows in every row, so that copy window m+i outputs exactly the tokens of source window i; with `end`
+    they may end anywhere.
 
     Args:
         objective (`str`): `"causal"`, `"copy"`, `"blank_copy"`, `"reconstruction"` or `"distillation"`.

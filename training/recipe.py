@@ -553,14 +553,24 @@ def _check_shortened(stage: StageRecipe, recipe: Recipe, path: str) -> None:
     rows = stage.data
     if not 0 <= rows.shortened <= 1:
         raise ValueError(f"{path}.data.shortened is {rows.shortened}; it is a share: expected 0 to 1")
+    if not rows.shortened:
+        return
     copies = {"copy", "blank_copy"} & set(stage.objectives)
     in_slots = stage.kind == "memory" and rows.layout == "slots" and rows.marker == "token" and copies
-    plain = recipe.encoder_of(stage) is None and not (rows.documents or rows.vary_source or rows.encode_once)
-    if rows.shortened and not (plain and (stage.kind == "autoencoder" or in_slots)):
+    if stage.kind != "autoencoder" and not in_slots:
         raise ValueError(
-            f"{path}.data.shortened is for autoencoder stages and for copies with a marker in data.layout: slots, and "
-            "not with documents, vary_source, encode_once or an encoder with a tokenizer of its own; leave it out"
+            f"{path}.data.shortened is for autoencoder stages and for copies with a marker in data.layout: slots; "
+            "leave it out"
         )
+    others = {
+        "data.documents": rows.documents,
+        "data.vary_source": rows.vary_source,
+        "data.encode_once": rows.encode_once,
+        "an encoder with a tokenizer of its own": recipe.encoder_of(stage) is not None,
+    }
+    wrong = [name for name, is_set in others.items() if is_set]
+    if wrong:
+        raise ValueError(f"{path}.data.shortened does not go together with {' and '.join(wrong)}; leave one out")
 
 
 def _check_positive(value: int | None, path: str) -> None:

@@ -238,6 +238,8 @@ class ObjectiveCollator:
         """Cut some chunks of rows `(B, n)`, or some rows, short; return them with their mask."""
         length = self.chunk_length if objective == "reconstruction" else self.source_length or tokens.shape[1]
         if objective == "reconstruction":
+            if tokens.shape[1] % length:
+                return tokens, {}  # which is refused
             pieces = tokens.shape[1] // length
             tokens = tokens.reshape(-1, length)
             rows = (rows[:, None] * pieces + torch.arange(pieces)).flatten()

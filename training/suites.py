@@ -454,6 +454,8 @@ def retention_of_short_chunks(evaluation: Evaluation, rows: torch.Tensor) -> dic
 def copies_of_short_sources(evaluation: Evaluation, rows: torch.Tensor) -> dict[str, dict[str, Any]]:
     """Let a model write sources that end inside a chunk, in slots, until it ends by itself.
 
+    Lengths that do not fit beside their memories are left out: in slots nothing folds.
+
     Args:
         evaluation (`Evaluation`): The model and how to feed it.
         rows (`torch.LongTensor` of shape `(R, H)`): Sources; their beginnings are taken.
@@ -470,6 +472,9 @@ def copies_of_short_sources(evaluation: Evaluation, rows: torch.Tensor) -> dict[
     lengths = {half, length + half, rows.shape[1] - half} if len(usable) else set()
     results = {}
     for short in sorted(number for number in lengths if number < rows.shape[1]):
+        slots = -(-short // length) * config.memories_per_chunk
+        if not config.fits(slots, short + 1):
+            continue
         exact = 0
         for (own,) in _batches(evaluation.batch_size, usable[:, :short]):
             batch = build_batch(
