@@ -8,6 +8,7 @@ from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.generation.logits_process import LogitsProcessorList
 
 from .memory_cache import MemoryCache
+from .memory_merging import merge_plan
 from .memory_text import check_has_owner
 
 
@@ -173,7 +174,7 @@ class MemoryGenerationMixin(GenerationMixin):
         if rolling:
             self._check_memories_to_come(generation_config.max_length, model_kwargs)
         plain = model_kwargs.get("memory_embeds") is None and model_kwargs.get("inputs_embeds") is None
-        own_cache = rolling or (self.config.self_memory and plain) or self.config.memory_positions == "fixed"
+        own_cache = rolling or (self.config.self_memory and plain) or self.config.text_start is not None
         own_cache = own_cache or self.config.window_positions
         dynamic = generation_config.use_cache is not False and generation_config.cache_implementation in (
             None,
@@ -187,19 +188,29 @@ class MemoryGenerationMixin(GenerationMixin):
     def _check_memories_to_come(self, max_length: int, model_kwargs: dict[str, Any]) -> None:
         """Refuse before the first step what could not be written to its end for want of room for memories."""
         config, mask = self.config, model_kwargs.get("attention_mask")
-        if config.memory_policy != "error" or config.memory_capacity is None:
+        if config.memory_policy not in ("error", "merge") or config.memory_capacity is None:
             return
         memory_mask = model_kwargs.get("memory_mask")
         num_context = 0 if memory_mask is None else int(memory_mask.sum(1).max())
         padding = 0 if mask is None else mask.shape[1] - int(mask.sum(1).max())
         num_tokens = max_length - padding - num_context
         # The last token is written and not read, and a window folds when the token behind it is read.
-        num_memories = num_context + max(0, num_tokens - 2) // config.window_length * config.memories_per_window
-        if num_memories > config.memory_capacity:
+        num_folded = max(0, num_tokens - 2) // config.window_length
+        num_memories = num_context + num_folded * config.memories_per_window
+        if config.memory_policy == "merge":  # refuses what cannot be merged
+            merge_plan(
+                [],
+                num_folded + 1,
+                config.window_length // config.chunk_length,
+                (config.memory_capacity - num_context) // config.memories_per_chunk,
+                config.mergeable_chunks,
+            )
+        elif num_memories > config.memory_capacity:
             raise ValueError(
                 f"Prompt and new tokens may fold into {num_memories} memories, but the model takes "
                 f"{config.memory_capacity} (`max_memories` {config.max_memories}). Lower `max_new_tokens`, or let the "
-                "oldest make room (`model.config.memory_policy = 'drop_oldest'`) or the least alike ('keep_nearest')."
+                "oldest make room (`model.config.memory_policy = 'drop_oldest'`), or the least alike "
+                "('keep_nearest'), or let old neighbours be merged ('merge')."
             )
 
     def create_masks_for_generate(self, attention_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor | None:

@@ -33,6 +33,10 @@ class MemoryCache(DynamicCache):
         num_pinned (`torch.LongTensor` of shape `(B,)`): How many of the memories belong to the context in the slots,
             which stays in front whatever folds behind it.
         num_clear (`torch.LongTensor` of shape `(B,)`): How many of those are embedded tokens around the slots.
+        folded_input_ids (`torch.LongTensor` of shape `(B, F)`): Under `memory_policy="merge"` the tokens of all folded
+            windows; else none.
+        segment_sizes (`torch.LongTensor` of shape `(B, S)`): Under that policy the chunks that each K memories behind
+            the pinned stand for; 0 where a row has fewer.
         rolls_behind_slots (`bool`): Whether a text with slots that fills the cache folds behind them.
     """
 
@@ -48,6 +52,8 @@ class MemoryCache(DynamicCache):
         self.asked: Any = None
         self.num_pinned: Any = None
         self.num_clear: Any = None
+        self.folded_input_ids: Any = None
+        self.segment_sizes: Any = None
         self.rolls_behind_slots = False
 
     _row_state = (
@@ -59,7 +65,11 @@ class MemoryCache(DynamicCache):
         "asked",
         "num_pinned",
         "num_clear",
+        "folded_input_ids",
+        "segment_sizes",
     )
+
+    _merging_state = ("folded_input_ids", "segment_sizes")
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of text columns read so far, padding included."""
@@ -76,11 +86,13 @@ class MemoryCache(DynamicCache):
 
         Args:
             cache (`DynamicCache`): Cache of B rows and S columns.
-            state: Every attribute of the row state, see the class.
+            state: Every attribute of the row state, see the class. What merging needs may be left out where nothing
+                has folded, or under another policy.
         """
         self.layers = cache.layers
+        nothing = torch.zeros_like(state["window_input_ids"][:, :0])
         for name in self._row_state:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, nothing) if name in self._merging_state else state[name])
 
     def row_state(self) -> dict[str, torch.Tensor]:
         """Return the tensors of the row state by name."""
@@ -179,6 +191,39 @@ class MemoryCache(DynamicCache):
         fresh.rolls_behind_slots = self.rolls_behind_slots
         for name, value in vars(fresh).items():
             setattr(self, name, value)
+
+
+def join_rows(parts: list[tuple[DynamicCache, torch.Tensor]]) -> tuple[DynamicCache, torch.Tensor]:
+    """Put the rows of caches of unequal width under each other; the columns that some lack are empty.
+
+    Args:
+        parts (`list`): Caches with their column masks `(rows, columns)`.
+
+    Returns:
+        The joined cache, which is the first one, and its column mask.
+    """
+    cache, mask = parts[0]
+    if len(parts) > 1:
+        width = max(mask.shape[1] for _, mask in parts)
+        for layers in zip(*(part.layers for part, _ in parts), strict=True):
+            layers[0].keys = torch.cat([_widen(layer.keys, width, 2) for layer in layers])
+            layers[0].values = torch.cat([_widen(layer.values, width, 2) for layer in layers])
+        mask = torch.cat([_widen(mask, width) for _, mask in parts])
+    return cache, mask
+
+
+def share_columns(cache: DynamicCache, width: int, rows: torch.Tensor) -> DynamicCache:
+    """Return a cache of the first `width` columns of some rows of another, which stays as it is.
+
+    Args:
+        cache (`DynamicCache`): The cache to take from.
+        width (`int`): Columns to take.
+        rows (`torch.LongTensor` of shape `(R,)`): Rows to take; one may be taken more than once.
+    """
+    shared = DynamicCache()
+    for number, layer in enumerate(cache.layers if width else []):
+        shared.update(layer.keys[:, :, :width][rows], layer.values[:, :, :width][rows], number)
+    return shared
 
 
 def _widen(tensor: torch.Tensor, width: int, dim: int = 1) -> torch.Tensor:

@@ -16,6 +16,11 @@ from transformers.utils import ModelOutput
 from .memory_text import Text, is_compiling
 from .memory_windows import has_inner_padding, predicting_column
 
+TOKENS_PER_GROUP = {"cpu": 4096}
+"""Most tokens, memories among them, that are read at a time where no gradient is asked for, by type of device."""
+TOKENS_PER_GROUP_ELSEWHERE = 65536
+"""The same on other devices, which want large batches: bounds memory only."""
+
 
 @dataclass
 class Reading:
@@ -56,8 +61,10 @@ class MemoryDecodingMixin:
         """Run the decoder; returns features `(rows, columns, X)` and the decoder's output."""
         raise NotImplementedError
 
-    def _encode(self, chunk_ids: torch.Tensor, chunk_mask: torch.Tensor | None) -> torch.Tensor:
-        """Turn chunks `(n, L)` into memories `(n, K, D)`."""
+    def _encode(
+        self, chunk_ids: torch.Tensor, chunk_mask: torch.Tensor | None, num_memories: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Turn chunks `(n, L)` into memories `(n, K, D)`, of which the first `num_memories` `(n,)` count."""
         raise NotImplementedError
 
     def get_input_embeddings(self) -> nn.Module:
@@ -95,15 +102,21 @@ class MemoryDecodingMixin:
             Embeds `(P, R, D)`, mask `(P, R)` and positions `(P, R)`.
         """
         rank = (visible.cumsum(1) - 1).clamp(min=0)
+        span = self.config.memory_span
         if self.config.absent_memories == "mask":
-            return memory_embeds, visible, rank
+            return memory_embeds, visible, span * rank
         rows, room = len(visible), self.config.max_memories
         filler = float(self.config.absent_memories == "ones")
         block = memory_embeds.new_full((rows, room, memory_embeds.shape[2]), filler)
         row, column = visible.nonzero(as_tuple=True)
         block = block.index_put((row, rank[row, column]), memory_embeds[row, column])
-        positions = torch.arange(room, device=visible.device).expand(rows, room)
+        positions = span * torch.arange(room, device=visible.device).expand(rows, room)
         return block, torch.ones_like(positions), positions
+
+    def _text_start(self, num_in_front: torch.Tensor) -> torch.Tensor:
+        """Return the positions `(rows,)` at which texts start behind so many memories and tokens each."""
+        start = self.config.text_start
+        return num_in_front if start is None else torch.full_like(num_in_front, start)
 
     def _decode_behind(
         self,
@@ -139,17 +152,17 @@ class MemoryDecodingMixin:
         return (marked > 0) & mask.bool()
 
     def _places(self, rank: torch.Tensor, visible: torch.Tensor, asked: torch.Tensor) -> torch.Tensor | None:
-        """Return places in the window `(B, T)` from ranks, -1 where a token is not told its place.
+        """Return places in the window, or in its chunk, `(B, T)` from ranks, -1 where a token is not told its place.
 
         It is told in rows that see some of the memories `(B, M)`, from the text's first marker on (`asked`, `(B, T)`).
         """
         if self.window_positions is None:
             return None
         told = visible.bool().any(1, keepdim=True) & asked
-        return torch.where(told, rank.clamp(min=0) % self.config.window_length, -1)
+        return torch.where(told, rank.clamp(min=0) % self.config.num_places, -1)
 
     def _tell_places(self, embeds: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
-        """Add to embeddings `(B, T, D)` what tells tokens their places in the window."""
+        """Add to embeddings `(B, T, D)` what tells tokens their places."""
         if self.window_positions is None or places is None:
             return embeds
         told = self.window_positions(places.clamp(min=0)) * (places >= 0)[..., None]
@@ -170,6 +183,26 @@ class MemoryDecodingMixin:
     @property
     def _has_slots(self) -> bool:
         return self.config.memory_token_id is not None
+
+
+def row_groups(num_rows: int, tokens_per_row: int, device: torch.device) -> list[slice]:
+    """Cut rows into groups of at most `TOKENS_PER_GROUP` tokens, or of one row.
+
+    All rows are one group where gradients are asked for, since the graph keeps what every row needs anyway, and where
+    the code is compiled.
+
+    Args:
+        num_rows (`int`): Rows: chunks to encode or windows to decode, which do not see each other.
+        tokens_per_row (`int`): Tokens of a row, memories among them.
+        device (`torch.device`): Where they are read.
+
+    Returns:
+        `list[slice]`: The groups, in order.
+    """
+    if torch.is_grad_enabled() or is_compiling():
+        return [slice(num_rows)]
+    step = max(1, TOKENS_PER_GROUP.get(device.type, TOKENS_PER_GROUP_ELSEWHERE) // tokens_per_row)
+    return [slice(start, start + step) for start in range(0, num_rows, step)]
 
 
 def is_checkpointing(model: PreTrainedModel) -> bool:

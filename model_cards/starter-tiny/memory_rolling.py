@@ -4,26 +4,27 @@ B rows, T columns, K memories per chunk, M memories of a row, N windows of a row
 rows, R room for memories in front, D decoder width, X features.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache
-from transformers.utils import ModelOutput
 
-from .memory_cache import MemoryCache
-from .memory_decoding import MemoryDecodingMixin, Reading, is_checkpointing
+from .memory_cache import MemoryCache, join_rows, share_columns
+from .memory_decoding import Reading, is_checkpointing, row_groups
+from .memory_merging import MemoryMergingMixin
 from .memory_text import Text, check_capacity, is_compiling
 from .memory_windows import Windows, pack_present, scatter_present, split_windows
 
 
-class MemoryRollingMixin(MemoryDecodingMixin):
+class MemoryRollingMixin(MemoryMergingMixin):
     """How a text that outgrows its window folds into memories."""
 
     def _read_windows(
         self,
         text: Text,
         cache: MemoryCache | None,
-        prior: tuple[torch.Tensor, ...] | None = None,
+        prior: dict[str, torch.Tensor] | None = None,
         columns: torch.Tensor | None = None,
         **options: Any,
     ) -> Reading:
@@ -32,9 +33,8 @@ class MemoryRollingMixin(MemoryDecodingMixin):
         Args:
             text (`Text`): Token ids of shape `(B, T)`.
             cache ([`MemoryCache`], *optional*): An empty cache to fill with each row's last window.
-            prior (`tuple`, *optional*): What stands before the whole text: memories `(B, M, D)`, their mask `(B, M)`,
-                whether a marker has been read `(B,)`, how many of them belong to a context that stays `(B,)`, and how
-                many of those are tokens in clear `(B,)`.
+            prior (`dict`, *optional*): What stands before the whole text: of the row state of a [`MemoryCache`] all
+                that is not about the open window.
             columns (`torch.LongTensor`, *optional*): Text columns whose features are wanted.
             options: Passed to the decoder.
         """
@@ -58,39 +58,52 @@ class MemoryRollingMixin(MemoryDecodingMixin):
         memory_embeds, memory_mask = self._fold(windows)  # (B, M, D), (B, M)
         num_prior = num_pinned = num_clear = torch.zeros_like(windows.counts)
         if prior is not None:
-            num_prior, num_pinned, num_clear = prior[1].sum(1), prior[3], prior[4]
+            num_prior, num_pinned, num_clear = prior["memory_mask"].sum(1), prior["num_pinned"], prior["num_clear"]
             memory_embeds, memory_mask = pack_present(
-                torch.cat([prior[0].to(memory_embeds), memory_embeds], 1),
-                torch.cat([prior[1].to(memory_mask), memory_mask], 1),
+                torch.cat([prior["memory_embeds"].to(memory_embeds), memory_embeds], 1),
+                torch.cat([prior["memory_mask"].to(memory_mask), memory_mask], 1),
             )
+        policy = self.config.memory_policy
+        merging = self._folded_text(windows, prior) if policy == "merge" else {}
         room = self._check_room(memory_mask, num_clear)
         first_marker = self._first_marker(windows)  # (B,)
         if prior is not None:
-            first_marker = first_marker.masked_fill(prior[2], -1)
+            first_marker = first_marker.masked_fill(prior["asked"], -1)
         if columns is not None and not options.get("output_hidden_states") and not is_compiling():
             windows, columns = windows.keep(columns), None
 
         num_visible = num_prior[windows.row] + windows.index * self.config.memories_per_window  # (P,)
         number = torch.arange(memory_mask.shape[1], device=num_visible.device)
         visible = number < num_visible[:, None]  # (P, M)
-        if room is not None:  # those of the context stay
-            pinned, clear = num_pinned[windows.row, None], num_clear[windows.row, None]
-            if self.config.memory_policy == "drop_oldest":
-                visible &= (number < pinned) | (number >= num_visible[:, None] - room + pinned - clear)
+        if room is not None and policy == "merge":
+            memory_embeds, born, died, merging["segment_sizes"] = self._merge(
+                memory_embeds, prior, room, windows.counts, merging["folded_input_ids"]
+            )
+            visible = (born[windows.row] <= windows.index[:, None]) & (windows.index[:, None] < died[windows.row])
+        elif room is not None:  # those of the context stay
+            pinned = num_pinned[windows.row, None]  # (P, 1)
+            num_kept = room - pinned + num_clear[windows.row, None]
+            if policy == "drop_oldest":
+                visible &= (number < pinned) | (number >= num_visible[:, None] - num_kept)
             else:
-                visible = self._nearest(memory_embeds[windows.row], visible, number < pinned, room - pinned + clear)
-        features, outputs, column_mask = self._decode_windows(
-            windows, memory_embeds, visible.long(), first_marker, shared=room is None, **options
+                nearest = [
+                    self._nearest(
+                        memory_embeds[windows.row[part]], visible[part], number < pinned[part], num_kept[part]
+                    )
+                    for part in row_groups(len(visible), visible.shape[1], visible.device)
+                ]
+                visible = torch.cat(nearest)
+        features, hidden_states, opened = self._decode_windows(
+            windows, memory_embeds, visible.long(), first_marker, room is None, cache is not None, **options
         )
+        if room is not None and policy != "keep_nearest":
+            memory_embeds, memory_mask = pack_present(memory_embeds, visible[windows.last].long())
         if cache is not None:
             last = windows.last
-            if room is not None and self.config.memory_policy == "drop_oldest":
-                memory_embeds, memory_mask = pack_present(memory_embeds, visible[last].long())
-            decoder_cache = outputs.past_key_values
-            decoder_cache.batch_select_indices(last)
+            decoder_cache, column_mask = opened
             cache.start(
                 decoder_cache,
-                column_mask=column_mask[last],
+                column_mask=column_mask,
                 window_input_ids=windows.input_ids[last],
                 window_fill=windows.attention_mask[last].sum(1),
                 memory_embeds=memory_embeds.detach(),
@@ -98,12 +111,11 @@ class MemoryRollingMixin(MemoryDecodingMixin):
                 asked=first_marker < (windows.counts - 1) * self.config.window_length,
                 num_pinned=num_pinned,
                 num_clear=num_clear,
+                **merging,
             )
             cache.num_columns = text.length
-        hidden_states = outputs.hidden_states
         if hidden_states is not None:
-            length = windows.input_ids.shape[1]
-            hidden_states = tuple(windows.lay_back(states[:, -length:]) for states in hidden_states)
+            hidden_states = tuple(windows.lay_back(states) for states in hidden_states)
         features = windows.lay_back(features)  # (B, T, X)
         return Reading(
             features if columns is None else features[:, columns],
@@ -204,62 +216,92 @@ class MemoryRollingMixin(MemoryDecodingMixin):
         memory_embeds: torch.Tensor,
         visible: torch.Tensor,
         first_marker: torch.Tensor,
-        shared: bool = True,
+        shared: bool,
+        keep_cache: bool,
         **options: Any,
-    ) -> tuple[torch.Tensor, ModelOutput, torch.Tensor]:
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, Any]:
         """Decode windows `(P, W)`, each behind the memories of its row that are visible to it.
 
         The memories of a row do not depend on the window behind them, so they run through the decoder once and their
         keys and values are shared by the row's windows. Where that cannot be (not `shared`: a policy chose;
         constant fillers differ by window; activation checkpointing switches the cache off) each window gets a row of
         its own, memories included.
+        Without gradients windows are decoded in groups, so that memory does not grow with the text.
         `first_marker` `(B,)` is the rank of each text's first COPY or BLANK.
 
         Returns:
-            Features `(P, W, X)`, the decoder's output, and the mask over the columns of its cache `(P, columns)`.
+            Features `(P, W, X)`, hidden states `(P, W, D)` of all layers if asked for, and if `keep_cache` the cache
+            of each row's last window with the mask over its columns `(B, columns)`.
         """
         window_length = windows.input_ids.shape[1]
         offsets = torch.arange(window_length, device=visible.device)
-        fixed = self.config.memory_positions == "fixed"
-        start = torch.full_like(windows.row, self.config.max_memories) if fixed else visible.sum(1)
-        positions = start[:, None] + offsets  # (P, W)
+        positions = self._text_start(visible.sum(1))[:, None] + offsets  # (P, W)
         rank = (windows.index * window_length)[:, None] + offsets
         places = self._places(offsets, visible, rank >= first_marker[windows.row][:, None])
         options.setdefault("use_cache", True)
+        prefix_cache = None
         if shared and self.config.absent_memories == "mask" and not is_checkpointing(self.decoder):
-            column_mask = torch.cat([visible, windows.attention_mask], 1)  # (P, M + W)
-            prefix_cache = DynamicCache()
-            if memory_embeds.shape[1]:
-                memory_positions = torch.arange(memory_embeds.shape[1], device=visible.device)
-                memory_positions = memory_positions.expand(memory_embeds.shape[:2])
-                prefix = {"inputs_embeds": memory_embeds, "position_ids": memory_positions}
-                if not self._takes_position_ids:
-                    prefix.pop("position_ids")
-                prefix_cache = self.decoder.base_model(
-                    **prefix, past_key_values=prefix_cache, use_cache=True
-                ).past_key_values
-                prefix_cache.batch_select_indices(windows.row)
-            features, outputs = self._decode(
-                **self._token_inputs(windows.input_ids, places),
-                attention_mask=column_mask,
-                position_ids=positions,
-                past_key_values=prefix_cache,
-                **options,
-            )
-            return features, outputs, column_mask
-        seen, visible = (
-            (memory_embeds[windows.row], visible) if shared else pack_present(memory_embeds[windows.row], visible)
+            prefix_cache = self._decode_prefix(memory_embeds)
+        is_last = windows.index == windows.counts[windows.row] - 1
+        features, hidden_states, opened = [], [], []
+        num_seen = memory_embeds.shape[1] if shared else int(visible.sum(1).max())
+        groups = row_groups(len(visible), window_length + num_seen, visible.device)
+        for part in groups:
+            row, seen, mask = windows.row[part], visible[part], windows.attention_mask[part]
+            told = None if places is None else places[part]
+            if prefix_cache is not None:
+                decoder_cache = prefix_cache
+                if len(groups) == 1:
+                    if memory_embeds.shape[1]:
+                        decoder_cache.batch_select_indices(row)
+                else:
+                    seen = seen[:, : int(seen.sum(1).max())]
+                    decoder_cache = share_columns(prefix_cache, seen.shape[1], row)
+                column_mask = torch.cat([seen, mask], 1)  # (rows, M + W)
+                window_features, outputs = self._decode(
+                    **self._token_inputs(windows.input_ids[part], told),
+                    attention_mask=column_mask,
+                    position_ids=positions[part],
+                    past_key_values=decoder_cache,
+                    **options,
+                )
+            else:
+                if shared:
+                    embeds = memory_embeds[row]
+                else:
+                    embeds, seen = pack_present(memory_embeds, seen, row)
+                window_features, outputs, column_mask = self._decode_behind(
+                    self._memory_block(embeds, seen),
+                    self._embed(windows.input_ids[part], told),
+                    mask,
+                    positions[part],
+                    None,
+                    **options,
+                )
+            features.append(window_features[:, -window_length:])
+            if outputs.hidden_states is not None:
+                hidden_states.append([states[:, -window_length:] for states in outputs.hidden_states])
+            if keep_cache and (len(groups) == 1 or is_last[part].any()):
+                last = is_last[part].nonzero()[:, 0]
+                outputs.past_key_values.batch_select_indices(last)
+                opened.append((outputs.past_key_values, column_mask[last]))
+        return (
+            _join(features),
+            tuple(map(_join, zip(*hidden_states, strict=True))) if hidden_states else None,
+            join_rows(opened) if keep_cache else None,
         )
-        block = self._memory_block(seen, visible)
-        features, outputs, column_mask = self._decode_behind(
-            block,
-            self._embed(windows.input_ids, places),
-            windows.attention_mask,
-            positions,
-            None,
-            **options,
-        )
-        return features[:, -window_length:], outputs, column_mask
+
+    def _decode_prefix(self, memory_embeds: torch.Tensor) -> DynamicCache:
+        """Run memories `(B, M, D)` through the decoder; returns their keys and values."""
+        cache = DynamicCache()
+        if memory_embeds.shape[1] == 0:
+            return cache
+        prefix = {"inputs_embeds": memory_embeds}
+        if self._takes_position_ids:
+            positions = self.config.memory_span * torch.arange(memory_embeds.shape[1], device=memory_embeds.device)
+            prefix["position_ids"] = positions.expand(memory_embeds.shape[:2])
+            prefix["attention_mask"] = torch.ones_like(prefix["position_ids"])  # jumps are no packed texts
+        return self.decoder.base_model(**prefix, past_key_values=cache, use_cache=True).past_key_values
 
     def _read_on(self, text: Text, cache: MemoryCache, columns: torch.Tensor | None = None, **options: Any) -> Reading:
         """Read the next tokens of texts that a memory cache began; full windows fold, each row's at its moment."""
@@ -293,11 +335,9 @@ class MemoryRollingMixin(MemoryDecodingMixin):
         self, text: Text, mask: torch.Tensor, cache: MemoryCache, columns: torch.Tensor | None, **options: Any
     ) -> Reading:
         """Read tokens behind those of the open windows."""
-        fixed = self.config.memory_positions == "fixed"
         in_front = cache.column_mask.sum(1) - cache.window_fill  # not all memories of the cache, if a policy chose
-        start = torch.full_like(in_front, self.config.max_memories) if fixed else in_front
         offsets = cache.window_fill[:, None] + mask.cumsum(1) - 1  # (B, Q)
-        positions = start[:, None] + offsets
+        positions = self._text_start(in_front)[:, None] + offsets
         columns_of_window = torch.arange(cache.window_input_ids.shape[1], device=mask.device)
         filled = columns_of_window < cache.window_fill[:, None]
         seen = cache.asked | self._markers(cache.window_input_ids, filled).any(1)
@@ -333,8 +373,7 @@ class MemoryRollingMixin(MemoryDecodingMixin):
         )
         wanted = torch.arange(text.length, device=rows.device)
         wanted = wanted if columns is None else wanted[columns]
-        names = ("memory_embeds", "memory_mask", "asked", "num_pinned", "num_clear")
-        prior = tuple(getattr(cache, name)[rows] for name in names)
+        prior = {name: state[rows] for name, state in cache.row_state().items()}
         reading = self._read_windows(opened, MemoryCache(), prior, columns=length + wanted, **options)
         if reading.hidden_states is not None:
             reading.hidden_states = tuple(states[:, length:] for states in reading.hidden_states)
@@ -348,3 +387,7 @@ class MemoryRollingMixin(MemoryDecodingMixin):
         marked = self._markers(windows.input_ids, windows.attention_mask)
         rank = torch.where(marked, rank, none.max()).amin(1)  # (P,)
         return none.scatter_reduce(0, windows.row, rank, "amin")
+
+
+def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

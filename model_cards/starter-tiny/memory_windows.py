@@ -152,9 +152,14 @@ def scatter_present(values: torch.Tensor, present: torch.Tensor) -> torch.Tensor
     return values.new_zeros(*present.shape, *values.shape[1:]).index_put((present,), values)
 
 
-def pack_present(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move the present values `(B, M, X)` of each row to the front and drop columns that no row needs."""
+def pack_present(
+    values: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move the present values `(B, M, X)` of each row to the front and drop columns that no row needs.
+
+    With `rows` `(P,)` each mask `(P, M)` is about that row of the values, and so is what is returned.
+    """
     width = int(mask.sum(1).max()) if mask.shape[1] else 0
     order = torch.argsort(mask, dim=1, descending=True, stable=True)[:, :width]
-    row = torch.arange(len(mask), device=mask.device)[:, None]
-    return values[row, order], mask[row, order]
+    rows = torch.arange(len(mask), device=mask.device) if rows is None else rows
+    return values[rows[:, None], order], mask.gather(1, order)

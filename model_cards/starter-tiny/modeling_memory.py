@@ -41,8 +41,9 @@ from .configuration_memory import AUTO_MAP, MemoryEncoderDecoderConfig, allot_me
 from .generation_memory import MemoryGenerationMixin
 from .memory_adapters import MemoryAdapterMixin, adapted_modules, inject_adapters, is_adapter
 from .memory_cache import MemoryCache  # noqa: F401
-from .memory_decoding import MemoryDecodingMixin  # noqa: F401
+from .memory_decoding import MemoryDecodingMixin, row_groups  # noqa: F401
 from .memory_encoder import build_encoder, encode_chunks
+from .memory_merging import MemoryMergingMixin  # noqa: F401
 from .memory_parts import (
     HUB_OPTIONS,
     check_decoder,
@@ -248,7 +249,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
         self.decoder = build_decoder(config.decoder) if decoder is None else decoder
         self.window_positions = None
         if config.window_positions:
-            self.window_positions = nn.Embedding(config.window_length, config.decoder.hidden_size)
+            self.window_positions = nn.Embedding(config.num_places, config.decoder.hidden_size)
         # One object a config: what is set on the child (attention implementation, vocabulary size) is set here too.
         self.config.encoder, self.config.decoder = self.encoder.config, self.decoder.config
         arguments = inspect.signature(self.decoder.forward).parameters
@@ -494,12 +495,20 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
     def _encode(
         self, chunk_ids: torch.Tensor, chunk_mask: torch.Tensor | None, num_memories: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Encode chunks `(n, L)` into memories `(n, K, D)`; the encoder runs once for all of them."""
+        """Encode chunks `(n, L)` into memories `(n, K, D)`; the encoder runs once for all, or for each group."""
         if len(chunk_ids) == 0:
             shape = 0, self.config.memories_per_chunk, self.config.decoder.hidden_size
             return torch.zeros(shape, dtype=self.decoder.dtype, device=chunk_ids.device)
         check_ids("The encoder", "context_input_ids", chunk_ids, getattr(self.config.encoder, "vocab_size", None))
-        memory_states = encode_chunks(self.encoder, self.pooling, chunk_ids, chunk_mask, num_memories)  # (n, K, E)
+        inputs = chunk_ids, chunk_mask, num_memories
+        memory_states = torch.cat(
+            [
+                encode_chunks(
+                    self.encoder, self.pooling, *(None if given is None else given[part] for given in inputs)
+                )
+                for part in row_groups(len(chunk_ids), chunk_ids.shape[1], chunk_ids.device)
+            ]
+        )  # (n, K, E)
         return self.projector(memory_states.to(self.decoder.dtype))
 
     def forward(
