@@ -218,6 +218,17 @@ def test_a_second_card_is_the_same(model):
     assert str(render_card(model, RECORD)) == str(render_card(model, json.loads(json.dumps(RECORD))))
 
 
+def test_a_stage_on_short_sources_keeps_what_an_earlier_one_learnt_of_long_ones():
+    data = {"row_length": 640, "source_length": 512, "shortened": 0.3}
+    long = {"name": "copy", "objectives": {"copy": 1.0}, "data": data}
+    short = {**long, "name": "ends", "from": {"model": "copy"}, "data": {**data, "source_length": 128}}
+    record = {"published_stage": "ends", "recipe": {"stages": [long, short]}}
+    assert copied_length(record) == {"tokens": 512, "lengths": "any"}
+    assert copied_length({**record, "published_stage": "copy"}) == {"tokens": 512, "lengths": "any"}
+    short["data"]["shortened"] = 0.0
+    assert copied_length(record) == {"tokens": 128, "lengths": "exactly"}
+
+
 @pytest.mark.parametrize(
     ("data", "said"),
     [

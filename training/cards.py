@@ -197,7 +197,11 @@ def copied_length(record: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     data = stage["data"]
     lengths = "any" if data.get("shortened") else "windows" if data.get("vary_source") else "exactly"
-    return {"tokens": data.get("source_length") or data["row_length"], "lengths": lengths}
+    tokens = data.get("source_length") or data["row_length"]
+    earlier = copied_length({**record, "published_stage": (stage.get("from") or {}).get("model")})
+    if lengths == "any" and earlier is not None:  # of any length, so what an earlier stage learnt of longer ones counts
+        tokens = max(tokens, earlier["tokens"])
+    return {"tokens": tokens, "lengths": lengths}
 
 
 def card_results(record: Mapping[str, Any]) -> list[dict[str, Any]]:
