@@ -33,7 +33,7 @@ CORPORA = REPOSITORY / "training" / "corpora"
 TEXTS = ("books", "wikinews")
 SPLITS = ("validation", "test")
 KEPT = ("token_accuracy", "token_accuracy_interval", "loss", "num_tokens", "num_rows", "short_chunks")
-MEBIBYTE = 2**20
+ROW_LENGTH = 512
 
 # Seconds from imported libraries to a model that can be called, in a process that has loaded nothing yet.
 LOADING = """
@@ -53,7 +53,7 @@ def measure_starter(folder: Path, *, limit: int, repetitions: int) -> Record:
 
     Args:
         folder (`Path`): A starter's Hub folder.
-        limit (`int`): Most rows of a suite.
+        limit (`int`): Most rows of 512 tokens of a suite; of shorter rows as many more.
         repetitions (`int`): Times that it is loaded.
     """
     model, _ = load_checkpoint(folder)
@@ -83,8 +83,9 @@ def measure_starter(folder: Path, *, limit: int, repetitions: int) -> Record:
     for text in TEXTS:
         for split in SPLITS:
             documents = load_texts([CORPORA / text / f"{split}.parquet"])
+            rows = limit * ROW_LENGTH // (length or config.chunk_length)
             metrics = evaluate(
-                model, tokenizer, documents, suites, limit=limit, length=length, batch_size=16, num_generated_rows=0
+                model, tokenizer, documents, suites, limit=rows, length=length, batch_size=16, num_generated_rows=0
             )
             found["splits"][f"{text}, {split}"] = {
                 suite: {
@@ -163,7 +164,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.starters", description="Measure the starters as they are published."
     )
     parser.add_argument("folders", nargs="*", help="folders (default: all of model_cards/)")
-    parser.add_argument("--limit", type=int, default=256, metavar="N", help="most rows of a suite (default 256)")
+    parser.add_argument("--limit", type=int, default=64, metavar="N", help="most rows of 512 tokens (default 64)")
     parser.add_argument("--repetitions", type=int, default=3, metavar="N", help="times each is loaded (default 3)")
     parser.add_argument("--threads", type=int, metavar="N", help="processor threads")
     parser.add_argument("--out", help="where the record goes (default: benchmarks/results/starters.json)")

@@ -199,7 +199,9 @@ def copied_length(record: Mapping[str, Any]) -> dict[str, Any] | None:
     lengths = "any" if data.get("shortened") else "windows" if data.get("vary_source") else "exactly"
     tokens = data.get("source_length") or data["row_length"]
     earlier = copied_length({**record, "published_stage": (stage.get("from") or {}).get("model")})
-    if lengths == "any" and earlier is not None:  # of any length, so what an earlier stage learnt of longer ones counts
+    if (
+        lengths == "any" and earlier is not None
+    ):  # of any length, so what an earlier stage learnt of longer ones counts
         tokens = max(tokens, earlier["tokens"])
     return {"tokens": tokens, "lengths": lengths}
 
