@@ -144,7 +144,8 @@ def goal_and_result(found: Record) -> tuple[str, str]:
             f"copy {lowest(found, 'copy')}"
         )
         if "no_memory_model" in clm:
-            reached += f"; causal {clm['memory']['loss']:.3f}, no memory {clm['no_memory_model']['loss']:.3f}"
+            memory, without = clm["memory"]["loss"], clm["no_memory_model"]["loss"]
+            reached += f"; causal {memory:.3f}, no memory {without:.3f}{'' if memory < without else ' (missed)'}"
         return goal, reached
     validation = next(iter(found["run_metrics"].values()), {}).get("validation_split", {})
     return "a causal decoder", f"{validation['loss']:.3f} nats per token" if "loss" in validation else "not measured"
