@@ -33,9 +33,9 @@ def one_step(name: str, folder: str) -> list[str]:
     recipe = load_recipe(name)
     overrides = [
         f"output_dir={folder}",
-        f"data.train=[{SMALL / 'books' / 'validation.parquet'}]",
-        f"data.validation=[{SMALL / 'wikinews' / 'validation.parquet'}]",
-        f"data.test=[{SMALL / 'wikinews' / 'test.parquet'}]",
+        "data.train=[training/corpora/books/validation.parquet]",
+        "data.validation=[training/corpora/wikinews/validation.parquet]",
+        "data.test=[training/corpora/wikinews/test.parquet]",
         "data.max_train_tokens=50000",
         "tokenizer.max_train_bytes=200000",
         "evaluation.num_rows=2",

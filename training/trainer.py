@@ -206,7 +206,6 @@ class MemoryTrainer(Trainer):
         )
         self.objectives = objectives
         self.training = training
-        self._evaluation_collator = getattr(data_collator, "for_evaluation", lambda: data_collator)()
         self._check_sharding(data_collator)
         if training.gradient_checkpointing:
             checkpoint_activations(self.model)
@@ -386,7 +385,8 @@ class MemoryTrainer(Trainer):
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """Return validation batches as `Trainer` does, made by the collator's `for_evaluation()` if it has one."""
-        of_training, self.data_collator = self.data_collator, self._evaluation_collator
+        of_training = self.data_collator
+        self.data_collator = getattr(of_training, "for_evaluation", lambda: of_training)()
         try:
             return super().get_eval_dataloader(*args, **kwargs)
         finally:
