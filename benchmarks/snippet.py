@@ -21,7 +21,7 @@ from training.record import read_json
 from training.strict_yaml import REPOSITORY, portable_path
 
 # Of a run whose models a snippet loads: what tells which run it was.
-RUN_RECORD = "runs/quickstart/record.json"
+RUN_RECORD = "model_cards/starter-tiny/record.json"
 
 
 def find_snippet(page: str, name: str) -> str:

@@ -10,7 +10,7 @@ from .configuration_masked_mixer import MaskedMixerConfig
 
 POOLINGS = ("last", "mean", "first", "queries", "pooled_queries")
 PROJECTOR_TYPES = ("identity", "linear", "mlp", "bottleneck")
-MEMORY_POSITIONS = ("contiguous", "fixed")
+MEMORY_POSITIONS = ("contiguous", "fixed", "spread")
 ABSENT_MEMORIES = ("mask", "ones", "zeros")
 MEMORY_POLICIES = ("error", "drop_oldest", "keep_nearest", "merge")
 FORMAT_VERSION = 1
@@ -131,14 +131,18 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         copy_token_id (`int`, *optional*): Id of the marker that asks for a copy; a real row of both token tables.
         blank_token_id (`int`, *optional*): Id of the blank of the blank-copy objective; a real row likewise.
         window_positions (`bool`): Whether tokens behind memories are told, from the text's first COPY or BLANK on,
-            their place in the window, by a learned vector added to their embedding. With rotary positions alone a
-            decoder takes several times longer to learn which part of a memory to write where. Other text is as the
-            decoder knows it.
+            their place in the window, with spread memories in its chunk, by a learned vector added to their embedding.
+            With rotary positions alone a decoder takes several times longer to learn which part of a memory to write
+            where. Other text is as the decoder knows it.
         memory_positions (`str`): `"contiguous"`: text follows its memories directly. `"fixed"`: text starts after
-            room for `max_memories`, the paper's layout.
-        absent_memories (`str`): `"mask"`, or with fixed positions `"ones"` or `"zeros"`, the paper's constant fillers.
+            room for `max_memories`, the paper's layout. `"spread"`: likewise, and each memory takes as many positions
+            as it stands for tokens, L / K. In a copy of a context in slots, the memory that holds a token is then
+            always as far back, however many memories there are. Memories are counted, so budgets, merged memories and
+            windows that fold meanwhile do not keep that distance.
+        absent_memories (`str`): `"mask"`, or with fixed or spread positions `"ones"` or `"zeros"`, the paper's
+            constant fillers.
         max_memories (`int`, *optional*): Most memory vectors a text may need. Default: what the decoder's positions
-            and attention windows leave beside one window; required by fixed positions.
+            and attention windows leave beside one window; required by fixed and spread positions.
         memory_policy (`str`): What happens when a text folds into more memories than `max_memories` or the decoder's
             positions allow: `"error"`; `"drop_oldest"`: the oldest make room; `"keep_nearest"`: each window sees the
             memories of the window before it and those most like them (cosine), and all are kept, since the next may
@@ -237,6 +241,23 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         return self.window_length // self.chunk_length * self.memories_per_chunk
 
     @property
+    def memory_span(self) -> int:
+        """Positions from one memory to the next."""
+        return self.chunk_length // self.memories_per_chunk if self.memory_positions == "spread" else 1
+
+    @property
+    def num_places(self) -> int:
+        """Places that `window_positions` tells apart: of a window, or of a chunk where positions tell the chunk."""
+        return self.chunk_length if self.memory_positions == "spread" else self.window_length
+
+    @property
+    def text_start(self) -> int | None:
+        """Position at which text starts, whatever stands before it; `None`: right behind its memories."""
+        if self.memory_positions == "contiguous" or self.max_memories is None:
+            return None
+        return self.max_memories * self.memory_span
+
+    @property
     def memory_capacity(self) -> int | None:
         """Most memory vectors a text may have: `max_memories`, else what the decoder sees beside one window."""
         if self.max_memories is not None:
@@ -251,6 +272,20 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         if limit is None:
             return None
         return 2 ** (self.memories_per_chunk * max(1, limit // self.chunk_length)).bit_length() // 2
+
+    def fits(self, num_memories: int, num_tokens: int) -> bool:
+        """Whether the decoder sees so many memories and tokens in clear behind them, none of which folds.
+
+        Args:
+            num_memories (`int`): Vectors in front.
+            num_tokens (`int`): Tokens behind them.
+        """
+        if self.max_memories is not None and num_memories > self.max_memories:
+            return False
+        table = getattr(self.decoder, "max_position_embeddings", None)
+        view = smallest_attention_window(self.decoder)
+        start = num_memories if self.text_start is None else self.text_start
+        return (table is None or start + num_tokens <= table) and (view is None or num_memories + num_tokens <= view)
 
     def memories_within(self, num_bytes: int, bytes_per_value: int = 2) -> int:
         """Return how many memories fit into so many bytes, as stored: D values each.
@@ -401,14 +436,23 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
             raise ValueError(f"`initializer_range` is {self.initializer_range}; expected 0 or more.")
 
     def _validate_layout(self) -> None:
-        if self.absent_memories != "mask" and self.memory_positions != "fixed":
+        if self.absent_memories != "mask" and self.memory_positions == "contiguous":
             raise ValueError(
                 f"`absent_memories={self.absent_memories!r}` fills the room that fixed positions reserve, but "
                 f"`memory_positions` is {self.memory_positions!r}. Set `memory_positions='fixed'` or "
                 "`absent_memories='mask'`."
             )
-        if self.memory_positions == "fixed" and self.max_memories is None:
-            raise ValueError("`memory_positions='fixed'` reserves room for `max_memories`, which is not set. Set it.")
+        if self.memory_positions == "spread" and self.chunk_length % self.memories_per_chunk:
+            raise ValueError(
+                f"`memory_positions='spread'` gives each of the {self.memories_per_chunk} memories of a chunk as many "
+                f"positions as it stands for tokens, but `chunk_length` {self.chunk_length} is no multiple. Choose "
+                "`memories_per_chunk` to divide it, or other positions."
+            )
+        if self.memory_positions != "contiguous" and self.max_memories is None:
+            raise ValueError(
+                f"`memory_positions={self.memory_positions!r}` reserves room for `max_memories`, which is not set. "
+                "Set it."
+            )
         if self.max_memories is not None and self.max_memories < 0:
             raise ValueError(f"`max_memories` is {self.max_memories}; expected 0 or more vectors.")
         if self.max_memories == 0 and self.memory_policy == "keep_nearest":
@@ -417,14 +461,16 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
             )
         if self.memory_policy == "merge":
             self._validate_merging()
-        room = self._decoder_room()
-        needed = (self.max_memories or 0) + self.window_length
-        if room is not None and needed > room:
+        table = getattr(self.decoder, "max_position_embeddings", None)
+        view = smallest_attention_window(self.decoder)  # of columns, whatever their positions
+        columns = (self.max_memories or 0) + self.window_length
+        positions = (self.max_memories or 0) * self.memory_span + self.window_length
+        if (table is not None and positions > table) or (view is not None and columns > view):
             raise ValueError(
-                f"`max_memories` ({self.max_memories or 0}) and `window_length` ({self.window_length}) need {needed} "
-                f"positions, but the decoder's layers see {room} (max_position_embeddings "
-                f"{getattr(self.decoder, 'max_position_embeddings', None)}, attention window "
-                f"{smallest_attention_window(self.decoder)}). Lower them or choose a decoder that sees further."
+                f"`max_memories` ({self.max_memories or 0}, of {self.memory_span} positions each) and `window_length` "
+                f"({self.window_length}) need {positions} positions, but the decoder's layers see "
+                f"{self._decoder_room()} (max_position_embeddings {table}, attention window {view}). Lower them or "
+                "choose a decoder that sees further."
             )
         limit = encoder_limit(self.encoder)
         if limit is not None and self.chunk_length > limit:

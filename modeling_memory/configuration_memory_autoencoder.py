@@ -28,6 +28,8 @@ class MemoryAutoencoderConfig(PreTrainedConfig):
         pooling (`str`): How the encoder's states become K vectors, as in [`MemoryEncoderDecoderConfig`].
         expansion (`str`): `"unroll"`: the decoder reads at each position another window of half the vector, projected
             to its width. `"repeat"`: it reads the vector itself everywhere.
+        unroll_stride (`int`): Elements from one position's window to the next. 1 as in the paper; the width times K
+            over L spreads the positions over the whole vector, so that many tokens need not share few of its elements.
         bottleneck_size (`int`, *optional*): Width to which the vector is narrowed and from which it is widened again.
             `None` leaves it as it is.
         bottleneck_noise (`float`): Half-width q of the uniform noise in [-q, q] added to the narrowed vector in
@@ -56,6 +58,7 @@ class MemoryAutoencoderConfig(PreTrainedConfig):
         memories_per_chunk: int = 1,
         pooling: str = "last",
         expansion: str = "unroll",
+        unroll_stride: int = 1,
         bottleneck_size: int | None = None,
         bottleneck_noise: float = 0.0,
         vocab_size: int | None = None,
@@ -69,6 +72,7 @@ class MemoryAutoencoderConfig(PreTrainedConfig):
         self.memories_per_chunk = memories_per_chunk
         self.pooling = pooling
         self.expansion = expansion
+        self.unroll_stride = unroll_stride
         self.bottleneck_size = bottleneck_size
         self.bottleneck_noise = bottleneck_noise
         self.vocab_size = getattr(self.encoder, "vocab_size", None) if vocab_size is None else vocab_size
@@ -87,7 +91,7 @@ class MemoryAutoencoderConfig(PreTrainedConfig):
         return self.encoder.hidden_size
 
     def _validate(self) -> None:
-        for name in ("chunk_length", "memories_per_chunk", "vocab_size", "bottleneck_size"):
+        for name in ("chunk_length", "memories_per_chunk", "vocab_size", "unroll_stride", "bottleneck_size"):
             value = getattr(self, name)
             if name == "bottleneck_size" and value is None:
                 continue
@@ -119,6 +123,11 @@ class MemoryAutoencoderConfig(PreTrainedConfig):
             raise ValueError(
                 "`expansion='unroll'` reads halves of the vector, but the decoder's `hidden_size` is 1. Widen the "
                 "decoder or use `expansion='repeat'`."
+            )
+        if self.unroll_stride != 1 and self.expansion != "unroll":
+            raise ValueError(
+                f"`unroll_stride` is {self.unroll_stride}, but `expansion={self.expansion!r}` has no windows to move. "
+                "Leave it out, or use `expansion='unroll'`."
             )
         if self.bottleneck_noise < 0:
             raise ValueError(f"`bottleneck_noise` is {self.bottleneck_noise}; expected 0 or a positive half-width.")

@@ -174,7 +174,7 @@ class MemoryGenerationMixin(GenerationMixin):
         if rolling:
             self._check_memories_to_come(generation_config.max_length, model_kwargs)
         plain = model_kwargs.get("memory_embeds") is None and model_kwargs.get("inputs_embeds") is None
-        own_cache = rolling or (self.config.self_memory and plain) or self.config.memory_positions == "fixed"
+        own_cache = rolling or (self.config.self_memory and plain) or self.config.text_start is not None
         own_cache = own_cache or self.config.window_positions
         dynamic = generation_config.use_cache is not False and generation_config.cache_implementation in (
             None,

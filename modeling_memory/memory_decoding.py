@@ -102,15 +102,21 @@ class MemoryDecodingMixin:
             Embeds `(P, R, D)`, mask `(P, R)` and positions `(P, R)`.
         """
         rank = (visible.cumsum(1) - 1).clamp(min=0)
+        span = self.config.memory_span
         if self.config.absent_memories == "mask":
-            return memory_embeds, visible, rank
+            return memory_embeds, visible, span * rank
         rows, room = len(visible), self.config.max_memories
         filler = float(self.config.absent_memories == "ones")
         block = memory_embeds.new_full((rows, room, memory_embeds.shape[2]), filler)
         row, column = visible.nonzero(as_tuple=True)
         block = block.index_put((row, rank[row, column]), memory_embeds[row, column])
-        positions = torch.arange(room, device=visible.device).expand(rows, room)
+        positions = span * torch.arange(room, device=visible.device).expand(rows, room)
         return block, torch.ones_like(positions), positions
+
+    def _text_start(self, num_in_front: torch.Tensor) -> torch.Tensor:
+        """Return the positions `(rows,)` at which texts start behind so many memories and tokens each."""
+        start = self.config.text_start
+        return num_in_front if start is None else torch.full_like(num_in_front, start)
 
     def _decode_behind(
         self,
@@ -146,17 +152,17 @@ class MemoryDecodingMixin:
         return (marked > 0) & mask.bool()
 
     def _places(self, rank: torch.Tensor, visible: torch.Tensor, asked: torch.Tensor) -> torch.Tensor | None:
-        """Return places in the window `(B, T)` from ranks, -1 where a token is not told its place.
+        """Return places in the window, or in its chunk, `(B, T)` from ranks, -1 where a token is not told its place.
 
         It is told in rows that see some of the memories `(B, M)`, from the text's first marker on (`asked`, `(B, T)`).
         """
         if self.window_positions is None:
             return None
         told = visible.bool().any(1, keepdim=True) & asked
-        return torch.where(told, rank.clamp(min=0) % self.config.window_length, -1)
+        return torch.where(told, rank.clamp(min=0) % self.config.num_places, -1)
 
     def _tell_places(self, embeds: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
-        """Add to embeddings `(B, T, D)` what tells tokens their places in the window."""
+        """Add to embeddings `(B, T, D)` what tells tokens their places."""
         if self.window_positions is None or places is None:
             return embeds
         told = self.window_positions(places.clamp(min=0)) * (places >= 0)[..., None]

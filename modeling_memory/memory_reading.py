@@ -49,7 +49,7 @@ class MemoryReadingMixin(MemoryRollingMixin):
         if is_checkpointing(self.decoder):
             _check_empty(cache)
             cache, use_cache = None, False
-        fixed = self.config.memory_positions == "fixed"
+        fixed = self.config.text_start is not None
         if memory_embeds is not None:
             memory_embeds, memory_mask = check_memories(self.config, text, memory_embeds, memory_mask)
             if self._rolls_behind(text, cache, rolling_memory):
@@ -202,12 +202,9 @@ class MemoryReadingMixin(MemoryRollingMixin):
         num_clear = ahead.sum(1) - memory_mask.sum(1)
         if self.config.max_memories is None:  # the limit is one of positions, which tokens take as memories do
             num_clear = torch.zeros_like(num_clear)
-        fixed = self.config.memory_positions == "fixed"
+        fixed = self.config.text_start is not None
         if fixed and num_clear.any():
-            raise ValueError(
-                "With `memory_positions='fixed'` all memories stand before the text, but a slot stands behind a "
-                "token. Put the slots in front or use `memory_positions='contiguous'`."
-            )
+            raise ValueError(self._slots_behind_tokens())
         embeds = self._embed_slots(text, slots, memory_embeds, memory_mask, rolling=True)
         before, before_mask = pack_present(embeds, ahead)  # (B, R, D), (B, R)
         asked = self._markers(text.input_ids, ahead).any(1)
@@ -258,7 +255,7 @@ class MemoryReadingMixin(MemoryRollingMixin):
         if not wanted.any():
             return self._read_windows(inner, cache, prior, columns=columns, **options)
         reading = self._read_windows(inner, cache, prior, **options)
-        places = (before_mask.cumsum(1) - 1).clamp(min=0)
+        places = self.config.memory_span * (before_mask.cumsum(1) - 1).clamp(min=0)
         features, outputs = self._decode(
             inputs_embeds=before, attention_mask=before_mask, position_ids=places, use_cache=False, **options
         )
@@ -272,6 +269,13 @@ class MemoryReadingMixin(MemoryRollingMixin):
         if columns is not None:
             reading.features = reading.features[:, columns]
         return reading
+
+    def _slots_behind_tokens(self) -> str:
+        """Say why slots behind tokens are refused."""
+        return (
+            f"With `memory_positions={self.config.memory_positions!r}` all memories stand before the text, but a slot "
+            "stands behind a token. Put the slots in front or use `memory_positions='contiguous'`."
+        )
 
     def _read_behind(
         self,
@@ -297,14 +301,9 @@ class MemoryReadingMixin(MemoryRollingMixin):
             asked = self._markers(text.input_ids, mask).cumsum(1) > 0
             embeds = self._embed(text.input_ids, self._places(mask.cumsum(1) - 1, memory_mask, asked), slots)
             if (slots & (mask.cumsum(1) > 0)).any():
-                raise ValueError(
-                    "With `memory_positions='fixed'` all memories stand before the text, but a slot stands behind a "
-                    "token. Put the slots in front or use `memory_positions='contiguous'`."
-                )
+                raise ValueError(self._slots_behind_tokens())
         block = self._memory_block(memory_embeds, memory_mask)
-        fixed = self.config.memory_positions == "fixed"
-        start = torch.full_like(mask[:, 0], self.config.max_memories) if fixed else memory_mask.sum(1)
-        positions = start[:, None] + (mask.cumsum(1) - 1).clamp(min=0)
+        positions = self._text_start(memory_mask.sum(1))[:, None] + (mask.cumsum(1) - 1).clamp(min=0)
         decoder_cache = None if not use_cache else DynamicCache()
         features, outputs, column_mask = self._decode_behind(
             block, embeds, mask, positions, decoder_cache, use_cache=use_cache, **options

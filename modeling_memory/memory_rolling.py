@@ -235,9 +235,7 @@ class MemoryRollingMixin(MemoryMergingMixin):
         """
         window_length = windows.input_ids.shape[1]
         offsets = torch.arange(window_length, device=visible.device)
-        fixed = self.config.memory_positions == "fixed"
-        start = torch.full_like(windows.row, self.config.max_memories) if fixed else visible.sum(1)
-        positions = start[:, None] + offsets  # (P, W)
+        positions = self._text_start(visible.sum(1))[:, None] + offsets  # (P, W)
         rank = (windows.index * window_length)[:, None] + offsets
         places = self._places(offsets, visible, rank >= first_marker[windows.row][:, None])
         options.setdefault("use_cache", True)
@@ -300,8 +298,9 @@ class MemoryRollingMixin(MemoryMergingMixin):
             return cache
         prefix = {"inputs_embeds": memory_embeds}
         if self._takes_position_ids:
-            positions = torch.arange(memory_embeds.shape[1], device=memory_embeds.device)
+            positions = self.config.memory_span * torch.arange(memory_embeds.shape[1], device=memory_embeds.device)
             prefix["position_ids"] = positions.expand(memory_embeds.shape[:2])
+            prefix["attention_mask"] = torch.ones_like(prefix["position_ids"])  # jumps are no packed texts
         return self.decoder.base_model(**prefix, past_key_values=cache, use_cache=True).past_key_values
 
     def _read_on(self, text: Text, cache: MemoryCache, columns: torch.Tensor | None = None, **options: Any) -> Reading:
@@ -336,11 +335,9 @@ class MemoryRollingMixin(MemoryMergingMixin):
         self, text: Text, mask: torch.Tensor, cache: MemoryCache, columns: torch.Tensor | None, **options: Any
     ) -> Reading:
         """Read tokens behind those of the open windows."""
-        fixed = self.config.memory_positions == "fixed"
         in_front = cache.column_mask.sum(1) - cache.window_fill  # not all memories of the cache, if a policy chose
-        start = torch.full_like(in_front, self.config.max_memories) if fixed else in_front
         offsets = cache.window_fill[:, None] + mask.cumsum(1) - 1  # (B, Q)
-        positions = start[:, None] + offsets
+        positions = self._text_start(in_front)[:, None] + offsets
         columns_of_window = torch.arange(cache.window_input_ids.shape[1], device=mask.device)
         filled = columns_of_window < cache.window_fill[:, None]
         seen = cache.asked | self._markers(cache.window_input_ids, filled).any(1)

@@ -249,7 +249,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
         self.decoder = build_decoder(config.decoder) if decoder is None else decoder
         self.window_positions = None
         if config.window_positions:
-            self.window_positions = nn.Embedding(config.window_length, config.decoder.hidden_size)
+            self.window_positions = nn.Embedding(config.num_places, config.decoder.hidden_size)
         # One object a config: what is set on the child (attention implementation, vocabulary size) is set here too.
         self.config.encoder, self.config.decoder = self.encoder.config, self.decoder.config
         arguments = inspect.signature(self.decoder.forward).parameters

@@ -115,19 +115,22 @@ class RepeatExpansion(nn.Module):
 class UnrollExpansion(RepeatExpansion):
     """Give the decoder at each position another window of the vector.
 
-    Position i of a vector's stretch reads the D // 2 elements (i, i + 1, ...) mod D, mapped to width D by one shared
-    affine map. Stretches longer than D repeat: positions i and i + D read the same.
+    Position i of a vector's stretch reads the D // 2 elements (s i, s i + 1, ...) mod D, mapped to width D by one
+    shared affine map. Long stretches repeat: positions i and i + D read the same.
 
     Args:
         num_memories (`int`): Vectors (K); vector j stands at the positions i with floor(i * K / L) = j.
         length (`int`): Positions (L).
         width (`int`): Width of the vectors (D).
+        stride (`int`): Elements from one position's window to the next (s). With D * K / L, positions share the
+            elements evenly; with 1, as in the paper, L / K positions reach the first D // 2 + L / K - 1 of them only.
 
     Source: Badger 2026, arXiv 2602.13466, unroll (sliding window with wrap).
     """
 
-    def __init__(self, num_memories: int, length: int, width: int):
+    def __init__(self, num_memories: int, length: int, width: int, stride: int = 1):
         super().__init__(num_memories, length)
+        self.stride = stride
         self.window = width // 2
         self.projection = nn.Linear(self.window, width)
 
@@ -135,9 +138,11 @@ class UnrollExpansion(RepeatExpansion):
         """Expand `(B, K, D)` to `(B, L, D)`."""
         each = -(-self.length // self.num_memories)
         # With the vector laid end to end behind itself, windows that wrap are plain ones: one strided view, one copy.
-        needed = each + self.window - 1
+        needed = (each - 1) * self.stride + self.window
         laid = memories.repeat(1, 1, -(-needed // memories.shape[2]))[:, :, :needed]
-        return self.projection(self._cut(laid.unfold(2, self.window, 1)))  # (B, K, L / K, D // 2) before the cut
+        return self.projection(
+            self._cut(laid.unfold(2, self.window, self.stride))
+        )  # (B, K, L / K, D // 2) before the cut
 
 
 class MemoryAutoencoder(PreTrainedModel):
@@ -184,7 +189,7 @@ class MemoryAutoencoder(PreTrainedModel):
             self.bottleneck = Bottleneck(encoder_width, config.bottleneck_size, config.bottleneck_noise)
         self.bridge = nn.Identity() if encoder_width == width else nn.Linear(encoder_width, width)
         if config.expansion == "unroll":
-            self.expansion: nn.Module = UnrollExpansion(num_memories, length, width)
+            self.expansion: nn.Module = UnrollExpansion(num_memories, length, width, config.unroll_stride)
         else:
             self.expansion = RepeatExpansion(num_memories, length)
         self.lm_head = nn.Linear(width, config.vocab_size, bias=False)

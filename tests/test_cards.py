@@ -14,7 +14,15 @@ from modeling_memory import MaskedMixerForCausalLM, MemoryAutoencoder, MemoryAut
 from tests.conftest import build_tiny_tokenizer, tiny_decoder_config, tiny_encoder_config
 from tests.memory_models import CHUNK, WINDOW, build_model
 from tests.records import RECORD
-from training.cards import SECTIONS, card_results, check_card, render_card, stage_record, training_sources
+from training.cards import (
+    SECTIONS,
+    card_results,
+    check_card,
+    copied_length,
+    render_card,
+    stage_record,
+    training_sources,
+)
 from training.hub_folder import write_hub_folder
 from training.record import read_json
 from training.strict_yaml import REPOSITORY
@@ -218,9 +226,30 @@ def test_a_second_card_is_the_same(model):
     assert str(render_card(model, RECORD)) == str(render_card(model, json.loads(json.dumps(RECORD))))
 
 
-@pytest.mark.parametrize(("varied", "said"), [(True, "whole windows up to 64 tokens"), (False, "exactly 64 tokens")])
-def test_a_card_says_which_lengths_were_trained(varied, said):
-    stage = {"name": "copy", "objectives": {"copy": 1.0}, "data": {"row_length": 64, "vary_source": varied}}
+def test_a_stage_on_short_sources_keeps_what_an_earlier_one_learnt_of_long_ones():
+    data = {"row_length": 640, "source_length": 512, "shortened": 0.3}
+    long = {"name": "copy", "objectives": {"copy": 1.0}, "data": data}
+    short = {**long, "name": "ends", "from": {"model": "copy"}, "data": {**data, "source_length": 128}}
+    record = {"published_stage": "ends", "recipe": {"stages": [long, short]}}
+    assert copied_length(record) == {"tokens": 512, "lengths": "any"}
+    assert copied_length({**record, "published_stage": "copy"}) == {"tokens": 512, "lengths": "any"}
+    short["data"]["shortened"] = 0.0
+    assert copied_length(record) == {"tokens": 128, "lengths": "exactly"}
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"vary_source": True}, "give back texts of whole windows up to 64 tokens"),
+        ({"vary_source": False}, "give back texts of exactly 64 tokens"),
+        (
+            {"shortened": 0.3},
+            "give back texts of up to 64 tokens (16 chunks), and to stop at the end of shorter ones; longer texts",
+        ),
+    ],
+)
+def test_a_card_says_which_lengths_were_trained(data, said):
+    stage = {"name": "copy", "objectives": {"copy": 1.0}, "data": {"row_length": 64, **data}}
     record = {"published_stage": "copy", "recipe": {"stages": [stage], "evaluation": {}}}
     assert said in " ".join(render_card(build("memory")[0], record).text.split())
     assert "trained to give back" not in render_card(build("memory")[0]).text

@@ -151,6 +151,10 @@ def test_a_run_of_documents_watches_its_memories_and_counts_its_tokens(short_rec
     [
         ("stages.decoder.training.group_by_length=true", "needs rows of different lengths; set data.documents: true"),
         ("stages.blank_copy.data.documents=true", "does not go together with data.vary_source"),
+        ("stages.autoencoder.data.shortened=1.5", "it is a share: expected 0 to 1"),
+        ("stages.decoder.data.shortened=0.5", "is for autoencoder stages and for copies with a marker"),
+        ("stages.autoencoder.data={row_length: 16, shortened: 0.5, documents: true}", "together with data.documents"),
+        ("stages.blank_copy.data.shortened=0.5", "is for autoencoder stages and for copies with a marker"),
         ("stages.decoder.training.watch_steps=5", "which a causal_lm stage has none of"),
     ],
 )

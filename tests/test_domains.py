@@ -3,13 +3,17 @@
 import json
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from transformers import LlamaForCausalLM
 
 from modeling_memory import MemoryProcessor
-from tests.conftest import build_tiny_tokenizer
+from tests.conftest import build_tiny_tokenizer, tiny_decoder_config
 from tests.memory_models import CHUNK, WINDOW, build_model
 from training import domains, publish
+from training.data import tokenise_documents
 from training.domains import DESCRIPTIONS, LETTERS, made_up_texts
+from training.suites import spread_rows
 
 
 @pytest.fixture
@@ -46,6 +50,23 @@ def test_measured_domains_reach_the_card(checkpoint, tmp_path, monkeypatch, caps
     assert publish.main([str(checkpoint), "--to", str(tmp_path / "hub"), "--domains", str(record)]) == 0
     card = ModelCard.load(tmp_path / "hub" / "README.md").text
     assert "| random digits | blank copy | memory |" in card and "| sea | blank copy | wrong memory |" in card
+
+
+def test_a_causal_lm_is_asked_for_the_next_token(tmp_path):
+    tokenizer, model = build_tiny_tokenizer(), LlamaForCausalLM(tiny_decoder_config()).eval()
+    model.save_pretrained(tmp_path / "decoder")
+    tokenizer.save_pretrained(tmp_path / "decoder")
+    text = tmp_path / "sea.txt"
+    text.write_text("a man in the sand and the sea " * 40)
+    arguments = ["--to", str(tmp_path / "domains.json"), "--text", f"sea={text}", "--limit", "4", "--length", "16"]
+    assert domains.main([str(tmp_path / "decoder"), *arguments]) == 0
+    found = json.loads((tmp_path / "domains.json").read_text())["domains"]["sea"]["metrics"]["clm"]["this_model"]
+    rows = spread_rows(tokenise_documents(tokenizer, [text.read_text()]).tokens, row_length=16, limit=4)
+    with torch.no_grad():
+        logits = model(rows).logits[:, :-1].double()
+    losses = -torch.log_softmax(logits, -1).gather(-1, rows[:, 1:, None])
+    assert found["loss"] == pytest.approx(losses.mean().item(), abs=1e-5) and found["num_tokens"] == 4 * 15
+    assert found["token_accuracy"] == (logits.argmax(-1) == rows[:, 1:]).double().mean().item()
 
 
 @pytest.mark.parametrize(

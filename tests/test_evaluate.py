@@ -26,6 +26,7 @@ from training.suites import (
     SUITES,
     Evaluation,
     Scores,
+    copies_of_short_sources,
     evaluate_suite,
     free_running_copy,
     results_table,
@@ -85,6 +86,27 @@ def test_copy_conditions_are_what_they_say(objective: str):
     check(result["wrong_memory"], wrong, rows)
     check(result["no_memory"], alone, rows)
     assert len({result[name]["loss"] for name in ("memory", "wrong_memory", "no_memory")}) == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("objective", ["copy", "blank_copy"])
+def test_copies_of_spread_memories_are_asked_in_slots(objective: str):
+    model, rows = (
+        build_model(memory_positions="spread", max_memories=2 * WINDOW // CHUNK),
+        random_ids(ROWS, 2 * WINDOW),
+    )
+    result = evaluate_suite(evaluation(model), objective, rows)
+    shown = torch.full_like(rows, BLANK)
+    if objective == "copy":
+        shown = torch.cat([torch.full((ROWS, 1), COPY), rows[:, :-1]], 1)
+    for name, source in (("memory", rows), ("wrong_memory", rows.roll(ROWS // 2, 0))):
+        chunks = source.view(ROWS, -1, CHUNK)
+        prompt = torch.cat([torch.full((ROWS, chunks.shape[1]), SLOT), shown], 1)
+        check(result[name], model(prompt, context_input_ids=chunks).logits[:, chunks.shape[1] :], rows)
+    alone = model(shown.reshape(-1, WINDOW)).logits.reshape(ROWS, 2 * WINDOW, -1)
+    check(result["no_memory"], alone, rows)
+    clm = evaluate_suite(evaluation(model), "clm", rows)
+    check(clm["memory"], model(rows).logits[:, :-1], rows[:, 1:])
 
 
 @torch.no_grad()
@@ -172,6 +194,68 @@ def test_free_running_copy_compares_what_generate_writes():
     assert result["num_generated_rows"] == 3
     assert result["generated_token_accuracy"] == pytest.approx(same.double().mean().item())
     assert result["exact_match"] == same.all(1).double().mean().item()
+
+
+def test_short_chunks_are_scored_as_the_model_alone_reads_them():
+    model, rows = autoencoder(), random_ids(ROWS, 2 * CHUNK)
+    found = evaluate_suite(evaluation(model), "retention", rows)["memory"]["short_chunks"]
+    assert list(found) == sorted({str(max(1, CHUNK * quarters // 4)) for quarters in (1, 2, 3)})
+    for length, result in found.items():
+        chunks = rows.reshape(-1, CHUNK)[:, : int(length)]
+        right = torch.cat([model(chunk[None]).logits.argmax(-1)[0] == chunk for chunk in chunks])
+        assert result["token_accuracy"] == right.double().mean().item()
+        assert result["num_tokens"] == right.numel()
+
+
+def test_short_sources_count_only_with_their_end(monkeypatch: pytest.MonkeyPatch):
+    model, rows = build_model(), random_ids(ROWS, 2 * CHUNK)
+    asked = []
+
+    def write(input_ids: torch.Tensor, context_input_ids: torch.Tensor, max_new_tokens: int, **kwargs: Any) -> Any:
+        mask = kwargs["context_attention_mask"]
+        assert (input_ids[:, -1] == COPY).all() and (input_ids[:, :-1] == SLOT).all()
+        assert input_ids.shape[1] - 1 == int(mask.any(2).sum(1)[0])  # a slot for each chunk, the short one too
+        written = torch.full((len(input_ids), max_new_tokens), SPECIAL.eos)
+        for row in range(len(input_ids)):
+            written[row, :-1] = context_input_ids[row][mask[row].bool()]
+        written[1, -1] = 7  # all right but the end
+        asked.append(max_new_tokens - 1)
+        return torch.cat([input_ids, written], 1)
+
+    monkeypatch.setattr(model, "generate", write)
+    found = copies_of_short_sources(evaluation(model), torch.cat([rows, rows], 1))
+    assert [int(length) for length in found] == asked == [CHUNK // 2, CHUNK + CHUNK // 2, 4 * CHUNK - CHUNK // 2]
+    assert all(result["exact_match"] == pytest.approx(2 / 3) for result in found.values())
+    assert all(result["num_generated_rows"] == 3 for result in found.values())
+
+
+@pytest.mark.parametrize(
+    ("fields", "measured"),
+    [
+        ({"max_memories": 1, "memory_policy": "drop_oldest"}, [CHUNK // 2]),
+        ({"max_memories": 3, "memory_policy": "keep_nearest"}, [CHUNK // 2, CHUNK + CHUNK // 2]),
+        ({"memory_token_id": None}, []),
+    ],
+)
+def test_short_sources_that_do_not_fit_in_slots_are_left_out(fields: dict[str, Any], measured: list[int]):
+    found = evaluate_suite(evaluation(build_model(**fields)), "copy", random_ids(ROWS, 4 * CHUNK))
+    assert [int(length) for length in found["memory"]["short_sources"]] == measured
+
+
+@pytest.mark.parametrize(
+    ("decoder", "num_memories", "num_tokens", "fits"),
+    [
+        ({"max_position_embeddings": 20}, 3, 17, True),
+        ({"max_position_embeddings": 20}, 3, 18, False),
+        ({"sliding_window": 16}, 3, 13, True),
+        ({"sliding_window": 16}, 3, 14, False),
+    ],
+)
+def test_what_fits_is_what_the_decoder_sees(decoder: dict[str, Any], num_memories: int, num_tokens: int, fits: bool):
+    config = MemoryEncoderDecoderConfig(
+        encoder=tiny_encoder_config("masked_mixer"), decoder=tiny_decoder_config(**decoder), chunk_length=4
+    )
+    assert config.fits(num_memories, num_tokens) is fits
 
 
 def test_free_running_copy_of_a_perfect_copier_is_exact(monkeypatch: pytest.MonkeyPatch):

@@ -14,6 +14,7 @@ from tests.reference import memory_loop
 
 DECODERS = ("llama", "qwen3", "gpt_neox")
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+SPREAD = {"memory_positions": "spread"}
 ROLLING = {"rolling_memory": True, **GREEDY}
 ATOL = 1e-5
 
@@ -178,9 +179,10 @@ class TestSlots:
             model.generate(prompt, prompt_lookup_num_tokens=2, rolling_memory=True, **options)
 
 
+@pytest.mark.parametrize("positions", ["fixed", "spread"])
 @pytest.mark.parametrize("absent", ["mask", "ones", "zeros"])
-def test_fixed_positions_generate_as_the_plain_loop(absent):
-    model = build_model(memory_positions="fixed", max_memories=12, absent_memories=absent)
+def test_fixed_positions_generate_as_the_plain_loop(absent, positions):
+    model = build_model(memory_positions=positions, max_memories=12, absent_memories=absent)
     prompt = random_ids(2, 5)
     out = model.generate(prompt, max_new_tokens=19, **GREEDY)
     for row in range(2):
@@ -504,8 +506,9 @@ class TestRollingBehindAContext:
             )
         assert torch.equal(*runs)
 
-    def test_fixed_positions_roll_too(self):
-        model = build_model(memory_positions="fixed", absent_memories="ones", max_memories=9)
+    @pytest.mark.parametrize("positions", ["fixed", "spread"])
+    def test_fixed_positions_roll_too(self, positions):
+        model = build_model(memory_positions=positions, absent_memories="ones", max_memories=9)
         prompt = torch.cat([torch.full((2, 2), SLOT), random_ids(2, 5)], 1)
         options = {"context_input_ids": random_ids(2, 2, CHUNK), "max_new_tokens": 19, **ROLLING}
         cached = model.generate(prompt, **options)
@@ -527,7 +530,7 @@ class TestRollingBehindAContext:
 
 
 class TestDropOldest:
-    @pytest.mark.parametrize("fields", [{}, {"memory_positions": "fixed", "absent_memories": "zeros"}])
+    @pytest.mark.parametrize("fields", [{}, SPREAD, {"memory_positions": "fixed", "absent_memories": "zeros"}])
     @pytest.mark.parametrize("max_memories", [0, 1, 4])
     def test_plain_text_equals_the_plain_loop_whatever_its_length(self, max_memories, fields):
         model = build_model(max_memories=max_memories, memory_policy="drop_oldest", **fields)
@@ -569,7 +572,7 @@ class TestDropOldest:
 
 class TestKeepNearest:
     @pytest.mark.parametrize(
-        "fields", [{}, {"window_positions": True}, {"memory_positions": "fixed", "absent_memories": "zeros"}]
+        "fields", [{}, {"window_positions": True}, SPREAD, {"memory_positions": "fixed", "absent_memories": "zeros"}]
     )
     @pytest.mark.parametrize("max_memories", [1, 3, 5])
     def test_one_call_and_cached_steps_equal_the_plain_loop(self, max_memories, fields):

@@ -112,18 +112,18 @@ def test_outputs_and_gradients_equal_the_plain_loop(variant):
 
 
 @settings(max_examples=60, deadline=None)
-@given(length=st.integers(1, 30), width=st.integers(2, 9), num_memories=st.integers(1, 30))
-def test_expansions_follow_the_rule_for_any_sizes(length, width, num_memories):
+@given(length=st.integers(1, 30), width=st.integers(2, 9), num_memories=st.integers(1, 30), stride=st.integers(1, 11))
+def test_expansions_follow_the_rule_for_any_sizes(length, width, num_memories, stride):
     num_memories = min(num_memories, length)
     vectors = torch.randn(2, num_memories, width)
-    unroll, repeat = UnrollExpansion(num_memories, length, width), RepeatExpansion(num_memories, length)
+    unroll, repeat = UnrollExpansion(num_memories, length, width, stride), RepeatExpansion(num_memories, length)
     unrolled, repeated = unroll(vectors), repeat(vectors)
     assert unrolled.shape == repeated.shape == (2, length, width)
     starts = {}
     for position in range(length):
         memory = position * num_memories // length
         local = position - starts.setdefault(memory, position)
-        elements = [(local % width + offset) % width for offset in range(width // 2)]
+        elements = [(local * stride + offset) % width for offset in range(width // 2)]
         torch.testing.assert_close(unrolled[:, position], unroll.projection(vectors[:, memory, elements]))
         assert torch.equal(repeated[:, position], vectors[:, memory])
     assert len(starts) == num_memories
@@ -134,6 +134,16 @@ def test_positions_a_whole_width_apart_read_the_same():
     read = unroll(torch.randn(1, 1, 4))[0]
     torch.testing.assert_close(read[:7], read[4:])
     assert len({tuple(row.tolist()) for row in read[:4].detach().round(decimals=4)}) == 4
+
+
+def test_the_stride_spreads_positions_over_the_whole_vector():
+    vector = torch.ones(1, 1, 12, requires_grad=True)
+    for stride, reached in ((1, 6 + 4 - 1), (3, 12)):
+        model = autoencoder(chunk_length=4, unroll_stride=stride, decoder=mixer(hidden_size=12, num_hidden_layers=0))
+        assert model.expansion.stride == stride
+        read = model.expansion(vector)
+        (gradient,) = torch.autograd.grad(read.pow(2).sum(), vector)
+        assert int((gradient != 0).sum()) == reached
 
 
 BODIES = {
@@ -386,6 +396,8 @@ def test_resized_vocabulary_saves_and_loads(tmp_path):
         ({"chunk_length": 0}, "`chunk_length` is 0"),
         ({"memories_per_chunk": 7}, "`memories_per_chunk` is 7, more than the 6 tokens"),
         ({"pooling": "max"}, "`pooling` is 'max'; expected one of 'last'"),
+        ({"expansion": "repeat", "unroll_stride": 2}, "has no windows to move"),
+        ({"unroll_stride": 0}, "`unroll_stride` is 0; expected a positive integer"),
         ({"expansion": "unfold"}, "`expansion` is 'unfold'; expected one of 'unroll', 'repeat'"),
         ({"bottleneck_size": 0}, "`bottleneck_size` is 0"),
         ({"bottleneck_noise": -0.1, "bottleneck_size": 2}, "`bottleneck_noise` is -0.1"),

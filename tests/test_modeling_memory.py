@@ -15,10 +15,14 @@ from tests.reference import memory_loop
 # Measured worst case over all families and tests of this file: 3.6e-6 on logits of up to 12.
 ATOL = 1e-5
 FIXED = {"memory_positions": "fixed", "max_memories": 9}
+SPREAD = {"memory_positions": "spread", "max_memories": 9}
 MARKERS = {"copy_token_id": 30, "blank_token_id": 31}  # which random texts hold here and there
 LAYOUTS = {
     "contiguous": {},
     "fixed": FIXED,
+    "spread": SPREAD,
+    "spread, two memories a chunk": {**SPREAD, "max_memories": 18, "memories_per_chunk": 2},
+    "spread, ones": {**SPREAD, "absent_memories": "ones"},
     "ones": {**FIXED, "absent_memories": "ones"},
     "zeros": {**FIXED, "absent_memories": "zeros"},
     "two memories a chunk": {"memories_per_chunk": 2},
@@ -28,6 +32,7 @@ LAYOUTS = {
     "identity": {"projector_type": "identity"},
     "window positions": {"window_positions": True, **MARKERS},
     "fixed, window positions": {**FIXED, "window_positions": True, **MARKERS},
+    "spread, window positions": {**SPREAD, "window_positions": True, **MARKERS},
 }
 
 

@@ -247,6 +247,10 @@ def test_combined_loss_is_the_weighted_sum_of_true_means() -> None:
             r"context_attention_mask has shape \(2, 4\)",
         ),
         ({"objective": "reconstruction", "tokens": torch.ones(2, 6).long()}, "6 columns.*chunks of 4"),
+        ({"end": True}, "end=True was given for copy in the layout 'self'"),
+        ({"end": True, "layout": "slots", "objective": "causal"}, "end=True was given for causal"),
+        ({"end": True, "layout": "slots", "marker": "none"}, "with marker 'none'; only copies with a marker"),
+        ({"end": True, "layout": "slots", "tokens_ids": SpecialTokens(pad=0, copy=3, memory=9)}, "needs a eos token"),
         ({"objective": "causal", "layout": "slots", "source_length": 16}, "8 to 8 tokens"),
         ({"objective": "causal", "layout": "slots", "tokens": torch.ones(2, 8).long()}, "more than one window of 8"),
     ],
@@ -255,6 +259,36 @@ def test_bad_input_is_refused_with_what_was_given(change: dict[str, Any], messag
     arguments = {"objective": "copy", "tokens": torch.full((2, 16), 5), **change}
     with pytest.raises(ValueError, match=message):
         build(**arguments)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    objective=st.sampled_from(COPIES),
+    lengths=st.lists(st.integers(1, 3 * WINDOW), min_size=1, max_size=4),
+    pad_left=st.booleans(),
+    memories_per_chunk=st.integers(1, 2),
+)
+def test_copies_that_end_anywhere_end_with_the_end_token(
+    objective: str, lengths: list[int], pad_left: bool, memories_per_chunk: int
+) -> None:
+    width = 3 * WINDOW - 1  # no whole chunk
+    lengths = [min(length, width) for length in lengths]
+    rows = rows_of(lengths, pad_left=pad_left, width=width)
+    batch = build(objective, **rows, layout="slots", memories_per_chunk=memories_per_chunk, end=True)
+    for row, length in enumerate(lengths):
+        x = rows["tokens"][row][rows["attention_mask"][row].bool()].tolist()
+        chunks = [x[start : start + CHUNK] for start in range(0, length, CHUNK)]
+        targets = [*x, IDS.eos] if length < width else x
+        shown = [IDS.copy, *targets[:-1]] if objective == "copy" else [IDS.blank] * len(targets)
+        slots = len(chunks) * memories_per_chunk
+        real = batch["attention_mask"][row].bool()
+        assert batch["input_ids"][row][real].tolist() == [IDS.memory] * slots + shown
+        assert batch["shift_labels"][row][real].tolist() == [IGNORED] * slots + targets
+        assert (batch["shift_labels"][row][~real] == IGNORED).all()
+        mask = batch["context_attention_mask"][row].bool()
+        context = batch["context_input_ids"][row]
+        assert [chunk[keep].tolist() for chunk, keep in zip(context, mask, strict=True) if keep.any()] == chunks
+        assert (context[~mask] == IDS.pad).all()
 
 
 @pytest.mark.parametrize("clash", [{"copy": 0}, {"blank": 2}, {"copy": 9}, {"memory": 1}, {"blank": 5}])

@@ -34,10 +34,11 @@ def counted(model) -> list[tuple[int, int]]:
         {},
         {"window_positions": True, "memories_per_chunk": 2},
         {"memory_positions": "fixed", "absent_memories": "ones", "max_memories": 14},
+        {"memory_positions": "spread", "max_memories": 14},
         {"max_memories": 3, "memory_policy": "drop_oldest"},
         {"max_memories": 3, "memory_policy": "keep_nearest"},
     ],
-    ids=["plain", "two_memories", "fixed", "drop_oldest", "keep_nearest"],
+    ids=["plain", "two_memories", "fixed", "spread", "drop_oldest", "keep_nearest"],
 )
 @torch.no_grad()
 def test_groups_change_nothing(in_groups, decoder, fields):

@@ -18,7 +18,7 @@ from tests.conftest import VOCAB_SIZE, tiny_decoder_config
 from training.checkpoints import last_complete_checkpoint
 from training.objectives import IGNORED, SpecialTokens
 from training.recipe import TrainingRecipe
-from training.rows import ObjectiveCollator, TokenRows
+from training.rows import ObjectiveCollator, TokenRows, draw_lengths
 from training.trainer import (
     MemoryTrainer,
     NonFiniteLossError,
@@ -157,6 +157,60 @@ def test_varied_sources_are_one_window_two_windows_in_turn():
             got = varied["copy"][name][row]
             assert torch.equal(got[: len(alone)], alone)
             assert (got[len(alone) :] == filler).all()
+
+
+@pytest.mark.parametrize("objective", ["reconstruction", "copy", "blank_copy"])
+def test_shortened_rows_are_the_drawn_beginnings_whatever_the_batch(objective: str):
+    options: dict[str, Any] = {"layout": "slots"} if objective != "reconstruction" else {}
+    collate = ObjectiveCollator([objective], SPECIAL, chunk_length=4, window_length=4, shortened=0.6, **options)
+    source = TokenRows(tokens(), row_length=ROW, num_items=24, seed=1)
+    items = [source[i] for i in range(24)]
+    batch = collate(items)[objective]
+    pieces = ROW // 4 if objective == "reconstruction" else 1
+    numbers = torch.tensor([number * pieces + piece for number, _ in items for piece in range(pieces)])
+    lengths = draw_lengths(numbers, ROW // pieces, 0.6).tolist()
+    assert len(set(lengths)) > 2
+    for row, length in enumerate(lengths):
+        text = items[row // pieces][1].view(pieces, -1)[row % pieces, :length].tolist()
+        labels = batch["labels" if objective == "reconstruction" else "shift_labels"][row]
+        end = [SPECIAL.eos] if objective != "reconstruction" and length < ROW else []
+        assert labels[labels != IGNORED].tolist() == text + end
+        read = "" if objective == "reconstruction" else "context_"
+        mask = batch[f"{read}attention_mask"][row].bool()
+        assert batch[f"{read}input_ids"][row][mask].tolist() == text
+    alone = [collate(items[start : start + 3])[objective] for start in range(0, 24, 3)]
+    name = "labels" if objective == "reconstruction" else "shift_labels"
+    assert torch.cat([part[name][part[name] != IGNORED] for part in alone]).equal(batch[name][batch[name] != IGNORED])
+    whole = ObjectiveCollator([objective], SPECIAL, chunk_length=4, window_length=4, **options)(items)[objective]
+    for key, tensor in collate.for_evaluation()(items)[objective].items():
+        assert torch.equal(tensor, whole[key])
+
+
+def test_sources_that_may_end_anywhere_need_not_be_whole_windows_in_validation():
+    items = [TokenRows(tokens(), row_length=ROW, num_items=4, seed=1)[i] for i in range(4)]
+    options: dict[str, Any] = {"layout": "slots", "window_length": 2 * ROW, "chunk_length": 4, "shortened": 0.5}
+    batch = ObjectiveCollator(["copy"], SPECIAL, **options).for_evaluation()(items)["copy"]
+    assert ((batch["shift_labels"] != IGNORED).sum(1) == ROW).all()
+
+
+def test_drawn_lengths_are_uniform_and_only_a_share():
+    lengths = draw_lengths(torch.arange(200_000), 5, 0.4)
+    counts = torch.bincount(lengths, minlength=6).double() / 200_000
+    assert counts[0] == 0 and counts[5].item() == pytest.approx(0.6, abs=0.01)
+    assert counts[1:5].tolist() == pytest.approx([0.1] * 4, abs=0.005)
+    assert (draw_lengths(torch.arange(50), 1, 1.0) == 1).all()
+
+
+def test_validation_reads_rows_whole(tmp_path: Path):
+    collate = ObjectiveCollator(
+        list(OBJECTIVES), SPECIAL, chunk_length=4, window_length=4, shortened=1.0, layout="slots"
+    )
+    run = trainer(tmp_path, collate=collate)
+    batch = next(iter(run.get_eval_dataloader()))
+    whole = (batch["copy"]["shift_labels"] != IGNORED).sum(1)
+    assert (whole == ROW).all()
+    shortened = (next(iter(run.get_train_dataloader()))["copy"]["context_attention_mask"] != 0).sum((1, 2))
+    assert (shortened < ROW).all()
 
 
 def test_loss_and_accuracy_are_the_hand_computed_weighted_sums(tmp_path: Path):

@@ -15,6 +15,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "two memories a chunk": {"memories_per_chunk": 2},
     "fixed positions": {"memory_positions": "fixed", "max_memories": 12},
+    "spread positions": {"memory_positions": "spread", "max_memories": 12},
 }
 
 
@@ -22,14 +23,14 @@ def by_hand(model: Any, tokens: torch.Tensor) -> dict[str, float]:
     """Row by row: the decoder itself on memories and text side by side, one number of attention after the other."""
     memories, shares, norms, token_norms = [], [], [], []
     border = tokens.shape[1] // WINDOW * WINDOW - WINDOW
-    fixed = model.config.max_memories if model.config.memory_positions == "fixed" else None
+    fixed, span = model.config.text_start, model.config.memory_span
     for row in tokens:
         chunks = row[:border].view(1, -1, CHUNK)
         own = model.encode_memories(chunks)[0][0]
         embeds = model.get_input_embeddings()(row[border : border + WINDOW])
         count = len(own)
         start = count if fixed is None else fixed
-        positions = torch.cat([torch.arange(count), start + torch.arange(WINDOW)])
+        positions = torch.cat([span * torch.arange(count), start + torch.arange(WINDOW)])
         joined = torch.cat([own, embeds])[None]
         model.decoder.set_attn_implementation("eager")
         attentions = model.decoder(

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,35 +185,55 @@ def training_files(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def copied_length(record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return how many tokens the published stage was trained to give back, and whether fewer as well.
+    """Return how many tokens the published stage learnt to copy: `exactly`, whole `windows` up to, or `any` up to.
 
     >>> stage = {"name": "copy", "objectives": {"copy": 1.0}, "data": {"row_length": 64, "vary_source": True}}
     >>> copied_length({"published_stage": "copy", "recipe": {"stages": [stage]}})
-    {'tokens': 64, 'fewer': True}
+    {'tokens': 64, 'lengths': 'windows'}
     """
     stages = {stage["name"]: stage for stage in record.get("recipe", {}).get("stages", [])}
     stage = stages.get(record.get("published_stage"))
     if stage is None or not {"copy", "blank_copy"} & set(stage.get("objectives") or {}):
         return None
     data = stage["data"]
-    return {"tokens": data.get("source_length") or data["row_length"], "fewer": bool(data.get("vary_source"))}
+    lengths = "any" if data.get("shortened") else "windows" if data.get("vary_source") else "exactly"
+    tokens = data.get("source_length") or data["row_length"]
+    earlier = copied_length({**record, "published_stage": (stage.get("from") or {}).get("model")})
+    if (
+        lengths == "any" and earlier is not None
+    ):  # of any length, so what an earlier stage learnt of longer ones counts
+        tokens = max(tokens, earlier["tokens"])
+    return {"tokens": tokens, "lengths": lengths}
 
 
 def card_results(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Flatten the metrics of a record into the rows of a table: one for each suite and condition.
+    """Flatten the metrics of a record into the rows of a table: one for each suite, condition and shorter length.
 
     >>> card_results({"metrics": {"copy": {"memory": {"token_accuracy": 0.98, "num_tokens": 100}}}})
     [{'suite': 'copy', 'condition': 'memory', 'token_accuracy': 0.98, 'num_tokens': 100}]
+    >>> short = {"token_accuracy": 0.9, "num_tokens": 50}
+    >>> card_results({"metrics": {"retention": {"memory": {"loss": 0.1, "short_chunks": {"8": short}}}}})[1]
+    {'suite': 'retention', 'condition': 'memory, only 8 tokens', 'token_accuracy': 0.9, 'num_tokens': 50}
     """
     rows = []
     for suite, conditions in record.get("metrics", {}).items():
         if not isinstance(conditions, Mapping):
             continue
-        for condition, values in conditions.items():
+        for condition, values in _with_short_ones(conditions):
             if isinstance(values, Mapping) and any(name in values for name in SHOWN_METRICS[:-1]):
                 kept = {name: values[name] for name in SHOWN_METRICS if values.get(name) is not None}
                 rows.append({"suite": suite, "condition": condition, **kept})
     return rows
+
+
+def _with_short_ones(conditions: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield a suite's conditions, each followed by what was measured of shorter texts under it."""
+    for condition, values in conditions.items():
+        yield condition, values
+        if isinstance(values, Mapping):
+            for key in ("short_chunks", "short_sources"):
+                for length, found in values.get(key, {}).items():
+                    yield f"{condition}, only {length} tokens", found
 
 
 def card_domains(record: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -22,14 +22,16 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from training.data import file_checksums, load_texts
+from training.data import file_checksums, load_texts, tokenise_documents
 from training.evaluate import evaluate, load_model
+from training.objectives import next_tokens
 from training.recipe import resolve_files
 from training.record import describe_code, describe_hardware, write_record
 from training.strict_yaml import portable_path
-from training.suites import results_table
+from training.suites import Scores, results_table, score, spread_rows, summarise_scores
 
 LETTERS = string.ascii_letters + string.digits + string.punctuation
+CAUSAL_LENGTH = 256
 DESCRIPTIONS = {
     "random_strings": "random strings of letters, digits and signs",
     "digits": "random digits",
@@ -65,11 +67,12 @@ def measure_domains(
     """Measure a model on made-up text and on given texts.
 
     Args:
-        model (`PreTrainedModel`): A memory autoencoder or a memory encoder-decoder with one tokenizer.
+        model (`PreTrainedModel`): A memory autoencoder, a memory encoder-decoder with one tokenizer, or a causal LM,
+            which is asked for the next token.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         texts (`Mapping[str, Sequence[str]]`): Description of a domain -> its documents.
         limit (`int`): Most rows of a suite.
-        length (`int`, *optional*): Tokens of a row; default: that of the suite.
+        length (`int`, *optional*): Tokens of a row; default: that of the suite, for a causal LM 256.
         batch_size (`int`): Rows per forward call.
 
     Returns:
@@ -78,8 +81,10 @@ def measure_domains(
     Raises:
         ValueError: If a text is too short for a row.
     """
-    suites = ["retention"] if model.config.model_type == "memory_autoencoder" else ["blank_copy"]
-    row = length or getattr(model.config, "window_length", model.config.chunk_length)
+    kinds = {"memory_autoencoder": "retention", "memory_encoder_decoder": "blank_copy"}
+    suite = kinds.get(model.config.model_type)
+    own_length = getattr(model.config, "window_length", getattr(model.config, "chunk_length", CAUSAL_LENGTH))
+    row = length or own_length
     enough = max(2, -(-limit * row // 500))  # a character of a random string is a token or nearly one
     domains = {
         **{name: (text, made_up_texts(name, enough)) for name, text in DESCRIPTIONS.items()},
@@ -89,11 +94,32 @@ def measure_domains(
         name: {
             "description": description,
             "metrics": evaluate(
-                model, tokenizer, documents, suites, limit=limit, length=length, batch_size=batch_size
-            ),
+                model, tokenizer, documents, [suite], limit=limit, length=length, batch_size=batch_size
+            )
+            if suite is not None
+            else next_token(model, tokenizer, documents, limit=limit, length=row, batch_size=batch_size),
         }
         for name, (description, documents) in domains.items()
     }
+
+
+def next_token(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    *,
+    limit: int,
+    length: int,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Score a causal LM on the next token of rows of text; returns what a suite returns."""
+    tokens = tokenise_documents(tokenizer, list(documents)).tokens
+    parts = []
+    for own in spread_rows(tokens, row_length=length, limit=limit).split(batch_size):
+        present = torch.ones_like(own)
+        batch = {"input_ids": own, "attention_mask": present, "shift_labels": next_tokens(own, present)}
+        parts.append(score(model.eval(), batch, len(own)))
+    return {"clm": {"this_model": summarise_scores(Scores.join(parts), model.config.vocab_size, length)}}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -101,7 +127,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training.domains", description="Measure what a model holds of text unlike its training text."
     )
-    parser.add_argument("model", help="folder of a memory autoencoder or a memory model, or a Hub repository")
+    parser.add_argument(
+        "model", help="folder of a memory autoencoder, a memory model or a causal LM, or a Hub repository"
+    )
     parser.add_argument("--to", required=True, metavar="FILE", help="where the record goes")
     parser.add_argument(
         "--text", action="append", default=[], metavar="NAME=FILE", help="other text to ask about; several are fine"

@@ -46,6 +46,7 @@ def evaluate(
     length: int | None = None,
     batch_size: int = 32,
     baselines: dict[str, PreTrainedModel] | None = None,
+    num_generated_rows: int = 32,
 ) -> dict[str, Any]:
     """Run suites on texts.
 
@@ -58,6 +59,7 @@ def evaluate(
         length (`int`, *optional*): Tokens of a row; default: a chunk, two windows for copies, four for clm.
         batch_size (`int`): Rows per forward call.
         baselines (`dict[str, PreTrainedModel]`, *optional*): `no_memory` and `full_context` decoders, for clm.
+        num_generated_rows (`int`): Rows of the suite copy that are also written freely.
 
     Returns:
         `dict`: Suite -> condition -> metrics.
@@ -73,7 +75,7 @@ def evaluate(
         window_length=getattr(config, "window_length", config.chunk_length),
         byte_lengths=byte_lengths_of(tokenizer),
         batch_size=batch_size,
-        num_generated_rows=min(limit, 32),
+        num_generated_rows=min(limit, num_generated_rows),
     )
     tokens = tokenise_documents(tokenizer, texts).tokens
     metrics = {}

@@ -42,7 +42,7 @@ class SpecialTokens:
     Attributes:
         pad (`int`): Fills columns that the attention mask hides.
         bos (`int`, *optional*): Begins a document. No objective adds one.
-        eos (`int`, *optional*): Ends a document. No objective adds one.
+        eos (`int`, *optional*): Ends a document. Copies of sources that may end anywhere ask for it behind them.
         memory (`int`, *optional*): Slot that a memory takes; for the slots layout.
         copy (`int`, *optional*): Marker that asks for the source; for the copy objective.
         blank (`int`, *optional*): Token that shows nothing; for the blank copy objective.
@@ -238,11 +238,13 @@ def build_batch(
     context_attention_mask: torch.Tensor | None = None,
     source_tokens: torch.Tensor | None = None,
     source_attention_mask: torch.Tensor | None = None,
+    end: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Build the inputs and targets of one objective from rows of tokens.
 
     Rows may be padded on either side; the batch is padded on the right and as wide as its longest row needs. Sources
-    are whole windows in every row, so that copy window m+i outputs exactly the tokens of source window i.
+    are whole windows in every row, so that copy window m+i outputs exactly the tokens of source window i; with `end`
+    they may end anywhere.
 
     Args:
         objective (`str`): `"causal"`, `"copy"`, `"blank_copy"`, `"reconstruction"` or `"distillation"`.
@@ -270,6 +272,8 @@ def build_batch(
         source_tokens (`torch.LongTensor` of shape `(B, n')`, *optional*): The ready context in decoder tokens, as
             distillation's teacher reads it.
         source_attention_mask (`torch.LongTensor` of shape `(B, n')`, *optional*): 1 for tokens, 0 for padding.
+        end (`bool`): For the copies in the slots layout: sources may end anywhere, with a short last chunk, and where
+            a row leaves room the end token is asked for behind its last token.
 
     Returns:
         `dict`: `input_ids`, `attention_mask` and `shift_labels`, each `(B, T)`; in the slots layout also
@@ -339,6 +343,11 @@ def build_batch(
             f"context_input_ids was given for {objective} in the layout {layout!r}; only the slots layout of causal "
             "and the copies has a context. Leave it out, or use layout='slots'."
         )
+    if end and (layout != "slots" or objective not in ("copy", "blank_copy") or marker == "none"):
+        raise ValueError(
+            f"end=True was given for {objective} in the layout {layout!r} with marker {marker!r}; only copies with a "
+            "marker in the slots layout may end anywhere."
+        )
     tokens, mask = _pack_left(mask, tokens, mask)
     if objective == "reconstruction":
         return reconstruction(tokens, mask, chunk_length=chunk_length, pad_token_id=tokens_ids.pad)
@@ -347,8 +356,14 @@ def build_batch(
         source, text = _split_causal(tokens, mask, window_length, source_length, split=has_own_context)
     else:
         if context_input_ids is None:
-            tokens, mask = _whole_windows(objective, tokens, mask, window_length, source_length)
+            unit = 1 if end else window_length
+            tokens, mask = _whole_windows(objective, tokens, mask, unit, source_length)
         source, text = _copy_parts(objective, tokens, mask, tokens_ids, marker, mixed_with_causal)
+        if end:
+            tokens, mask = _with_end(tokens, mask, tokens_ids.require("eos", "end=True"))
+            _, text = _copy_parts(objective, tokens, mask, tokens_ids, marker, mixed_with_causal)
+            if context_input_ids is None:
+                source = _whole_chunks(source, chunk_length, tokens_ids.pad)
     if layout == "self":
         return _batch([source, text], tokens_ids.pad)
     if context_input_ids is None:
@@ -549,6 +564,22 @@ def _whole_windows(
         )
     length -= length % window_length  # what is cut off is padding in every row
     return tokens[:, :length], mask[:, :length]
+
+
+def _with_end(tokens: torch.Tensor, mask: torch.Tensor, eos_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put the end token behind rows `(B, H)` that have room for it."""
+    is_end = torch.arange(tokens.shape[1], device=tokens.device) == mask.sum(1, keepdim=True)  # (B, H)
+    return tokens.masked_fill(is_end, eos_token_id), mask | is_end
+
+
+def _whole_chunks(source: Columns, chunk_length: int, pad_token_id: int) -> Columns:
+    """Pad sources `(B, H)` on the right to whole chunks."""
+    missing = -source.input_ids.shape[1] % chunk_length
+    fillers = (pad_token_id, IGNORED, 0)
+    padded = (
+        torch.nn.functional.pad(part, (0, missing), value=one) for part, one in zip(source, fillers, strict=True)
+    )
+    return Columns(*padded)
 
 
 def _slot_columns(context_mask: torch.Tensor, memories_per_chunk: int, memory_token_id: int) -> Columns:

@@ -110,6 +110,8 @@ class RowsRecipe:
 
     `source_length` (default `row_length`) is how much of a row the copy objectives take as their source; with
     `vary_source` the rows of a batch take one window, two, ... up to it in turn.
+    `shortened` is the share of an autoencoder's chunks, and in the slots layout of the copies' sources, that are cut
+    to a random length; a cut copy learns to write the end token behind its last. Validation reads them whole.
     `window_length` is for `causal_lm` only: the decoder then reads each window of the row by itself, which
     makes it the no-memory baseline of a memory model with that window; default is the whole row.
     Stages with equal `seed` (default: the recipe's) and lengths read the same rows in the same order.
@@ -126,6 +128,7 @@ class RowsRecipe:
     row_length: int
     source_length: int | None = None
     vary_source: bool = False
+    shortened: float = 0.0
     window_length: int | None = None
     layout: Literal["self", "slots"] = "self"
     marker: Literal["token", "none"] = "token"
@@ -377,6 +380,7 @@ def check_recipe(recipe: Recipe) -> None:
                 f"{path}.data.encode_once is for memory stages with data.layout: slots, and not with data.streaming"
             )
         _check_documents(stage, path, streaming=recipe.data.streaming)
+        _check_shortened(stage, recipe, path)
         _check_budgets(stage, recipe, path)
         earlier[stage.name] = stage
     for key in ("no_memory", "full_context", "autoencoder"):
@@ -543,6 +547,30 @@ def _check_documents(stage: StageRecipe, path: str, *, streaming: bool) -> None:
         )
     if training.watch_steps is not None and stage.kind != "memory":
         raise ValueError(f"{path}.training.watch_steps looks at memories, which a {stage.kind} stage has none of")
+
+
+def _check_shortened(stage: StageRecipe, recipe: Recipe, path: str) -> None:
+    rows = stage.data
+    if not 0 <= rows.shortened <= 1:
+        raise ValueError(f"{path}.data.shortened is {rows.shortened}; it is a share: expected 0 to 1")
+    if not rows.shortened:
+        return
+    copies = {"copy", "blank_copy"} & set(stage.objectives)
+    in_slots = stage.kind == "memory" and rows.layout == "slots" and rows.marker == "token" and copies
+    if stage.kind != "autoencoder" and not in_slots:
+        raise ValueError(
+            f"{path}.data.shortened is for autoencoder stages and for copies with a marker in data.layout: slots; "
+            "leave it out"
+        )
+    others = {
+        "data.documents": rows.documents,
+        "data.vary_source": rows.vary_source,
+        "data.encode_once": rows.encode_once,
+        "an encoder with a tokenizer of its own": recipe.encoder_of(stage) is not None,
+    }
+    wrong = [name for name, is_set in others.items() if is_set]
+    if wrong:
+        raise ValueError(f"{path}.data.shortened does not go together with {' and '.join(wrong)}; leave one out")
 
 
 def _check_positive(value: int | None, path: str) -> None:

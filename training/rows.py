@@ -1,5 +1,6 @@
 """Rows of tokens in training order, and the collator that makes every objective's batch from them."""
 
+import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -112,6 +113,9 @@ class ObjectiveCollator:
         source_length (`int`, *optional*): Tokens at the start of a row that the copy objectives copy.
         vary_source (`bool`): Whether the copy objectives' rows have sources of 1, 2, ... windows in turn, up to
             `source_length`, so that a model learns to give back few memories as well as many.
+        shortened (`float`): Share of the chunks of the reconstruction, and in the slots layout of the rows of the
+            copies, that are cut to a random length, their last chunk being short; behind a cut copy the end token is
+            asked for. Which are cut, and where, follows from their numbers alone.
         padded (`bool`): Whether rows have different lengths. They are padded to whole windows, a batch also has
             `"num_tokens"`, its tokens without padding, and the copies take the whole windows of a row as its source.
         split_windows (`bool`): Whether the model reads each window by itself. Targets stay those of the whole row:
@@ -131,6 +135,7 @@ class ObjectiveCollator:
         window_length: int,
         source_length: int | None = None,
         vary_source: bool = False,
+        shortened: float = 0.0,
         padded: bool = False,
         split_windows: bool = False,
         every: Mapping[str, int] | None = None,
@@ -143,6 +148,8 @@ class ObjectiveCollator:
         self.window_length = window_length
         self.source_length = source_length
         self.vary_source = vary_source
+        self.shortened = shortened
+        self.evaluates = False
         self.padded = padded
         self.split_windows = split_windows
         self.every = every or {}
@@ -169,6 +176,12 @@ class ObjectiveCollator:
                 batches[objective] = with_states(batches[objective], states[::step])
         return batches
 
+    def for_evaluation(self) -> "ObjectiveCollator":
+        """Return this collator as validation reads with it: no row is cut short."""
+        evaluating = copy.copy(self)
+        evaluating.evaluates = True
+        return evaluating
+
     def collate(
         self,
         objective: str,
@@ -187,6 +200,8 @@ class ObjectiveCollator:
         if self.vary_source and objective in COPIES:
             tokens, mask = self._varied_sources(tokens)
             source = {"attention_mask": mask}
+        if self.shortened and rows is not None and objective in (*COPIES, "reconstruction"):
+            tokens, source = self._shortened_sources(objective, tokens, rows)
         batch = build_batch(
             objective,
             tokens,
@@ -217,6 +232,22 @@ class ObjectiveCollator:
             mask = (torch.arange(width, device=mask.device) < whole).long()
         return {"attention_mask": mask, "source_length": limit if objective in COPIES or limit else None}
 
+    def _shortened_sources(
+        self, objective: str, tokens: torch.Tensor, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Cut some chunks of rows `(B, n)`, or some rows, short; return them with their mask."""
+        length = self.chunk_length if objective == "reconstruction" else self.source_length or tokens.shape[1]
+        if objective == "reconstruction":
+            if tokens.shape[1] % length:
+                return tokens, {}  # which is refused
+            pieces = tokens.shape[1] // length
+            tokens = tokens.reshape(-1, length)
+            rows = (rows[:, None] * pieces + torch.arange(pieces)).flatten()
+        lengths = draw_lengths(rows, length, 0.0 if self.evaluates else self.shortened)
+        mask = (torch.arange(length) < lengths[:, None]).long()
+        options = {} if objective == "reconstruction" else {"end": True}
+        return tokens[:, :length], {"attention_mask": mask, **options}
+
     def _varied_sources(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cut rows `(B, n)` to sources of 1, 2, ... windows in turn; return them with their mask."""
         longest = self.source_length or tokens.shape[1]
@@ -236,6 +267,33 @@ def keep_columns(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if wanted.any() and wanted.sum() <= 0.75 * wanted.numel():
         return {**batch, "columns": wanted.nonzero()[:, 0]}
     return batch
+
+
+def draw_lengths(numbers: torch.Tensor, longest: int, share: float) -> torch.Tensor:
+    """Draw lengths: of a share of the rows 1 to `longest - 1`, all equally likely, of the others `longest`.
+
+    Args:
+        numbers (`torch.LongTensor` of shape `(B,)`): Numbers of the rows; equal numbers draw alike in every batch.
+        longest (`int`): Length of a whole row.
+        share (`float`): 0 to 1.
+
+    Returns:
+        `torch.LongTensor` of shape `(B,)`: Lengths.
+
+    >>> draw_lengths(torch.arange(8), 16, 0.5).tolist(), draw_lengths(torch.arange(2), 16, 0.0).tolist()
+    ([16, 15, 5, 12, 15, 12, 16, 16], [16, 16])
+    """
+    is_cut = _uniform(2 * numbers) < share
+    lengths = 1 + (_uniform(2 * numbers + 1) * (longest - 1)).long()
+    return torch.where(is_cut & (longest > 1), lengths, longest)
+
+
+def _uniform(numbers: torch.Tensor) -> torch.Tensor:
+    """Map integers to numbers in [0, 1) that look random, by the splitmix64 hash (Steele et al. 2014)."""
+    state = (numbers + 1) * -7046029254386353131
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
+        state = (state ^ ((state >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return ((state >> 11) & ((1 << 53) - 1)).double() / 2**53
 
 
 def draw_budget(num_memories: Sequence[int], rows: torch.Tensor) -> int | None:

@@ -227,6 +227,7 @@ class StageRunner:
             for name in objectives
         }
         documents = isinstance(train_rows, DocumentRows)
+        uneven = documents or rows.shortened > 0
         num_tokens = train_rows.num_tokens() if documents else num_rows * rows.row_length
         return {
             "kind": stage.kind,
@@ -237,7 +238,7 @@ class StageRunner:
             "steps": training.max_steps,
             "rows": num_rows,
             "text_tokens": num_tokens,
-            "targets": None if documents else num_targets,
+            "targets": None if uneven else num_targets,
             "seconds": round(clock.seconds, 2),
             "sessions": clock.sessions,
             "resumed_at_step": resumed_at,
@@ -328,6 +329,7 @@ class StageRunner:
             window_length=chunk_length if stage.kind == "autoencoder" else window_length,
             source_length=rows.source_length,
             vary_source=rows.vary_source,
+            shortened=rows.shortened,
             padded=rows.documents,
             split_windows=rows.window_length is not None,
             every=rows.every,

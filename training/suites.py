@@ -87,6 +87,14 @@ class Evaluation:
         return "self" if getattr(self.model.config, "self_memory", True) else "slots"
 
     @property
+    def copies_layout(self) -> str:
+        """Layout of copies: that of the other inputs, but slots where memories are spread, which is how those are told
+        apart: in plain text a copy's own windows would become memories among them.
+        """
+        spread = getattr(self.model.config, "memory_positions", None) == "spread"
+        return "slots" if spread and self.model.config.memory_token_id is not None else self.layout
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the token table."""
         return int(self.model.config.vocab_size)
@@ -107,7 +115,7 @@ class Evaluation:
             chunk_length=self.chunk_length,
             memories_per_chunk=getattr(self.model.config, "memories_per_chunk", 1),
             tokens_ids=self.special_tokens,
-            layout=self.layout if objective != "reconstruction" else "self",
+            layout={"reconstruction": "self", "causal": self.layout}.get(objective, self.copies_layout),
             marker=self.marker,
         )
 
@@ -200,6 +208,9 @@ def evaluate_suite(
     }
     if suite == "copy":
         result["memory"].update(free_running_copy(evaluation, rows))
+        result["memory"]["short_sources"] = copies_of_short_sources(evaluation, rows)
+    if suite == "retention" and evaluation.model.config.model_type == "memory_autoencoder":
+        result["memory"]["short_chunks"] = retention_of_short_chunks(evaluation, rows)
     if suite == "clm" and {"no_memory_model", "full_context_model"} <= set(result):
         result["share_of_gap_recovered"] = share_of_gap(
             result["memory"]["loss"], result["no_memory_model"]["loss"], result["full_context_model"]["loss"]
@@ -301,18 +312,19 @@ def _copy_conditions(
     batch = evaluation.build(objective, own)
     text_length = own.shape[1]
     text = {name: batch[name][:, -text_length:] for name in ("input_ids", "attention_mask", "shift_labels")}
-    if evaluation.layout == "slots":
+    split = {name: tensor.reshape(-1, evaluation.window_length) for name, tensor in text.items()}
+    if evaluation.copies_layout == "slots":
         return {
             "memory": batch,
             "wrong_memory": {**batch, "context_input_ids": evaluation.build(objective, other)["context_input_ids"]},
-            "no_memory": text,
+            "no_memory": split if evaluation.layout == "self" else text,
         }
     # Output windows see the source only through its memories, so another source in front is another text's memories.
     wrong = torch.cat([other, text["input_ids"]], 1)
     return {
         "memory": batch,
         "wrong_memory": {**batch, "input_ids": wrong},
-        "no_memory": {name: tensor.reshape(-1, evaluation.window_length) for name, tensor in text.items()},
+        "no_memory": split,
     }
 
 
@@ -407,6 +419,89 @@ def free_running_copy(evaluation: Evaluation, rows: torch.Tensor) -> dict[str, A
         "num_generated_rows": len(usable),
         "generated_token_accuracy": (predicted == usable).double().mean().item(),
     }
+
+
+@torch.no_grad()
+def retention_of_short_chunks(evaluation: Evaluation, rows: torch.Tensor) -> dict[str, dict[str, Any]]:
+    """Score an autoencoder on the beginnings of chunks: what the last chunk of a text is.
+
+    Args:
+        evaluation (`Evaluation`): The autoencoder and how to feed it.
+        rows (`torch.LongTensor` of shape `(R, n)`): Text, whole chunks.
+
+    Returns:
+        `dict`: Tokens of the short chunks, a quarter, half and three quarters of a whole one -> token accuracy with
+        interval and count.
+    """
+    length = evaluation.chunk_length
+    chunks = rows.reshape(-1, length)
+    results = {}
+    for short in sorted({max(1, length * quarters // 4) for quarters in (1, 2, 3)}):
+        parts = [
+            score(evaluation.model, {"input_ids": own, "labels": own}, len(own)).correct
+            for (own,) in _batches(evaluation.batch_size, chunks[:, :short])
+        ]
+        correct = torch.cat(parts)
+        results[str(short)] = {
+            "token_accuracy": correct.double().mean().item(),
+            "token_accuracy_interval": list(wilson_interval(int(correct.sum()), correct.numel())),
+            "num_tokens": correct.numel(),
+        }
+    return results
+
+
+@torch.no_grad()
+def copies_of_short_sources(evaluation: Evaluation, rows: torch.Tensor) -> dict[str, dict[str, Any]]:
+    """Let a model write sources that end inside a chunk, in slots, until it ends by itself.
+
+    Lengths that do not fit beside their memories are left out: in slots nothing folds.
+
+    Args:
+        evaluation (`Evaluation`): The model and how to feed it.
+        rows (`torch.LongTensor` of shape `(R, H)`): Sources; their beginnings are taken.
+
+    Returns:
+        `dict`: Tokens of the sources -> `exact_match` (share of rows without an error, the end included) with
+        interval and count. Empty for a model that has no slots, no COPY or no end token.
+    """
+    ids, length, config = evaluation.special_tokens, evaluation.chunk_length, evaluation.model.config
+    if evaluation.marker != "token" or None in (config.memory_token_id, config.copy_token_id, ids.eos):
+        return {}
+    usable = rows[(rows != ids.eos).all(1)][: evaluation.num_generated_rows]
+    half = max(1, length // 2)
+    lengths = {half, length + half, rows.shape[1] - half} if len(usable) else set()
+    results = {}
+    for short in sorted(number for number in lengths if number < rows.shape[1]):
+        slots = -(-short // length) * config.memories_per_chunk
+        if not config.fits(slots, short + 1):
+            continue
+        exact = 0
+        for (own,) in _batches(evaluation.batch_size, usable[:, :short]):
+            batch = build_batch(
+                "copy",
+                own,
+                window_length=evaluation.window_length,
+                chunk_length=length,
+                memories_per_chunk=getattr(evaluation.model.config, "memories_per_chunk", 1),
+                tokens_ids=ids,
+                layout="slots",
+                end=True,
+            )
+            prompt = {name: tensor.to(evaluation.model.device) for name, tensor in batch.items()}
+            prompt.pop("shift_labels")
+            for name in ("input_ids", "attention_mask"):  # the slots, then COPY alone
+                prompt[name] = prompt[name][:, : prompt[name].shape[1] - short + 1]
+            written = evaluation.model.generate(**prompt, max_new_tokens=short + 1, do_sample=False)
+            written = written[:, prompt["input_ids"].shape[1] :].cpu()
+            wanted = torch.nn.functional.pad(own, (0, 1), value=ids.eos)
+            if written.shape == wanted.shape:
+                exact += int((written == wanted).all(1).sum())
+        results[str(short)] = {
+            "exact_match": exact / len(usable),
+            "exact_match_interval": list(wilson_interval(exact, len(usable))),
+            "num_generated_rows": len(usable),
+        }
+    return results
 
 
 def default_length(evaluation: Evaluation, suite: str) -> int:

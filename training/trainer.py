@@ -185,6 +185,7 @@ class MemoryTrainer(Trainer):
     """
 
     optimizer: torch.optim.Optimizer | None
+    data_collator: Any
 
     def __init__(
         self,
@@ -381,6 +382,15 @@ class MemoryTrainer(Trainer):
             logs["peak_memory_bytes"] = peak_memory_bytes()["process"]
             self._tokens_since = 0, now
         super().log(logs, start_time)
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Return validation batches as `Trainer` does, made by the collator's `for_evaluation()` if it has one."""
+        of_training = self.data_collator
+        self.data_collator = getattr(of_training, "for_evaluation", lambda: of_training)()
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = of_training
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as `Trainer.evaluate` does; its time is not counted in the tokens per second of training."""

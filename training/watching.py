@@ -63,8 +63,7 @@ def memory_statistics(model: Any, tokens: torch.Tensor) -> dict[str, float]:
             model.decoder.set_attn_implementation("eager")
             memories, mask = model.encode_memories(context)  # (B, M, D), (B, M)
             embeds = model.get_input_embeddings()(text)  # (B, W, D)
-            fixed = config.memory_positions == "fixed"
-            start = torch.full_like(mask[:, 0], config.max_memories) if fixed else mask.sum(1)
+            start = model._text_start(mask.sum(1))
             places = torch.arange(text.shape[1], device=text.device)
             block = model._memory_block(memories, mask)
             _, outputs, _ = model._decode_behind(

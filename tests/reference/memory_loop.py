@@ -39,19 +39,21 @@ def decode_behind(model, memories: list[torch.Tensor], token_ids: torch.Tensor, 
     embeds = model.get_input_embeddings()(token_ids)  # (n, D)
     if config.window_positions and memories:
         told = []
+        num_places = config.chunk_length if config.memory_positions == "spread" else config.window_length
         for place, embed in enumerate(embeds):
             asked = asked or is_marker(model, token_ids[place])
-            told.append(embed + model.window_positions.weight[place] if asked else embed)
+            told.append(embed + model.window_positions.weight[place % num_places] if asked else embed)
         embeds = torch.stack(told)
     front = list(memories)
-    start = len(front)
-    if config.memory_positions == "fixed":
-        start = config.max_memories
+    start, span = len(front), 1
+    if config.memory_positions != "contiguous":
+        span = config.chunk_length // config.memories_per_chunk if config.memory_positions == "spread" else 1
+        start = config.max_memories * span
         if config.absent_memories != "mask":
             filler = torch.full_like(embeds[0], 1.0 if config.absent_memories == "ones" else 0.0)
             while len(front) < config.max_memories:
                 front.append(filler)
-    positions = list(range(len(front))) + [start + offset for offset in range(len(token_ids))]
+    positions = [span * rank for rank in range(len(front))] + [start + offset for offset in range(len(token_ids))]
     sequence = torch.stack(front + list(embeds))[None]
     # Positions that jump would be taken for packed texts without a mask.
     inputs = {"inputs_embeds": sequence, "use_cache": False, "position_ids": torch.tensor([positions])}
