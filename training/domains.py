@@ -112,7 +112,22 @@ def next_token(
     length: int,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Score a causal LM on the next token of rows of text; returns what a suite returns."""
+    """Score a causal LM on the next token of rows of text.
+
+    Args:
+        model (`PreTrainedModel`): The causal LM.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        documents (`Sequence[str]`): Text.
+        limit (`int`): Most rows.
+        length (`int`): Tokens of a row.
+        batch_size (`int`): Rows per forward call.
+
+    Returns:
+        `dict`: Suite -> condition -> metrics, as [`evaluate`] gives them: `clm` and `this_model`.
+
+    Raises:
+        ValueError: If a text is too short for a row.
+    """
     tokens = tokenise_documents(tokenizer, list(documents)).tokens
     parts = []
     for own in spread_rows(tokens, row_length=length, limit=limit).split(batch_size):

@@ -385,14 +385,18 @@ def write_freely(evaluation: Evaluation, rows: torch.Tensor) -> tuple[torch.Tens
             chunks = own.reshape(-1, evaluation.chunk_length).to(evaluation.model.device)
             outputs.append(evaluation.model.reconstruct(chunks).reshape(own.shape).cpu())
             continue
-        batch = evaluation.build("copy", own)
-        prompt = {name: tensor.to(evaluation.model.device) for name, tensor in batch.items() if name != "shift_labels"}
-        for name in ("input_ids", "attention_mask"):  # the source or its slots, then COPY alone
-            prompt[name] = prompt[name][:, : prompt[name].shape[1] - text_length + 1]
-        written = evaluation.model.generate(**prompt, max_new_tokens=text_length, do_sample=False)
-        written = written[:, prompt["input_ids"].shape[1] :].cpu()
+        written = _write_behind_copy(evaluation, evaluation.build("copy", own), text_length, text_length)
         outputs.append(torch.nn.functional.pad(written, (0, text_length - written.shape[1]), value=IGNORED))
     return usable, torch.cat(outputs)
+
+
+def _write_behind_copy(evaluation: Evaluation, batch: Batch, text_length: int, max_new_tokens: int) -> torch.Tensor:
+    """Let `generate` go on behind the source, or its slots, and COPY of a batch; returns the new tokens `(B, t)`."""
+    prompt = {name: tensor.to(evaluation.model.device) for name, tensor in batch.items() if name != "shift_labels"}
+    for name in ("input_ids", "attention_mask"):
+        prompt[name] = prompt[name][:, : prompt[name].shape[1] - text_length + 1]
+    written = evaluation.model.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False)
+    return written[:, prompt["input_ids"].shape[1] :].cpu()
 
 
 @torch.no_grad()
@@ -487,12 +491,7 @@ def copies_of_short_sources(evaluation: Evaluation, rows: torch.Tensor) -> dict[
                 layout="slots",
                 end=True,
             )
-            prompt = {name: tensor.to(evaluation.model.device) for name, tensor in batch.items()}
-            prompt.pop("shift_labels")
-            for name in ("input_ids", "attention_mask"):  # the slots, then COPY alone
-                prompt[name] = prompt[name][:, : prompt[name].shape[1] - short + 1]
-            written = evaluation.model.generate(**prompt, max_new_tokens=short + 1, do_sample=False)
-            written = written[:, prompt["input_ids"].shape[1] :].cpu()
+            written = _write_behind_copy(evaluation, batch, short, short + 1)
             wanted = torch.nn.functional.pad(own, (0, 1), value=ids.eos)
             if written.shape == wanted.shape:
                 exact += int((written == wanted).all(1).sum())
