@@ -156,16 +156,6 @@ def fit_exponent(sizes: Sequence[float], seconds: Sequence[float]) -> dict[str, 
     return {"exponent": slope, "factor": math.exp(intercept), "r_squared": 1 - left / total if total else 1.0}
 
 
-def duration(seconds: float) -> str:
-    """Seconds with three digits, as milliseconds below one.
-
-    >>> [duration(value) for value in (0.00123, 0.0456, 3.21, 123.4)]
-    ['1.23 ms', '45.6 ms', '3.21 s', '123 s']
-    """
-    value, unit = (1000 * seconds, "ms") if seconds < 1 else (seconds, "s")
-    return f"{value:.{max(0, 3 - len(str(int(value))))}f} {unit}"
-
-
 def describe_run(benchmark: str, command: str, seeds: Mapping[str, int]) -> dict[str, Any]:
     """Begin a record: what was run, by which code, on which machine, from which seeds."""
     return {
@@ -245,7 +235,7 @@ def gather_command(
         name (`str`): Of the module in `benchmarks`, and of the record unless the caller gives another.
         description (`str`): One sentence.
         show (`Callable`): As [`gather_runs`] takes it.
-        arguments (`Sequence[str]`, *optional*): The words behind the command; default: those of the process.
+        arguments (`Sequence[str]`, *optional*): The words after the command; default: those of the process.
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument("folders", nargs="+", help="runs, or the folder of a grid")

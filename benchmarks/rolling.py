@@ -1,4 +1,4 @@
-"""What memories cost and save at use: time to the first token, time per token, cache, and reading of long texts.
+"""What memories cost and save at use: time to first token, time per token, cache, and reading of long texts.
 
 ```bash
 python -m benchmarks.rolling --threads 2                    # every cell that is not measured yet, then the record
@@ -57,7 +57,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class FirstToken:
-    """Time to the first token behind `tokens` of context. `layers` of the decoder for the full text; None is all."""
+    """Time to first token after `tokens` of context. `layers` of the decoder for the full text; None is all."""
 
     shape: str
     tokens: int
@@ -67,7 +67,7 @@ class FirstToken:
 
 @dataclass(frozen=True)
 class Generation:
-    """Time per token and cache bytes behind `tokens` of context."""
+    """Time per token and cache bytes after `tokens` of context."""
 
     shape: str
     tokens: int
@@ -77,7 +77,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Folding:
-    """Time per token of plain text that rolls over, behind the memories of `tokens` of it, for so many windows."""
+    """Time per token of plain text, after the memories of `tokens` of it, while so many windows are compressed."""
 
     shape: str
     tokens: int
@@ -354,7 +354,7 @@ def random_cache(model: MemoryEncoderDecoderForCausalLM, columns: int) -> Dynami
 
 @torch.no_grad()
 def measure_generation(cell: Generation, model: MemoryEncoderDecoderForCausalLM) -> dict[str, Any]:
-    """Time per token and cache bytes: the text in clear, a memory for 16 tokens, and the newest memories only."""
+    """Time per token and cache bytes: the full text, a memory for 16 tokens, and the newest memories only."""
     config = model.config
     context = random_ids(config.vocab_size, 1, cell.tokens)
     prompt = random_ids(config.vocab_size, 1, PROMPT)
@@ -487,7 +487,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.rolling",
-        description="Time memories against the text in clear: first token, each token, cache, reading of long texts.",
+        description="Time memories against the full text: first token, each token, cache, reading of long texts.",
     )
     parser.add_argument("--quick", action="store_true", help="toy sizes: checks that everything runs, says nothing")
     parser.add_argument("--only", action="append", help="cells to measure, as a pattern; may be given more than once")

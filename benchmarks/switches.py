@@ -48,7 +48,7 @@ TEXT = REPOSITORY / "training" / "corpora" / "wikinews" / "validation.parquet"
 
 
 def special_tokens(sizes: Sizes) -> SpecialTokens:
-    """Ids that random tokens never take, and the slot behind the table."""
+    """Ids that random tokens never take, and the slot after the table."""
     return SpecialTokens(pad=0, eos=2, copy=3, blank=4, memory=sizes.vocab_size)
 
 

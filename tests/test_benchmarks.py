@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import measure, render, snippet, speed, time_to_accuracy
+from benchmarks import measure, snippet, speed, time_to_accuracy
 from benchmarks.measure import UnequalPathsError, assert_equal, compare, fit_exponent, interleave, save_record, spread
 from modeling_memory import MemoryAutoencoder, MemoryAutoencoderConfig
 from tests.reference import memory_loop
@@ -22,7 +22,7 @@ WORDS = ["the", "old", "house", "stood", "by", "a", "river", "where", "boats", "
 SPREAD = {"median", "min", "max", "first_quartile", "third_quartile"}
 
 
-@pytest.mark.parametrize("module", [measure, speed, time_to_accuracy, render, snippet])
+@pytest.mark.parametrize("module", [measure, speed, time_to_accuracy, snippet])
 def test_examples_in_docstrings_are_true(module: Any):
     assert doctest.testmod(module, optionflags=doctest.ELLIPSIS).failed == 0
 
