@@ -22,7 +22,7 @@ def show(record: Record) -> Record:
     stage = next(stage for stage in record["recipe"]["stages"] if stage["name"] == name)
     done = record["stages"][name]
     norms = [log["projector_norm"] for log in done["series"] if "projector_norm" in log]
-    decoder = next((stage for stage in record["recipe"]["stages"] if stage.get("kind") == "causal_lm"), {})
+    decoder: Record = next((stage for stage in record["recipe"]["stages"] if stage.get("kind") == "causal_lm"), {})
     return {
         "adapters": stage["adapters"],
         "decoder": {

@@ -96,9 +96,9 @@ def starters(record: Record) -> Table:
         rows,
         "Tokens right of the published, rounded weights, vocabulary 2,048; the worst of the validation and test "
         "splits of books and news. Free-running: texts copied without an error, on the worst split that was measured; "
-        "where it says books, news was not measured and is worse. A one-pass task has no free-running figure. Losses "
-        "in nats per token, the model trained without memory and the same model without its memories beside it. "
-        f"Parameters, size and time to load: {'; '.join(sizes)}.",
+        "where it says books, news was not measured: expect less there. A one-pass task has no free-running figure. "
+        "Losses in nats per token, the model trained without memory and the same model without its memories beside "
+        f"it. Parameters, size and time to load: {'; '.join(sizes)}.",
     )
 
 

@@ -130,13 +130,13 @@ def measure_quality(cell: Quality) -> dict[str, Any]:
     """Load the run's models, cut the documents and read them in every way."""
     run = REPOSITORY / cell.run
     memory = MemoryEncoderDecoderForCausalLM.from_pretrained(run / "hub").eval()
-    baselines = [
+    no_memory, full_context = (
         AutoModelForCausalLM.from_pretrained(run / "stages" / name / "model").eval()
         for name in ("no_memory", "full_context")
-    ]
+    )
     tokenizer = AutoTokenizer.from_pretrained(run / "hub")
     documents = cut_documents(tokenizer, cell.text, cell.documents, cell.tokens)
-    paths = readers(memory, *baselines, cell.trained_tokens)
+    paths = readers(memory, no_memory, full_context, cell.trained_tokens)
     result = losses_by_position(paths, documents, cell.trained_tokens)
     newest = (cell.trained_tokens // memory.config.window_length - 1) * memory.config.memories_per_window
     return {

@@ -15,17 +15,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import ModelCard
 
-from benchmarks.measure import describe_run, save_record
+from benchmarks.measure import benchmark_parser, describe_run, run_benchmark
 from benchmarks.quality_tables import starters as starters_table
 from benchmarks.table import print_table
 from training.data import load_texts
 from training.evaluate import evaluate
 from training.hub_folder import load_checkpoint, load_processor
 from training.record import read_json
-from training.strict_yaml import REPOSITORY, portable_path
+from training.strict_yaml import REPOSITORY
 
 Record = dict[str, Any]
 
@@ -112,40 +111,27 @@ def seconds_to_load(folder: Path, model_type: str) -> float:
     return float(done.stdout.split()[-1])
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Build the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.starters", description="Measure the starters as they are published."
-    )
-    parser.add_argument("folders", nargs="*", help="folders (default: all of model_cards/)")
-    parser.add_argument("--limit", type=int, default=64, metavar="N", help="most rows of 512 tokens (default 64)")
-    parser.add_argument("--repetitions", type=int, default=3, metavar="N", help="times each is loaded (default 3)")
-    parser.add_argument("--threads", type=int, metavar="N", help="processor threads")
-    parser.add_argument("--out", help="where the record goes (default: benchmarks/results/starters.json)")
-    return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    words = sys.argv[1:] if arguments is None else arguments
-    options = build_parser().parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+def run(options: argparse.Namespace, command: str) -> Record:
+    """Measure the folders asked for and return the record."""
     folders = [Path(name) for name in options.folders] or sorted(path for path in FOLDERS.iterdir() if path.is_dir())
-    command = " ".join(["python -m benchmarks.starters", *map(portable_path, words)])
     record = describe_run("starters", command, {})
-    try:
-        starters = {
+    record["metrics"] = {
+        "starters": {
             folder.name: measure_starter(folder, limit=options.limit, repetitions=options.repetitions)
             for folder in folders
         }
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    record["metrics"] = {"starters": starters}
+    }
     print("\n".join(print_table(starters_table(record), [])))
-    print(f"record: {portable_path(save_record(record, 'starters', options.out))}")
-    return 0
+    return record
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line."""
+    parser = benchmark_parser("starters", "Measure the starters as they are published.", quick=False)
+    parser.add_argument("folders", nargs="*", help="folders (default: all of model_cards/)")
+    parser.add_argument("--limit", type=int, default=64, metavar="N", help="most rows of 512 tokens (default 64)")
+    parser.add_argument("--repetitions", type=int, default=3, metavar="N", help="times each is loaded (default 3)")
+    return run_benchmark(parser, run, arguments)
 
 
 if __name__ == "__main__":
