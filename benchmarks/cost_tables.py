@@ -9,6 +9,16 @@ PATHS = {
     "encode": "encoded first, small encoder",
     "encode_own": "encoded first, encoder as large as the decoder",
 }
+SWITCHES = {
+    "activations computed again": "`gradient_checkpointing`",
+    "bf16": "`bf16`",
+    "logits in chunks": "`loss_chunk`",
+    "all three": "these three",
+    "states encoded once": "`encode_once`",
+    "compiled": "`compile`",
+    "compiled, all three": "`compile` and the three",
+    "rows grouped by length": "`group_by_length`",
+}
 READINGS = {
     "reading/1024": "1,024 tokens a memory",
     "reading/16": "16 tokens a memory",
@@ -88,7 +98,7 @@ def switches(record: Record) -> Table:
 
     def add(part: str, name: str, ratio: Record) -> None:
         speed = pick(record, f"metrics.{part}.tokens_per_second")[name]
-        rows.append([name, f"{speed:,.0f}", quartiles(ratio, 2)])
+        rows.append([SWITCHES.get(name, name), f"{speed:,.0f}", quartiles(ratio, 2)])
 
     compiled = record["metrics"].get("compile")
     for part in ("steps", "compile") if compiled else ("steps",):
