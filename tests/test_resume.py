@@ -28,7 +28,7 @@ STAGES = ["autoencoder", "decoder", "blank_copy"]
 
 
 class Killed(BaseException):
-    """What a SIGKILL is to the code: nothing catches it. `python -m benchmarks.kills` sends real ones."""
+    """What a SIGKILL is to the code: nothing catches it. `test_kills.py` sends real ones."""
 
 
 class At(TrainerCallback):

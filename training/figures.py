@@ -82,6 +82,7 @@ def _draw_series(stages: dict[str, list[dict[str, Any]]], suffix: str, label: st
         for name, (steps, values) in curves.items():
             colour = COLOURS[names.index(name.removesuffix(", validation")) % len(COLOURS)]
             style = "o--" if name.endswith("validation") else "-"
+            style = "o" if len(steps) == 1 else style  # measured once: the legend must not promise a line
             panel.plot(steps, values, style, color=colour, label=name, markersize=3, linewidth=1.4)
         panel.set_title(stage.replace("_", " "), fontsize=10)
         panel.set_xlabel("step")
@@ -97,6 +98,7 @@ def _draw_positions(curves: dict[str, list[float]], path: Path) -> str:
     figure, panel = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for colour, (name, values) in zip(COLOURS, curves.items(), strict=False):
         panel.plot(range(len(values)), values, "o-", color=colour, label=name, markersize=3, linewidth=1.4)
+    panel.set_title("accuracy by position in the chunk", fontsize=10)
     panel.set_xlabel("position in the chunk")
     panel.set_ylabel("token accuracy, test split")
     _tidy(panel, "token_accuracy")
@@ -139,6 +141,7 @@ def write_probe_figure(record: dict[str, Any], folder: Path) -> str:
     models = record["metrics"]["models"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     styles = {"embedding": ("o-", 1.6), "untrained": ("s--", 1.0), "shuffled": ("^:", 1.0)}
+    controls = {"untrained": "untrained (control)", "shuffled": "another text's embedding (control)"}
     drawn = set()
     for colour, model in zip(COLOURS, models, strict=False):
         lengths = [int(length) for length in model["lengths"]]
@@ -161,12 +164,12 @@ def write_probe_figure(record: dict[str, Any], folder: Path) -> str:
     for condition, (style, width) in list(styles.items())[1:]:
         if condition not in drawn:
             continue
-        left.plot([], [], style, color="grey", linewidth=width, markersize=4, label=f"{condition} (control)")
+        left.plot([], [], style, color="grey", linewidth=width, markersize=4, label=controls[condition])
     left.set_xscale("log", base=2)
     left.set_xticks(lengths, [str(length) for length in lengths])
     left.set_xlabel("tokens of the text")
     left.set_ylabel("tokens written back from the frozen embedding")
-    left.set_title("by length", fontsize=10)
+    left.set_title("by length: a lower bound, from a small probe", fontsize=10)
     right.set_xlabel("position in the text")
     right.set_title(f"by position, {lengths[-1]} tokens", fontsize=10)
     for panel in (left, right):
@@ -198,6 +201,7 @@ def write_ceiling_figure(record: dict[str, Any], folder: Path) -> str:
             label = name.replace("_", " ").replace("without", "without memories")
             panel.axhline(result[name]["loss"], color="grey", linestyle=style, linewidth=1, label=label)
         panel.set_yscale("log")
+        panel.set_title("one pass of the encoder against memories optimised for each text", fontsize=10)
         panel.set_xlabel("optimiser steps on the memories of one text")
         panel.set_ylabel("nats per token of the text")
         _tidy_axes(panel)
@@ -214,5 +218,7 @@ def write_ceiling_figure(record: dict[str, Any], folder: Path) -> str:
         vectors = metrics["capacity"]["num_vectors"]
         panel.set_xlabel(f"tokens of the text, in {vectors} optimised vector{'' if vectors == 1 else 's'}")
         panel.set_ylabel("written back by the frozen decoder")
+        texts = next(iter(by_length.values()))["num_texts"]
+        panel.set_title(f"what fits into optimised vectors ({texts} texts)", fontsize=10)
         _tidy(panel, "token_accuracy")
     return _save(figure, folder / "curve.png")

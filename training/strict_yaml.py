@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+ABSOLUTE = re.compile(r"(?<=[=\[,'\" ])/[^\[\],'\"]+")
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -213,15 +214,16 @@ def portable_path(path: str | Path) -> str:
 
 
 def portable_word(word: str) -> str:
-    """Write a word of a command line, `PATH` or `key=PATH`, without an absolute path, for a record.
+    """Write a word of a command line, `PATH`, `key=PATH` or `key=[PATH, PATH]`, without absolute paths, for a record.
 
     >>> [portable_word(word) for word in ("output_dir=/somewhere/else/mine", "/somewhere/else/mine", "seed=1")]
     ['output_dir=mine', 'mine', 'seed=1']
+    >>> portable_word("data.train=['/somewhere/a.txt', /somewhere/b.txt]")
+    "data.train=['a.txt', b.txt]"
     """
-    key, equals, value = word.partition("=")
-    if key.startswith("/") or not value:
+    if word.startswith("/"):
         return portable_path(word)
-    return f"{key}={portable_path(value)}"
+    return ABSOLUTE.sub(lambda found: portable_path(found[0]), word)
 
 
 def portable_paths(value: Any) -> Any:
