@@ -80,12 +80,12 @@ def is_causal_lm(model_type: str) -> bool:
     return "AutoModelForCausalLM" in AUTO_MAPS[model_type] if model_type in AUTO_MAPS else True
 
 
-def code_files(auto_map: Mapping[str, str], folder: Path = CODE) -> set[str]:
+def code_files(auto_map: Mapping[str, str], folder: Path | None = None) -> set[str]:
     """Names of the code files that loading needs: those that `auto_map` names, and all that they import.
 
     Args:
         auto_map (`dict`): Auto class -> `file.Class`.
-        folder (`Path`): Where the files lie, flat; default: this package.
+        folder (`Path`, *optional*): Where the files lie, flat; default: this package.
 
     Raises:
         FileNotFoundError: If a file that is named or imported is not there.
@@ -93,7 +93,7 @@ def code_files(auto_map: Mapping[str, str], folder: Path = CODE) -> set[str]:
     >>> sorted(code_files({"AutoConfig": "configuration_masked_mixer.MaskedMixerConfig"}))
     ['configuration_masked_mixer.py']
     """
-    entries = {folder / f"{entry.partition('.')[0]}.py" for entry in auto_map.values()}
+    entries = {(folder or CODE) / f"{entry.partition('.')[0]}.py" for entry in auto_map.values()}
     imported = {Path(name).name for entry in entries for name in get_relative_import_files(entry)}
     return {entry.name for entry in entries} | imported
 
