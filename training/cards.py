@@ -35,7 +35,7 @@ ALONE = ("blank_copy", "retention", "autoencoder", "reconstruction")
 NEXT_TOKEN = ("clm", "causal")
 # Pieces of a text that a memory model is asked for beside whole copies.
 PIECES = {"autoencoder": ", one chunk, by the encoder's own autoencoder", "retention": ", one window"}
-COLUMNS = ("alone", "forced", "written", "whole")
+SHOWN_TOKENS = 32
 OWN_RESULTS = ("memory", "this_model", "validation_split")
 CONDITIONS = {
     "memory": "",
@@ -89,6 +89,7 @@ def render_card(
         eval_results=metadata_results(record, sources, task) or None,
         **licence.metadata,
     )
+    results = result_table(record)
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
@@ -102,7 +103,8 @@ def render_card(
         parameters=count_parameters(model)["total"],
         copied=copied_length(record),
         dtype=str(model.dtype).removeprefix("torch."),
-        results=result_rows(record),
+        results=results,
+        columns=list(dict.fromkeys(column for row in results.values() for column in row)),
         losses=loss_rows(record),
         lost=lost_tokens(record),
         record=record,
@@ -212,14 +214,12 @@ def copied_length(record: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"tokens": tokens, "lengths": lengths}
 
 
-def result_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Rows of a card's table of results: a text, and what came back of it in each way of asking.
-
-    A text that ends early has a row of its own where the model writes copies, a column where it gives back chunks.
+def result_table(record: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """A card's table of results: a text and condition -> way of asking -> what came back of it.
 
     >>> copy = {"memory": {"token_accuracy": 0.98, "generated_token_accuracy": 0.7, "exact_match": 0.5}}
-    >>> result_rows({"metrics": {"copy": copy}})
-    [{'text': 'test split', 'alone': '', 'forced': '98.00 %', 'written': '70.00 %', 'whole': '50.00 %'}]
+    >>> result_table({"metrics": {"copy": copy}})["test split"]
+    {'copy, teacher-forced': '98.00 %', 'copy, free-running': '70.00 %', 'whole texts, free-running': '50.00 %'}
     """
     rows: dict[str, dict[str, str]] = {}
     for text, suites in _measured_texts(record):
@@ -230,17 +230,16 @@ def result_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
                 continue  # controls of other text and of pieces are in the record
             start = "validation split" if condition == "validation_split" else text
             label = start + (PIECES[suite] if is_piece else "") + CONDITIONS[condition]
-            row = rows.setdefault(label, {"text": label, **dict.fromkeys(COLUMNS, "")})
-            if suite in ALONE:
-                row |= {"alone": _share(values, "token_accuracy")} if "token_accuracy" in values else {}
-                short = {} if copies else values.get("short_chunks", {})
-                row |= {f"only {length} tokens": _share(found, "token_accuracy") for length, found in short.items()}
-                continue
-            row |= _copy_cells(values)
-            for length, found in values.get("short_sources", {}).items():
-                shorter = f"{label}, only {length} tokens"
-                rows[shorter] = {"text": shorter, **dict.fromkeys(COLUMNS, ""), **_copy_cells(found)}
-    return [row for row in rows.values() if any(row[column] for column in COLUMNS)]
+            row = rows.setdefault(label, {})
+            if suite == "copy":
+                row |= _copy_cells(values)
+                for length, found in values.get("short_sources", {}).items():
+                    row |= {f"whole texts of {length} tokens": _whole(found)}
+            elif "token_accuracy" in values:
+                row["from memories alone"] = _share(values, "token_accuracy")
+                for length, found in ({} if copies else values.get("short_chunks", {})).items():
+                    row[f"only {length} tokens"] = _share(found, "token_accuracy")
+    return {label: row for label, row in rows.items() if row}
 
 
 def loss_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -262,15 +261,18 @@ def loss_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def lost_tokens(record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a record knows of tokens that never come back: `tokens` (written out), `tries` of each, and of how many.
+    """What a record knows of tokens that never come back: how many of which, in how many tries, and `shown` ones.
 
-    >>> domain = {"description": "all", "metrics": {}, "lost_tokens": ["x"], "tries": 4, "num_tokens": 9}
+    >>> domain = {"description": "all", "metrics": {}, "lost_tokens": ["x", "Ð"], "tries": 4, "num_tokens": 9}
     >>> lost_tokens({"domains": {"every_token": domain}})
-    {'tokens': ['x'], 'tries': 4, 'num_tokens': 9}
+    {'count': 2, 'num_tokens': 9, 'tries': 4, 'shown': ['x']}
     """
     for domain in record.get("domains", {}).values():
         if "lost_tokens" in domain:
-            return {"tokens": domain["lost_tokens"], "tries": domain["tries"], "num_tokens": domain["num_tokens"]}
+            readable = [token for token in domain["lost_tokens"] if token.isascii() and token.strip().isprintable()]
+            shown = sorted((token.strip() for token in readable if token.strip()), key=len)[:SHOWN_TOKENS]
+            numbers = {name: domain[name] for name in ("num_tokens", "tries")}
+            return {"count": len(domain["lost_tokens"]), **numbers, "shown": shown}
     return None
 
 
@@ -322,16 +324,15 @@ def _conditions(suites: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[s
 
 
 def _copy_cells(values: Mapping[str, Any]) -> dict[str, str]:
-    cells = {}
-    if "token_accuracy" in values:
-        cells["forced"] = _share(values, "token_accuracy")
-    if "generated_token_accuracy" in values:
-        cells["written"] = _share(values, "generated_token_accuracy")
-    if "exact_match" in values:
-        total = values.get("num_generated_rows")
-        whole = round(values["exact_match"] * total) if total else 0
-        cells["whole"] = f"{whole} of {total}" if total else _share(values, "exact_match")
-    return cells
+    shares = {"copy, teacher-forced": "token_accuracy", "copy, free-running": "generated_token_accuracy"}
+    cells = {title: _share(values, name) for title, name in shares.items() if name in values}
+    return cells | ({"whole texts, free-running": _whole(values)} if "exact_match" in values else {})
+
+
+def _whole(values: Mapping[str, Any]) -> str:
+    """How many texts came back without an error."""
+    total = values.get("num_generated_rows")
+    return f"{round(values['exact_match'] * total)} of {total}" if total else _share(values, "exact_match")
 
 
 def _share(values: Mapping[str, Any], name: str) -> str:

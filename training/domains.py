@@ -157,8 +157,14 @@ def every_token(
         "metrics": {suite: {"memory": summarise_scores(scores, evaluation.vocab_size, row)}},
         "num_tokens": len(ids),
         "tries": TRIES,
-        "lost_tokens": [tokenizer.decode([token]) for token in lost],
+        "lost_tokens": [_written(tokenizer, token) for token in lost],
     }
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """A token as text, or by its name where it is only a part of a character."""
+    text = tokenizer.decode([token])
+    return text if text and "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(token))
 
 
 def next_token(

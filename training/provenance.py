@@ -21,6 +21,7 @@ from training.strict_yaml import REPOSITORY, parse_yaml
 
 LICENCES = REPOSITORY / "model_cards" / "licences.yaml"
 SOURCES = REPOSITORY / "model_cards" / "sources.yaml"
+NOTHING_RECORDED = "neither bases nor training text are recorded"
 UNKNOWN = "unknown"  # a licence that the Hub knows by this name
 OWN = "apache-2.0"  # of this project's code, and of weights that nothing else binds
 # How packages write what the Hub writes otherwise.
@@ -82,7 +83,7 @@ def weights_licence(bases: Mapping[str, str | None], texts: Mapping[str, str | N
         [`Licence`]: `unknown` if the licence of something is, if several bind, or if nothing is recorded.
 
     >>> weights_licence({}, {"books": "cc0-1.0"})
-    Licence(id='apache-2.0', reason='the training text binds them to nothing else', link='')
+    Licence(id='apache-2.0', reason='which nothing that they were made from forbids', link='')
     >>> weights_licence({"meta-llama/Llama-3.2-1B": "llama3.2"}, {"books": "cc0-1.0"}).reason
     'that of meta-llama/Llama-3.2-1B'
     >>> weights_licence({}, {"mine.txt": None})
@@ -96,7 +97,7 @@ def weights_licence(bases: Mapping[str, str | None], texts: Mapping[str, str | N
     if missing:
         return Licence(UNKNOWN, f"the licence of {', '.join(missing)} is not known")
     if not sources:
-        return Licence(UNKNOWN, "neither bases nor training text are recorded")
+        return Licence(UNKNOWN, NOTHING_RECORDED)
     free = licence_table()["free"]
     binding = {licence: name for name, licence in sources.items() if licence not in free}
     if len(binding) > 1:
@@ -107,8 +108,7 @@ def weights_licence(bases: Mapping[str, str | None], texts: Mapping[str, str | N
     shared = set(bases.values())
     if len(shared) == 1:
         return Licence(str(shared.pop()), f"that of {', '.join(bases)}")
-    parts = " and ".join(part for part, there in (("the bases", bases), ("the training text", texts)) if there)
-    return Licence(OWN, f"{parts} {'bind' if bases else 'binds'} them to nothing else")
+    return Licence(OWN, "which nothing that they were made from forbids")
 
 
 def training_sources(record: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -29,6 +29,7 @@ from training.hub_folder import (
     refresh_hub_folder,
     write_hub_folder,
 )
+from training.provenance import NOTHING_RECORDED
 from training.push import PushError, check_target, push_folder
 from training.record import read_json
 from training.verification import verify_hub_folder
@@ -112,7 +113,8 @@ def publish(options: argparse.Namespace) -> None:
     record = find_record(checkpoint, options.record, options.stage)
     if options.domains:
         measured = _read(Path(options.domains).expanduser())
-        record = {**(record or {}), "domains": measured["domains"]}
+        measured_by = {name: measured[name] for name in ("run", "code", "hardware", "inputs") if name in measured}
+        record = {**(record or {}), "domains": measured["domains"], "domains_run": measured_by}
     bases = _find_bases(checkpoint, options)
     if options.dtype != "auto" and (options.by_reference or options.refresh):
         raise ValueError("--dtype rounds all weights; with --by-reference or --refresh they stay as they are")
@@ -156,7 +158,7 @@ def _write(
         check_bases_on_hub(referred)
     references = {part: {"id": base.id} for part, base in referred.items()}
     licence = card_licence(model, record, {**context, "references": references})
-    if not licence.is_known:
+    if not licence.is_known and (options.push or licence.reason != NOTHING_RECORDED):
         raise ValueError(
             f"the licence of the weights is not known: {licence.reason}. Say it with --licence ID, for example "
             "--licence llama3.2, or with --licence NAME=LINK for one that the Hub has no name for"
