@@ -107,7 +107,8 @@ def render_card(
         columns=list(dict.fromkeys(column for row in results.values() for column in row)),
         losses=loss_rows(record),
         lost=lost_tokens(record),
-        record=record,
+        domains=bool(record.get("domains")),
+        code={"commit": None, **record.get("code", {})},
     )
     card = ModelCard(re.sub(r"\n{3,}", "\n\n", content))
     check_card(card)

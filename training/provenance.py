@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, try_to_load_from_cache
+import yaml
+from huggingface_hub import ModelCard, constants
+from huggingface_hub.file_download import repo_folder_name
 
 from training.recipe import PACKAGE, PretrainedRecipe
 from training.record import read_json
@@ -201,13 +203,9 @@ def base_licence(name: str) -> str | None:
         `str`: What its own card says, else the record of the run that made it, else its package, else the table of
         names; `None` if none of them tells.
     """
-    if not name.startswith(PACKAGE):
-        cached = try_to_load_from_cache(name, "README.md") if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
-        if isinstance(cached, str):
-            return _said_in(Path(cached)) or _in_table(name, "bases")
     folder = _folder(name)
     if folder is None:
-        return _by_package(name) or _in_table(name, "bases")
+        return _by_package(name) or _in_cache(name, "model") or _in_table(name, "bases")
     said = _said_in(folder / "README.md") or _by_run(folder)
     config = read_json(folder / "config.json") or {}
     names = [str(config.get("_name_or_path") or ""), folder.name]
@@ -216,8 +214,7 @@ def base_licence(name: str) -> str | None:
 
 def dataset_licence(name: str) -> str | None:
     """Find the licence of a dataset of the Hub: what its card in the cache says, else the table of names."""
-    cached = try_to_load_from_cache(name, "README.md", repo_type="dataset")
-    return (_said_in(Path(cached)) if isinstance(cached, str) else None) or _in_table(name, "datasets")
+    return _in_cache(name, "dataset") or _in_table(name, "datasets")
 
 
 def short_name(name: str) -> str:
@@ -250,13 +247,22 @@ def _said_in(card: Path) -> str | None:
         return None
     try:
         data: Any = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
-    except ValueError:
+    except (ValueError, yaml.YAMLError):
         return None
     said = data.get("license")
     if said == "other":
         said = data.get("license_name")
     said = said[0] if isinstance(said, Sequence) and not isinstance(said, str) and said else said
     return str(said).lower() if said and str(said).lower() != UNKNOWN else None
+
+
+def _in_cache(name: str, kind: str) -> str | None:
+    """The licence in the card that the Hub's cache has of a repository, at whichever commit it was fetched last."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return None
+    snapshots = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind) / "snapshots"
+    cards = sorted(snapshots.glob("*/README.md"), key=lambda card: card.lstat().st_mtime, reverse=True)
+    return next(filter(None, map(_said_in, cards)), None)
 
 
 def _by_run(folder: Path) -> str | None:
