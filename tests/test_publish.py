@@ -2,6 +2,8 @@
 
 import ast
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +28,7 @@ from tests.conftest import (
 )
 from tests.memory_models import CHUNK, WINDOW, build_model
 from tests.records import RECORD
-from training import hub_folder, publish
+from training import domains, hub_folder, publish
 from training.hub_folder import PublishError, check_files, load_checkpoint, write_hub_folder
 from training.verification import verify_hub_folder
 
@@ -432,3 +434,37 @@ def test_help_and_missing_arguments():
         [*command, "--help"], capture_output=True, text=True, cwd=hub_folder.REPOSITORY, check=True
     )
     assert "--to FOLDER" in help_text.stdout
+
+
+def commands_of(page: str) -> list[tuple[list[str], bool]]:
+    """The commands of a page's blocks, split into words, and whether each needs an account of the Hub."""
+    found = []
+    for before, block in re.findall(r"(.*?)^```bash\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        needs_account = "*Hub account*" in before.strip().rpartition("\n\n")[2]
+        lines = block.replace("\\\n", " ").strip().splitlines()
+        found += [(shlex.split(line, comments=True), needs_account) for line in lines]
+    return found
+
+
+def test_the_pages_commands_run_as_they_stand(tmp_path, monkeypatch, capsys):
+    """Those for the Hub are read by the command line only; the clean processes run in other tests."""
+    monkeypatch.setattr(publish, "verify_hub_folder", lambda *_, **__: {"hub": {"loaded": ["AutoModel"]}})
+    for name in ("model_cards", "training"):
+        (tmp_path / name).symlink_to(hub_folder.REPOSITORY / name)
+    monkeypatch.chdir(tmp_path)
+    commands = commands_of((hub_folder.REPOSITORY / "docs" / "publishing.md").read_text("utf-8"))
+    for words, needs_account in commands:
+        assert words[:2] == ["python", "-m"], words
+        command = {"training.publish": publish, "training.domains": domains}[words[2]]
+        if needs_account:
+            command.build_parser().parse_args(words[3:])
+        else:
+            assert command.main(words[3:]) == 0, (words, capsys.readouterr().err)
+    assert {needs_account for _, needs_account in commands} == {True, False}
+    card = ModelCard.load(tmp_path / "runs" / "my-model" / "README.md")
+    assert card.data.language == "en" and "| news | " in card.text
+
+
+def test_the_commands_in_the_docstring_can_be_read():
+    for words, _ in commands_of(publish.__doc__ or ""):
+        publish.build_parser().parse_args(words[3:])

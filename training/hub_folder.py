@@ -187,7 +187,8 @@ def refresh_hub_folder(
     model, _ = load_checkpoint(target, bases)
     processor = load_processor(target)
     _check_publishable(model, processor)
-    _check_replaceable(target)
+    if foreign := [name for name in _files(target) if not ALLOWED_FILES.fullmatch(name)]:
+        raise ValueError(f"{target} holds something else than a Hub folder ({foreign[0]}); give another folder")
     with _written_aside(target) as staging:
         shutil.copytree(target, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py"))
         _describe(staging, model, processor, record, card_context, None)
@@ -261,8 +262,7 @@ def check_files(folder: Path) -> None:
         needed = code_files(_auto_map_in(folder), folder)
     except FileNotFoundError as error:
         raise PublishError(f"loading needs {Path(error.filename).name}, which is not there") from error
-    stray = [name for name in names if name.endswith(".py") and name not in needed]
-    if stray:
+    if stray := [name for name in names if name.endswith(".py") and name not in needed]:
         raise PublishError(f"{', '.join(stray)} must not be published: no entry of an auto_map needs it")
     places = [*_places(), str(folder.parent)]
     for name in names:
@@ -390,19 +390,21 @@ def _check_replaceable(target: Path) -> None:
     if not target.is_dir():
         raise ValueError(f"{target} is a file; give the name of a folder")
     names = _files(target)
-    foreign = [name for name in names if not ALLOWED_FILES.fullmatch(name)]
-    if not foreign and "config.json" in names:
-        try:
-            needed = code_files(_auto_map_in(target), target)
-        except FileNotFoundError:  # a link to a file that was renamed since
-            needed = set()
-        foreign = [
-            name for name in names if name.endswith(".py") and name not in needed and not (target / name).is_symlink()
-        ]
+    foreign = [name for name in names if not ALLOWED_FILES.fullmatch(name)] or _stray_code(target)
     if foreign or (names and "config.json" not in names):
         raise ValueError(
             f"{target} holds something else than a Hub folder ({(foreign or names)[0]}); give an empty or a new folder"
         )
+
+
+def _stray_code(folder: Path) -> list[str]:
+    """Code files in a folder that nothing which its `auto_map` names imports; links are a starter's own."""
+    names = [path.name for path in folder.glob("*.py") if not path.is_symlink()]
+    try:
+        needed = code_files(_auto_map_in(folder), folder)
+    except FileNotFoundError:  # a file that another one needs was renamed or lost
+        needed = set()
+    return sorted(set(names) - needed)
 
 
 def _replace(target: Path, staging: Path) -> None:
