@@ -71,24 +71,7 @@ def render_card(
     """
     record = record or {}
     fields = card_fields(model, record, context or {})
-    sources = fields["training_data"]
-    bases = [name for name in fields["base_models"] if is_hub_id(name)]
     licence = _licence(fields)
-    languages = [fields["language"]] if isinstance(fields["language"], str) else list(fields["language"])
-    languages = [code for code in languages if code] or sorted({s["language"] for s in sources if "language" in s})
-    remote_code = model.config.model_type in OWN_MODELS
-    task = "feature-extraction" if model.config.model_type == "memory_autoencoder" else "text-generation"
-    metadata = ModelCardData(
-        language=languages[0] if len(languages) == 1 else languages or None,
-        library_name="transformers",
-        pipeline_tag=task,
-        base_model=bases or None,
-        datasets=list(dict.fromkeys(source["hub"] for source in sources if "hub" in source)) or None,
-        tags=["memory", "context-compression", model.config.model_type, *(["custom_code"] if remote_code else [])],
-        model_name=fields["model_name"],
-        eval_results=metadata_results(record, sources, task) or None,
-        **licence.metadata,
-    )
     results = result_table(record)
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
@@ -97,9 +80,9 @@ def render_card(
     content = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         **{**fields, "base_models": [short_name(name) for name in fields["base_models"]], "licence": licence},
         licence_file=licence_file(licence),
-        metadata=metadata.to_yaml(),
+        metadata=_metadata(model, record, fields, licence).to_yaml(),
         config=model.config,
-        remote_code=remote_code,
+        remote_code=model.config.model_type in OWN_MODELS,
         parameters=count_parameters(model)["total"],
         copied=copied_length(record),
         dtype=str(model.dtype).removeprefix("torch."),
@@ -113,6 +96,27 @@ def render_card(
     card = ModelCard(re.sub(r"\n{3,}", "\n\n", content))
     check_card(card)
     return card
+
+
+def _metadata(
+    model: PreTrainedModel, record: Mapping[str, Any], fields: Mapping[str, Any], licence: Licence
+) -> ModelCardData:
+    """What the Hub reads: bases by their ids only, and a language only where the text's source or a writer has it."""
+    sources, kind = fields["training_data"], model.config.model_type
+    said = [fields["language"]] if isinstance(fields["language"], str) else list(fields["language"])
+    languages = [code for code in said if code] or sorted({source["language"] for source in sources if "language" in source})
+    task = "feature-extraction" if kind == "memory_autoencoder" else "text-generation"
+    return ModelCardData(
+        language=languages[0] if len(languages) == 1 else languages or None,
+        library_name="transformers",
+        pipeline_tag=task,
+        base_model=[name for name in fields["base_models"] if is_hub_id(name)] or None,
+        datasets=list(dict.fromkeys(source["hub"] for source in sources if "hub" in source)) or None,
+        tags=["memory", "context-compression", kind, *(["custom_code"] if kind in OWN_MODELS else [])],
+        model_name=fields["model_name"],
+        eval_results=metadata_results(record, sources, task) or None,
+        **licence.metadata,
+    )
 
 
 def card_fields(model: PreTrainedModel, record: Mapping[str, Any], context: Mapping[str, Any]) -> dict[str, Any]:

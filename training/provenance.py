@@ -51,7 +51,7 @@ class Licence:
         return self.id != UNKNOWN
 
     @property
-    def metadata(self) -> dict[str, str]:
+    def metadata(self) -> dict[str, Any]:
         """The fields of a card's metadata.
 
         >>> Licence("gemma", "that of google/gemma-3-270m").metadata
@@ -132,7 +132,7 @@ def training_sources(record: Mapping[str, Any]) -> list[dict[str, str]]:
         if name.startswith(HUB):
             data = HubDataset.parse(name)
             link = f"https://huggingface.co/datasets/{data.name} at {data.revision}"
-            own = next((corpus for corpus in known.values() if corpus.get("hub") == data.name), {})
+            own: dict[str, str] = next((corpus for corpus in known.values() if corpus.get("hub") == data.name), {})
             licence = own.get("license") or dataset_licence(data.name)
             found = {"name": data.name, "licence": licence or "see its card", "source": link, "hub": data.name}
             spoken = {"license": licence, "language": own.get("language")}
@@ -282,7 +282,7 @@ def _by_package(name: str) -> str | None:
         return None
     module = name.removeprefix(PACKAGE).partition("/")[0]
     for distribution in importlib.metadata.packages_distributions().get(module, []):
-        metadata = importlib.metadata.metadata(distribution)
+        metadata: Any = importlib.metadata.metadata(distribution)
         said = metadata.get("License-Expression") or metadata.get("License")
         if said and "\n" not in said:
             return SPELLINGS.get(said.lower(), said.lower())

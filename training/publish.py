@@ -61,23 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "bfloat16", "float16"), default="auto", help="numbers of the published weights "
         "(default: as they are); measure what rounding costs with training.domains"
     )  # fmt: skip
-    card = parser.add_argument_group("the card", "what no record tells; --refresh keeps what was said before")
-    card.add_argument("--name", help="name of the model (default: the repository's, or the recipe's)")
-    card.add_argument(
-        "--base-model",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a model it was trained from: a Hub id, a folder, or package:MODULE/FOLDER",
-    )
-    card.add_argument(
-        "--licence", metavar="ID", help="licence of the weights, by the Hub's name or as NAME=LINK (default: that of "
-        "bases and text, where it is known)"
-    )  # fmt: skip
-    card.add_argument(
-        "--language", action="append", default=[], metavar="CODE", help="of the text (default: as its source says)"
-    )
-    card.add_argument("--project", metavar="URL", help="address of the project that made it")
+    _add_card_options(parser)
     reference = parser.add_argument_group("by reference")
     reference.add_argument(
         "--by-reference", action="store_true", help="leave out weights of encoder and decoder that are their bases'"
@@ -100,6 +84,26 @@ def build_parser() -> argparse.ArgumentParser:
     hub.add_argument("--pull-request", action="store_true", help="open a pull request instead of changing main")
     hub.add_argument("--message", help="first line of the commit")
     return parser
+
+
+def _add_card_options(parser: argparse.ArgumentParser) -> None:
+    card = parser.add_argument_group("the card", "what no record tells; --refresh keeps what was said before")
+    card.add_argument("--name", help="name of the model (default: the repository's, or the recipe's)")
+    card.add_argument(
+        "--base-model",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a model it was trained from: a Hub id, a folder, or package:MODULE/FOLDER",
+    )
+    card.add_argument(
+        "--licence", metavar="ID", help="licence of the weights, by the Hub's name or as NAME=LINK (default: that of "
+        "bases and text, where it is known)"
+    )  # fmt: skip
+    card.add_argument(
+        "--language", action="append", default=[], metavar="CODE", help="of the text (default: as its source says)"
+    )
+    card.add_argument("--project", metavar="URL", help="address of the project that made it")
 
 
 def publish(options: argparse.Namespace) -> None:
