@@ -275,7 +275,7 @@ def lost_tokens(record: Mapping[str, Any]) -> dict[str, Any] | None:
     for domain in record.get("domains", {}).values():
         if "lost_tokens" in domain:
             readable = [token for token in domain["lost_tokens"] if token.isascii() and token.strip().isprintable()]
-            shown = sorted((token.strip() for token in readable if token.strip()), key=len)[:SHOWN_TOKENS]
+            shown = sorted(dict.fromkeys(filter(None, map(str.strip, readable))), key=len)[:SHOWN_TOKENS]
             numbers = {name: domain[name] for name in ("num_tokens", "tries")}
             return {"count": len(domain["lost_tokens"]), **numbers, "shown": shown}
     return None
