@@ -87,6 +87,7 @@ def test_what_the_command_publishes_is_what_a_user_gets(hub, tmp_path):
     first.save_pretrained(checkpoint)
     processor().save_pretrained(checkpoint)
     arguments = ["-m", "training.publish", str(checkpoint), "--to", str(tmp_path / "hub"), "--push", "me/model"]
+    arguments += ["--licence", "apache-2.0"]
     done = run(arguments, REPOSITORY, **hub.environment(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
     repository = hub.repositories["me/model"]
@@ -165,7 +166,7 @@ def test_a_folder_that_does_not_load_is_never_pushed(hub, tmp_path, monkeypatch,
     monkeypatch.setattr(publish, "verify_hub_folder", fail)
     for name, value in hub.environment(tmp_path).items():
         monkeypatch.setenv(name, value)
-    arguments = [str(checkpoint), "--to", str(tmp_path / "hub"), "--push", "me/model"]
+    arguments = [str(checkpoint), "--to", str(tmp_path / "hub"), "--push", "me/model", "--licence", "apache-2.0"]
     assert publish.main(arguments) == 2
     assert capsys.readouterr().err.strip().endswith("error: logits differ")
     assert not hub.log

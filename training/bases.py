@@ -21,7 +21,8 @@ from modeling_memory.memory_saving import PARTS
 from training.push import PushError, explained
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-FILES = ("*.json", "*.safetensors", "*.model", "*.txt")  # no pickles: whoever loads the model should read none
+# No pickles: whoever loads the model should read none. The card says which licence the weights have.
+FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "README.md")
 
 
 @dataclass(frozen=True)

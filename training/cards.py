@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -13,35 +12,40 @@ from transformers import PreTrainedModel
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from training.build import count_parameters
-from training.sample import sample_lines
-from training.sources import HUB, HubDataset
-from training.strict_yaml import REPOSITORY, parse_yaml
+from training.provenance import (
+    OWN,
+    Licence,
+    is_hub_id,
+    record_licence,
+    recorded_bases,
+    short_name,
+    stage_sources,
+    training_sources,
+)
+from training.strict_yaml import REPOSITORY
 
 CARDS = REPOSITORY / "model_cards"
 TEMPLATE = CARDS / "template.md"
-SOURCES = CARDS / "sources.yaml"
+# Where the project lives, unless pyproject.toml names another place or its publisher does.
+PROJECT = "https://github.com/modeling-memory/modeling-memory"
 OWN_MODELS = ("memory_encoder_decoder", "memory_autoencoder", "masked_mixer")
-SHOWN_METRICS = (
-    "token_accuracy",
-    "token_accuracy_interval",
-    "exact_match",
-    "loss",
-    "information_ratio",
-    "bits_per_byte",
-    "num_tokens",
-)
-SECTIONS = (
-    "What it does, and what it does not",
-    "Use",
-    "Architecture",
-    "Training data",
-    "Results",
-    "Compute",
-    "Reproduce",
-    "Limits",
-    "Privacy",
-    "Licence",
-)
+SECTIONS = ("What it does", "Use", "Results", "Limits", "Training", "Licence")
+# Suites that show no text to the model that writes it, and those that ask for the next token.
+ALONE = ("blank_copy", "retention", "autoencoder", "reconstruction")
+NEXT_TOKEN = ("clm", "causal")
+# Pieces of a text that a memory model is asked for beside whole copies.
+PIECES = {"autoencoder": ", one chunk, by the encoder's own autoencoder", "retention": ", one window"}
+SHOWN_TOKENS = 32
+OWN_RESULTS = ("memory", "this_model", "validation_split")
+CONDITIONS = {
+    "memory": "",
+    "this_model": "",
+    "validation_split": "",
+    "wrong_memory": ", another text's memories",
+    "no_memory": ", no memories",
+    "no_memory_model": ", a model trained without memories",
+    "full_context_model": ", a model that reads the full text",
+}
 
 
 def render_card(
@@ -51,10 +55,13 @@ def render_card(
 
     Args:
         model (`PreTrainedModel`): The model.
-        record (`dict`, *optional*): Record of its run; of a run's other stages as [`stage_record`] cuts it out.
+        record (`dict`, *optional*): Record of its run; of a run's other stages as [`stage_record`] cuts it out. Its
+            `card` is what an earlier writer added.
         context (`dict`, *optional*): What only the writer knows: `model_name`, `repository` (for the snippet, default
-            the name), `description`, `training_data` (list of `name`, `licence`, `source`), `base_models` (ids on the
-            Hub), `reproduce`, `example`, `copy_token`, `references` (of a model by reference, as its config has them).
+            the name), `description`, `training_data` (list of `name`, `licence`, `source`, and `license` as
+            `licences.yaml` has it), `base_models` (Hub ids, folders or `package:MODULE/FOLDER`), `language` (codes),
+            `licence` (of the weights, `ID` or `NAME=LINK`), `project` (its address), `reproduce`, `copy_token`,
+            `references` (of a model by reference, as its config has them).
 
     Returns:
         [`huggingface_hub.ModelCard`]: The card, with metadata that the Hub reads.
@@ -63,62 +70,103 @@ def render_card(
         ValueError: If the context has a key that the card does not know, or the card is not valid.
     """
     record = record or {}
-    name = record.get("run", {}).get("recipe_name") or model.config.model_type.replace("_", "-")
-    known = {
-        "model_name": name,
-        "repository": (context or {}).get("model_name") or name,
-        "description": "",
-        "language": "",
-        "training_data": training_sources(record),
-        "base_models": [],
-        "reproduce": record.get("run", {}).get("command", ""),
-        "example": _example(record),
-        "copy_token": "",
-        "references": {},
-    }
-    unknown = sorted(set(context or {}) - set(known))
-    if unknown:
-        raise ValueError(f"The card does not know {', '.join(unknown)}; expected some of {', '.join(known)}.")
-    fields: dict[str, Any] = {**known, **(context or {})}
-    referred = [reference["id"] for reference in fields["references"].values()]
-    fields["base_models"] = list(dict.fromkeys([*referred, *fields["base_models"]]))
-    sources = fields["training_data"]
-    results = card_results(record)
-    remote_code = model.config.model_type in OWN_MODELS
-    metadata = ModelCardData(
-        language=fields["language"] or _only({source["language"] for source in sources if "language" in source}),
-        license="apache-2.0",
-        library_name="transformers",
-        pipeline_tag="feature-extraction" if model.config.model_type == "memory_autoencoder" else "text-generation",
-        base_model=fields["base_models"] or None,
-        datasets=list(dict.fromkeys(source["hub"] for source in sources if "hub" in source)) or None,
-        tags=["memory", "context-compression", model.config.model_type, *(["custom_code"] if remote_code else [])],
-        model_name=fields["model_name"],
-        eval_results=_metadata_results(results, sources, record) or None,
-    )
+    fields = card_fields(model, record, context or {})
+    licence = _licence(fields)
+    results = result_table(record)
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters.update(
-        thousands=lambda number: f"{number:,}", percent=lambda share: f"{100 * share:.2f} %", spaced=_spaced
-    )
+    environment.filters.update(thousands=lambda number: f"{number:,}")
     content = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        **fields,
-        metadata=metadata.to_yaml(),
+        **{**fields, "base_models": [short_name(name) for name in fields["base_models"]], "licence": licence},
+        licence_file=licence_file(licence),
+        metadata=_metadata(model, record, fields, licence).to_yaml(),
         config=model.config,
-        remote_code=remote_code,
-        parameters=_parameters(model),
+        remote_code=model.config.model_type in OWN_MODELS,
+        parameters=count_parameters(model)["total"],
         copied=copied_length(record),
         dtype=str(model.dtype).removeprefix("torch."),
         results=results,
-        domains=card_domains(record),
-        compute=card_compute(record),
-        files=training_files(record),
-        record=record,
+        columns=list(dict.fromkeys(column for row in results.values() for column in row)),
+        losses=loss_rows(record),
+        lost=lost_tokens(record),
+        domains=bool(record.get("domains")),
+        code={"commit": None, **record.get("code", {})},
     )
     card = ModelCard(re.sub(r"\n{3,}", "\n\n", content))
     check_card(card)
     return card
+
+
+def _metadata(
+    model: PreTrainedModel, record: Mapping[str, Any], fields: Mapping[str, Any], licence: Licence
+) -> ModelCardData:
+    """What the Hub reads: bases by their ids only, and a language only where the text's source or a writer has it."""
+    sources, kind = fields["training_data"], model.config.model_type
+    said = [fields["language"]] if isinstance(fields["language"], str) else list(fields["language"])
+    languages = [code for code in said if code] or sorted({source["language"] for source in sources if "language" in source})
+    task = "feature-extraction" if kind == "memory_autoencoder" else "text-generation"
+    return ModelCardData(
+        language=languages[0] if len(languages) == 1 else languages or None,
+        library_name="transformers",
+        pipeline_tag=task,
+        base_model=[name for name in fields["base_models"] if is_hub_id(name)] or None,
+        datasets=list(dict.fromkeys(source["hub"] for source in sources if "hub" in source)) or None,
+        tags=["memory", "context-compression", kind, *(["custom_code"] if kind in OWN_MODELS else [])],
+        model_name=fields["model_name"],
+        eval_results=metadata_results(record, sources, task) or None,
+        **licence.metadata,
+    )
+
+
+def card_fields(model: PreTrainedModel, record: Mapping[str, Any], context: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill what the writer of a card did not say from its record; arguments and errors are [`render_card`]'s."""
+    run = record.get("run", {})
+    said = {**record.get("card", {}), **context}
+    name = said.get("model_name") or run.get("recipe_name") or model.config.model_type.replace("_", "-")
+    known = {
+        "model_name": name,
+        "repository": name,
+        "description": run.get("description", ""),
+        "language": [],
+        "licence": "",
+        "project": project_address(),
+        "training_data": training_sources(record),
+        "base_models": [],
+        "reproduce": run.get("command", ""),
+        "copy_token": "",
+        "references": {},
+    }
+    unknown = sorted(set(said) - set(known))
+    if unknown:
+        raise ValueError(f"The card does not know {', '.join(unknown)}; expected some of {', '.join(known)}.")
+    fields = {**known, **said}
+    referred = [reference["id"] for reference in fields["references"].values()]
+    return {**fields, "base_models": list(dict.fromkeys([*referred, *recorded_bases(record), *fields["base_models"]]))}
+
+
+def card_licence(
+    model: PreTrainedModel, record: Mapping[str, Any] | None = None, context: Mapping[str, Any] | None = None
+) -> Licence:
+    """Say which licence the weights have on the card that [`render_card`] makes of the same arguments."""
+    return _licence(card_fields(model, record or {}, context or {}))
+
+
+def _licence(fields: Mapping[str, Any]) -> Licence:
+    return record_licence({}, fields["base_models"], fields["training_data"], fields["licence"])
+
+
+def licence_file(licence: Licence) -> str:
+    """Name the file of the code's licence: where weights have another, it must not be taken for theirs."""
+    return "LICENSE" if licence.id == OWN else "LICENSE.code"
+
+
+def project_address() -> str:
+    """Where the project lives: as pyproject.toml says, else the constant."""
+    project = REPOSITORY / "pyproject.toml"
+    text = project.read_text(encoding="utf-8") if project.is_file() else ""
+    found = re.search(r'^(?:Repository|Source|Homepage) *= *"(https?://[^"]+)"', text, re.MULTILINE | re.IGNORECASE)
+    return found[1] if found else PROJECT
 
 
 def check_card(card: ModelCard) -> None:
@@ -149,41 +197,6 @@ def check_card(card: ModelCard) -> None:
         raise ValueError(f"the card still holds {left.group()!r}; the template was not filled")
 
 
-def training_sources(record: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return name, licence and source of the text that a run trained on, as `model_cards/sources.yaml` has them.
-
-    >>> files = {"data": {"train": ["training/corpora/wikinews/train.parquet", "mine.txt"]}}
-    >>> [source["licence"] for source in training_sources({"recipe": files})]
-    ['CC BY 2.5', 'not recorded']
-    """
-    known = parse_yaml(SOURCES.read_text(encoding="utf-8"), SOURCES.name)
-    patterns = list(record.get("recipe", {}).get("data", {}).get("train", []))
-    files = record.get("inputs", {}).get("files", {}).get("train", {})
-    sources: dict[str, dict[str, str]] = {}
-    for name in [*patterns, *files]:  # a glob pattern may hide what the names of its files tell
-        if name.startswith(HUB):
-            data = HubDataset.parse(name)
-            source = f"https://huggingface.co/datasets/{data.name} at {data.revision}"
-            sources[name] = {"name": data.name, "licence": "see its card", "source": source, "hub": data.name}
-            continue
-        corpus = next((corpus for corpus in known if re.search(rf"(^|/){corpus}[/_]", name)), None)
-        if corpus is not None:
-            sources[corpus] = known[corpus]
-        elif "*" not in name and not any(pattern.endswith(f"/{name}") for pattern in patterns):
-            sources[name] = {"name": Path(name).name, "licence": "not recorded", "source": "not recorded"}
-    return list(sources.values())
-
-
-def training_files(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return every file that a run read: split, name, SHA-256."""
-    return [
-        {"split": split, "name": name, "sha256": checksum}
-        for split, files in record.get("inputs", {}).get("files", {}).items()
-        if isinstance(files, Mapping)
-        for name, checksum in files.items()
-    ]
-
-
 def copied_length(record: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return how many tokens the published stage learnt to copy: `exactly`, whole `windows` up to, or `any` up to.
 
@@ -206,63 +219,136 @@ def copied_length(record: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"tokens": tokens, "lengths": lengths}
 
 
-def card_results(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Flatten the metrics of a record into the rows of a table: one for each suite, condition and shorter length.
+def result_table(record: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """A card's table of results: a text and condition -> way of asking -> what came back of it.
 
-    >>> card_results({"metrics": {"copy": {"memory": {"token_accuracy": 0.98, "num_tokens": 100}}}})
-    [{'suite': 'copy', 'condition': 'memory', 'token_accuracy': 0.98, 'num_tokens': 100}]
-    >>> short = {"token_accuracy": 0.9, "num_tokens": 50}
-    >>> card_results({"metrics": {"retention": {"memory": {"loss": 0.1, "short_chunks": {"8": short}}}}})[1]
-    {'suite': 'retention', 'condition': 'memory, only 8 tokens', 'token_accuracy': 0.9, 'num_tokens': 50}
+    >>> copy = {"memory": {"token_accuracy": 0.98, "generated_token_accuracy": 0.7, "exact_match": 0.5}}
+    >>> result_table({"metrics": {"copy": copy}})["test split"]
+    {'copy, teacher-forced': '98.00 %', 'copy, free-running': '70.00 %', 'whole texts, free-running': '50.00 %'}
     """
-    rows = []
-    for suite, conditions in record.get("metrics", {}).items():
-        if not isinstance(conditions, Mapping):
-            continue
-        for condition, values in _with_short_ones(conditions):
-            if isinstance(values, Mapping) and any(name in values for name in SHOWN_METRICS[:-1]):
-                kept = {name: values[name] for name in SHOWN_METRICS if values.get(name) is not None}
-                rows.append({"suite": suite, "condition": condition, **kept})
-    return rows
+    rows: dict[str, dict[str, str]] = {}
+    for text, suites in _measured_texts(record):
+        copies = bool({"blank_copy", "copy"} & set(suites))
+        for suite, condition, values in _conditions(suites):
+            is_piece = copies and suite in PIECES
+            if suite in NEXT_TOKEN or (condition not in OWN_RESULTS and (is_piece or text != "test split")):
+                continue  # controls of other text and of pieces are in the record
+            start = "validation split" if condition == "validation_split" else text
+            label = start + (PIECES[suite] if is_piece else "") + CONDITIONS[condition]
+            row = rows.setdefault(label, {})
+            if suite == "copy":
+                row |= _copy_cells(values)
+                for length, found in values.get("short_sources", {}).items():
+                    row |= {f"whole texts of {length} tokens": _whole(found)}
+            elif "token_accuracy" in values:
+                row["from memories alone"] = _share(values, "token_accuracy")
+                for length, found in ({} if copies else values.get("short_chunks", {})).items():
+                    row[f"only {length} tokens"] = _share(found, "token_accuracy")
+    return {label: row for label, row in rows.items() if row}
 
 
-def _with_short_ones(conditions: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield a suite's conditions, each followed by what was measured of shorter texts under it."""
-    for condition, values in conditions.items():
-        yield condition, values
-        if isinstance(values, Mapping):
-            for key in ("short_chunks", "short_sources"):
-                for length, found in values.get(key, {}).items():
-                    yield f"{condition}, only {length} tokens", found
+def loss_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a card's table of next-token losses: a text and condition, `loss` and `bits_per_byte`.
 
-
-def card_domains(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the table of other domains, as `training.domains` measured them: domain and description beside results.
-
-    >>> score = {"memory": {"token_accuracy": 0.5, "num_tokens": 9}}
-    >>> card_domains({"domains": {"digits": {"description": "digits", "metrics": {"retention": score}}}})
-    [{'domain': 'digits', 'description': 'digits', 'suite': 'retention', 'condition': 'memory', 'token_accuracy': 0.5, 'num_tokens': 9}]
-    """  # noqa: E501 (a doctest's output is one line)
-    return [
-        {"domain": name, "description": domain["description"], **row}
-        for name, domain in record.get("domains", {}).items()
-        for row in card_results(domain)
-    ]
-
-
-def card_compute(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the table of compute: every stage with its steps, tokens, seconds and peak of memory."""
+    >>> loss_rows({"metrics": {"clm": {"memory": {"loss": 3.0}, "no_memory": {"loss": 3.5}}}})[1]
+    {'text': 'test split, no memories', 'loss': '3.0000', 'bits_per_byte': '-'}
+    """
     return [
         {
-            "stage": name,
-            "steps": stage["steps"],
-            "text_tokens": stage["text_tokens"],
-            "seconds": stage["seconds"],
-            "peak_bytes": stage["peak_memory_bytes"].get("gpu") or stage["peak_memory_bytes"]["process"],
+            "text": ("validation split" if condition == "validation_split" else text) + CONDITIONS[condition],
+            "loss": f"{values['loss']:.4f}{_around(values, 'loss', '{:.3f}')}",
+            "bits_per_byte": f"{values['bits_per_byte']:.3f}" if "bits_per_byte" in values else "-",
         }
-        for name, stage in record.get("stages", {}).items()
-        if "seconds" in stage
+        for text, suites in _measured_texts(record)
+        for suite, condition, values in _conditions(suites)
+        if suite in NEXT_TOKEN and "loss" in values
     ]
+
+
+def lost_tokens(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a record knows of tokens that never come back: how many of which, in how many tries, and `shown` ones.
+
+    >>> domain = {"description": "all", "metrics": {}, "lost_tokens": ["x", "Ð"], "tries": 4, "num_tokens": 9}
+    >>> lost_tokens({"domains": {"every_token": domain}})
+    {'count': 2, 'num_tokens': 9, 'tries': 4, 'shown': ['x']}
+    """
+    for domain in record.get("domains", {}).values():
+        if "lost_tokens" in domain:
+            readable = [token for token in domain["lost_tokens"] if token.isascii() and token.strip().isprintable()]
+            shown = sorted(dict.fromkeys(filter(None, map(str.strip, readable))), key=len)[:SHOWN_TOKENS]
+            numbers = {name: domain[name] for name in ("num_tokens", "tries")}
+            return {"count": len(domain["lost_tokens"]), **numbers, "shown": shown}
+    return None
+
+
+def metadata_results(
+    record: Mapping[str, Any], sources: Sequence[Mapping[str, str]], task: str = "text-generation"
+) -> list[EvalResult]:
+    """What the model itself reached on its test split, as the Hub shows it: one dataset, many metrics."""
+    name = "; ".join(source["name"] for source in sources) or "held-out text"
+    titles = {
+        "token_accuracy": "token accuracy",
+        "generated_token_accuracy": "token accuracy, free-running",
+        "exact_match": "exact match, free-running",
+    }
+    found = []
+    for suite, condition, values in _conditions(record.get("metrics", {})):
+        split = "validation" if condition == "validation_split" else "test"
+        task_name = "next token" if suite in NEXT_TOKEN else suite.replace("_", " ")
+        for metric, title in titles.items():
+            if condition in OWN_RESULTS and metric in values:
+                forced = ", teacher-forced" if metric == "token_accuracy" and suite not in ALONE else ""
+                found.append(
+                    EvalResult(
+                        task_type=task,
+                        dataset_type="text",
+                        dataset_name=f"{name}, {split} split",
+                        dataset_split=split,
+                        metric_type=metric.removeprefix("generated_"),
+                        metric_name=f"{task_name}: {title}{forced}",
+                        metric_value=values[metric],
+                    )
+                )
+    return found
+
+
+def _measured_texts(record: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield what a record measured: of the test split, then of other text."""
+    yield "test split", record.get("metrics", {})
+    for domain in record.get("domains", {}).values():
+        yield domain["description"], domain["metrics"]
+
+
+def _conditions(suites: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Yield suite, condition and metrics of what a card can name."""
+    for suite, conditions in suites.items():
+        if suite in (*ALONE, *NEXT_TOKEN, "copy") and isinstance(conditions, Mapping):
+            for condition, values in conditions.items():
+                if condition in CONDITIONS and isinstance(values, Mapping):
+                    yield suite, condition, values
+
+
+def _copy_cells(values: Mapping[str, Any]) -> dict[str, str]:
+    shares = {"copy, teacher-forced": "token_accuracy", "copy, free-running": "generated_token_accuracy"}
+    cells = {title: _share(values, name) for title, name in shares.items() if name in values}
+    return cells | ({"whole texts, free-running": _whole(values)} if "exact_match" in values else {})
+
+
+def _whole(values: Mapping[str, Any]) -> str:
+    """How many texts came back without an error."""
+    total = values.get("num_generated_rows")
+    return f"{round(values['exact_match'] * total)} of {total}" if total else _share(values, "exact_match")
+
+
+def _share(values: Mapping[str, Any], name: str) -> str:
+    """A share in percent, with its interval where there is one."""
+    return f"{100 * values[name]:.2f} %{_around(values, name, '{:.2f}', 100)}"
+
+
+def _around(values: Mapping[str, Any], name: str, form: str, scale: float = 1.0) -> str:
+    """The interval of a value, in brackets, where there is one."""
+    interval = values.get(f"{name}_interval")
+    return f" ({' to '.join(form.format(scale * end) for end in interval)})" if interval else ""
 
 
 def stage_record(record: Mapping[str, Any], stage: str) -> dict[str, Any]:
@@ -285,14 +371,7 @@ def stage_record(record: Mapping[str, Any], stage: str) -> dict[str, Any]:
     stages = record.get("stages", {})
     if stage not in stages:
         raise ValueError(f"the record has no stage {stage!r}; it has {', '.join(stages) or 'none'}")
-    recipes = {entry["name"]: entry for entry in record["recipe"]["stages"]}
-    needed = [stage]
-    for name in needed:  # grows while it is read
-        sources = [
-            *(recipes[name].get("from") or {}).values(),
-            (recipes[name].get("warm_start") or {}).get("tables_from"),
-        ]
-        needed += [source for source in sources if source and source not in needed]
+    needed = stage_sources(record["recipe"], stage)
     cut: dict[str, Any] = {
         **record,
         "published_stage": stage,
@@ -328,56 +407,3 @@ def _stage_metrics(record: Mapping[str, Any], stage: str) -> dict[str, Any]:
         }
         for objective in record["stages"][stage]["objectives"]
     }
-
-
-def _metadata_results(
-    results: Sequence[Mapping[str, Any]], sources: Sequence[Mapping[str, str]], record: Mapping[str, Any]
-) -> list[EvalResult]:
-    """What the model itself reached, as the Hub shows it beside a model; controls stay in the table."""
-    name = ", ".join(source["name"] for source in sources) or "held-out text"
-    found = []
-    for row in results:
-        split = "validation" if row["condition"] == "validation_split" else "test"
-        if row["condition"] not in ("memory", "this_model", "validation_split"):
-            continue
-        files = record.get("inputs", {}).get("files", {}).get(split)
-        checksums = list(files.values()) if isinstance(files, Mapping) else []
-        for metric, title in (("token_accuracy", "token accuracy"), ("exact_match", "exact match")):
-            if metric in row:
-                found.append(
-                    EvalResult(
-                        task_type="text-generation",
-                        dataset_type="text",
-                        dataset_name=f"{name}, {split} split ({row['suite']})",
-                        dataset_config=row["suite"],
-                        dataset_split=split,
-                        dataset_revision=checksums[0] if len(checksums) == 1 else None,
-                        metric_type=metric,
-                        metric_name=f"{title}, {_spaced(row['suite'])}",
-                        metric_value=row[metric],
-                    )
-                )
-    return found
-
-
-def _parameters(model: PreTrainedModel) -> dict[str, int]:
-    """Numbers of parameters: all, trainable, and of each part of the model."""
-    parts = {name: count_parameters(part)["total"] for name, part in model.named_children()}
-    return {**count_parameters(model), **{name: count for name, count in parts.items() if count}}
-
-
-def _example(record: Mapping[str, Any]) -> str:
-    """The sample of a run: a text, its memories, and what was regenerated from them."""
-    if not record.get("sample"):
-        return ""
-    lines = "\n".join(sample_lines(record["sample"]))
-    return f"From the run that made this model, on its test split:\n\n~~~~text\n{lines}\n~~~~"
-
-
-def _spaced(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _only(values: set[str]) -> list[str] | str:
-    ordered = sorted(values)
-    return ordered[0] if len(ordered) == 1 else ordered or "en"

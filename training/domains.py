@@ -5,7 +5,8 @@ python -m training.domains runs/quickstart/hub --to domains.json --text "encyclo
 python -m training.publish runs/quickstart/hub --to ~/my-model --domains domains.json
 ```
 
-Every domain is asked what the model's own test split is asked, with the same controls; the card shows it under limits.
+Every domain is asked what the model's own test split is asked, with the same controls, free-running copies included;
+and every token of the vocabulary is tried in random order. The card shows it.
 """
 
 import argparse
@@ -28,10 +29,21 @@ from training.objectives import next_tokens
 from training.recipe import resolve_files
 from training.record import describe_code, describe_hardware, write_record
 from training.strict_yaml import portable_path
-from training.suites import Scores, results_table, score, spread_rows, summarise_scores
+from training.suites import (
+    Evaluation,
+    Scores,
+    default_length,
+    results_table,
+    score,
+    spread_rows,
+    summarise_scores,
+)
+from training.tokenizer import special_tokens_of
 
 LETTERS = string.ascii_letters + string.digits + string.punctuation
 CAUSAL_LENGTH = 256
+TRIES = 4
+SUITES = {"memory_autoencoder": ["retention"], "memory_encoder_decoder": ["blank_copy", "copy"]}
 DESCRIPTIONS = {
     "random_strings": "random strings of letters, digits and signs",
     "digits": "random digits",
@@ -76,13 +88,13 @@ def measure_domains(
         batch_size (`int`): Rows per forward call.
 
     Returns:
-        `dict`: Domain -> `description` and `metrics` (suite -> condition -> metrics).
+        `dict`: Domain -> `description` and `metrics` (suite -> condition -> metrics). For a model with memories also
+        the domain `every_token`, with the tokens that never came back.
 
     Raises:
         ValueError: If a text is too short for a row.
     """
-    kinds = {"memory_autoencoder": "retention", "memory_encoder_decoder": "blank_copy"}
-    suite = kinds.get(model.config.model_type)
+    suites = SUITES.get(model.config.model_type)
     own_length = getattr(model.config, "window_length", getattr(model.config, "chunk_length", CAUSAL_LENGTH))
     row = length or own_length
     enough = max(2, -(-limit * row // 500))  # a character of a random string is a token or nearly one
@@ -90,17 +102,69 @@ def measure_domains(
         **{name: (text, made_up_texts(name, enough)) for name, text in DESCRIPTIONS.items()},
         **{name: (name, list(documents)) for name, documents in texts.items()},
     }
-    return {
+    measured: dict[str, dict[str, Any]] = {
         name: {
             "description": description,
-            "metrics": evaluate(
-                model, tokenizer, documents, [suite], limit=limit, length=length, batch_size=batch_size
-            )
-            if suite is not None
+            "metrics": evaluate(model, tokenizer, documents, suites, limit=limit, length=length, batch_size=batch_size)
+            if suites is not None
             else next_token(model, tokenizer, documents, limit=limit, length=row, batch_size=batch_size),
         }
         for name, (description, documents) in domains.items()
     }
+    if suites is not None:
+        measured["every_token"] = every_token(model, tokenizer, suites[0], length=length, batch_size=batch_size)
+    return measured
+
+
+@torch.no_grad()
+def every_token(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    suite: str,
+    *,
+    length: int | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Ask for every token of the vocabulary among random others, so that nothing but its memory tells it.
+
+    Args:
+        model (`PreTrainedModel`): A memory autoencoder or a memory encoder-decoder.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer; special tokens are not asked for.
+        suite (`str`): `retention` or `blank_copy`: the tokens are read back at once, with none of them in sight.
+        length (`int`, *optional*): Tokens of a row; default: that of the suite.
+        batch_size (`int`): Rows per forward call.
+        seed (`int`): Of the order.
+
+    Returns:
+        `dict`: `description` and `metrics` as of a domain; `num_tokens` of the vocabulary, `tries` of each, and
+        `lost_tokens`, written out: those that never came back.
+    """
+    chunk = model.config.chunk_length
+    window = getattr(model.config, "window_length", chunk)
+    evaluation = Evaluation(model.eval(), special_tokens_of(tokenizer), chunk, window, batch_size=batch_size)
+    row = length or default_length(evaluation, suite)
+    special = set(tokenizer.all_special_ids)
+    ids = torch.tensor([i for i in range(min(len(tokenizer), evaluation.vocab_size)) if i not in special])
+    draw = torch.Generator().manual_seed(seed)
+    stream = torch.cat([ids[torch.randperm(len(ids), generator=draw)] for _ in range(TRIES)])
+    rows = torch.cat([stream, stream[: -len(stream) % row]]).view(-1, row)  # (R, row)
+    objective = "reconstruction" if suite == "retention" else suite
+    scores = Scores.join([score(model, evaluation.build(objective, own), len(own)) for own in rows.split(batch_size)])
+    lost = sorted(set(ids.tolist()) - set(scores.targets[scores.correct].tolist()))
+    return {
+        "description": "every token of the vocabulary, in random order",
+        "metrics": {suite: {"memory": summarise_scores(scores, evaluation.vocab_size, row)}},
+        "num_tokens": len(ids),
+        "tries": TRIES,
+        "lost_tokens": [_written(tokenizer, token) for token in lost],
+    }
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """A token as text, or by its name where it is only a part of a character."""
+    text = tokenizer.decode([token])
+    return text if text and "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(token))
 
 
 def next_token(

@@ -5,7 +5,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import modeling_memory
 from modeling_memory.memory_saving import TRAINED
 from modeling_memory.processing_memory import MemoryProcessor
 from training.bases import Base
-from training.cards import render_card
+from training.cards import CARDS, card_licence, licence_file, render_card
 from training.strict_yaml import REPOSITORY
 
 CODE = Path(modeling_memory.__file__).resolve().parent
@@ -48,9 +49,9 @@ TOKENIZER_FILES = (
     r"[\w.-]+\.model|chat_template\.jinja"
 )
 ALLOWED_FILES = re.compile(
-    r"README\.md|LICENSE|record\.json|config\.json|generation_config\.json|processor_config\.json|"
+    r"README\.md|LICENSE(\.code)?|record\.json|config\.json|generation_config\.json|processor_config\.json|"
     r"trained\.safetensors|model\.safetensors|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json|"
-    rf"(configuration|modeling|memory|generation|processing)_\w+\.py|(encoder_tokenizer/)?({TOKENIZER_FILES})"
+    rf"\w+\.py|(encoder_tokenizer/)?({TOKENIZER_FILES})"
 )
 
 
@@ -79,6 +80,40 @@ def is_causal_lm(model_type: str) -> bool:
     return "AutoModelForCausalLM" in AUTO_MAPS[model_type] if model_type in AUTO_MAPS else True
 
 
+def code_files(auto_map: Mapping[str, str], folder: Path | None = None) -> set[str]:
+    """Names of the code files that loading needs: those that `auto_map` names, and all that they import.
+
+    Args:
+        auto_map (`dict`): Auto class -> `file.Class`.
+        folder (`Path`, *optional*): Where the files lie, flat; default: this package.
+
+    Raises:
+        FileNotFoundError: If a file that is named or imported is not there.
+
+    >>> sorted(code_files({"AutoConfig": "configuration_masked_mixer.MaskedMixerConfig"}))
+    ['configuration_masked_mixer.py']
+    """
+    entries = {(folder or CODE) / f"{entry.partition('.')[0]}.py" for entry in auto_map.values()}
+    imported = {Path(name).name for entry in entries for name in get_relative_import_files(entry)}
+    return {entry.name for entry in entries} | imported
+
+
+def write_code(auto_map: Mapping[str, str], folder: Path) -> None:
+    """Write the code that loading needs, flat, and drop what an earlier publication left of it.
+
+    A starter in `model_cards/` of a checkout gets relative links to the package, which cannot be stale; any other
+    folder gets files, since it will be read where this checkout is not.
+    """
+    is_starter = folder.parent == CARDS and CODE.parent == REPOSITORY
+    for old in folder.glob("*.py"):
+        old.unlink()
+    for name in sorted(code_files(auto_map)):
+        if is_starter:
+            (folder / name).symlink_to(os.path.relpath(CODE / name, folder))
+        else:
+            shutil.copyfile(CODE / name, folder / name)
+
+
 def write_hub_folder(
     model: PreTrainedModel,
     processor: Any,
@@ -100,7 +135,8 @@ def write_hub_folder(
             not.
         record (`dict`, *optional*): Record of the run; its numbers go into the card, and it is saved beside
             it.
-        card_context (`dict`, *optional*): What only the writer knows, as in [`training.cards.render_card`].
+        card_context (`dict`, *optional*): What only the writer knows, as in [`training.cards.render_card`]; it is
+            kept in the saved record.
         bases (`dict`, *optional*): For `"encoder"`, `"decoder"` or both what they come from: their weights are then
             referred to, and only what differs from them is written.
 
@@ -116,48 +152,100 @@ def write_hub_folder(
     if bases and model.config.model_type != "memory_encoder_decoder":
         raise ValueError(f"A {model.config.model_type} has no bases to refer to; publish it by value.")
     _check_replaceable(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with _written_aside(target) as staging:
         sources: dict[str, Any] = (
             {"by_reference": {part: base.source for part, base in bases.items()}} if bases else {}
         )
         model.save_pretrained(staging, max_shard_size=MAX_SHARD_SIZE, **sources)
         if processor is not None:
             processor.save_pretrained(staging)
-        auto_map = auto_map_of(model.config.model_type)
-        references = _edit_json(
-            staging / "config.json", lambda config: _with_references(_without_paths(config, auto_map), bases or {})
-        ).get("references", {})
-        if isinstance(processor, MemoryProcessor):
-            auto_map = {**auto_map, **PROCESSOR_AUTO_MAP}
-            _edit_json(
-                staging / "processor_config.json", lambda settings: {**settings, "auto_map": PROCESSOR_AUTO_MAP}
-            )
-        _copy_code(auto_map, staging)
-        shutil.copyfile(REPOSITORY / "LICENSE", staging / "LICENSE")
-        if record is not None:
-            record = _portable(record)
-            text = json.dumps(record, indent=1, ensure_ascii=False)
-            (staging / "record.json").write_text(text + "\n", encoding="utf-8")
-        context = {**_prompts(model, processor), **(card_context or {}), "references": references}
-        render_card(model, record, context).save(staging / "README.md")
+        _describe(staging, model, processor, record, card_context, bases)
+    return target
+
+
+def refresh_hub_folder(
+    folder: str | os.PathLike,
+    record: Mapping[str, Any] | None = None,
+    card_context: Mapping[str, Any] | None = None,
+    bases: Mapping[str, Base] | None = None,
+) -> Path:
+    """Write the card, the record and the code of a Hub folder anew; weights and tokenizer stay as they are.
+
+    Args:
+        folder (`str` or `os.PathLike`): The Hub folder; its code may be missing or out of date.
+        record (`dict`, *optional*): The record to show.
+        card_context (`dict`, *optional*): As in [`write_hub_folder`].
+        bases (`dict`, *optional*): Of a folder by reference, what encoder and decoder come from.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        ValueError: If the folder is no Hub folder.
+    """
+    target = Path(folder).expanduser().resolve()
+    model, _ = load_checkpoint(target, bases)
+    processor = load_processor(target)
+    _check_publishable(model, processor)
+    if foreign := [name for name in _files(target) if not ALLOWED_FILES.fullmatch(name)]:
+        raise ValueError(f"{target} holds something else than a Hub folder ({foreign[0]}); give another folder")
+    with _written_aside(target) as staging:
+        shutil.copytree(target, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py"))
+        _describe(staging, model, processor, record, card_context, None)
+    return target
+
+
+@contextmanager
+def _written_aside(target: Path) -> Iterator[Path]:
+    """Give a folder beside `target` to write to, and put it in its place if nothing failed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield staging
         check_files(staging)
         staging.chmod(0o755)
         _replace(target, staging)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return target
+
+
+def _describe(
+    folder: Path,
+    model: PreTrainedModel,
+    processor: Any,
+    record: Mapping[str, Any] | None,
+    card_context: Mapping[str, Any] | None,
+    bases: Mapping[str, Base] | None,
+) -> None:
+    """Write all that stands beside weights and tokenizer: settings, code, licence, record and card."""
+    auto_map = auto_map_of(model.config.model_type)
+    references = _edit_json(
+        folder / "config.json", lambda config: _with_references(_without_paths(config, auto_map), bases or {})
+    ).get("references", {})
+    if isinstance(processor, MemoryProcessor):
+        auto_map = {**auto_map, **PROCESSOR_AUTO_MAP}
+        _edit_json(folder / "processor_config.json", lambda settings: {**settings, "auto_map": PROCESSOR_AUTO_MAP})
+    write_code(auto_map, folder)
+    if record is not None:  # with what the card's writer said, so that the card can be written again
+        card = {**record.get("card", {}), **(card_context or {})}
+        record = _portable({**record, **({"card": card} if card else {})})
+        text = json.dumps(record, indent=1, ensure_ascii=False)
+        (folder / "record.json").write_text(text + "\n", encoding="utf-8")
+    said = {**(card_context or {}), **_prompts(model, processor), "references": references}
+    render_card(model, record, said).save(folder / "README.md")
+    for name in ("LICENSE", "LICENSE.code"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.copyfile(REPOSITORY / "LICENSE", folder / licence_file(card_licence(model, record, said)))
 
 
 def check_files(folder: Path) -> None:
-    """Check the files of a Hub folder: allowed names, code for every `auto_map`, one layout of weights, no
-    paths.
+    """Check the files of a Hub folder: allowed names, the code that every `auto_map` needs and no other, one layout of
+    weights, no paths.
 
     Raises:
         PublishError: Naming the file.
     """
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = _files(folder)
     foreign = [name for name in names if not ALLOWED_FILES.fullmatch(name)]
     if foreign:
         raise PublishError(f"{', '.join(foreign)} must not be published")
@@ -170,12 +258,12 @@ def check_files(folder: Path) -> None:
         nowhere = [part for part, reference in references.items() if not (reference["id"] and reference["revision"])]
         if nowhere or not references:
             raise PublishError(f"config.json does not say where the {(nowhere or ['decoder'])[0]} comes from")
-    for name in ("config.json", "processor_config.json"):
-        if name in names:
-            settings = json.loads((folder / name).read_text(encoding="utf-8"))
-            for entry in settings.get("auto_map", {}).values():
-                if f"{entry.partition('.')[0]}.py" not in names:
-                    raise PublishError(f"{name} refers to {entry}, whose file is not there")
+    try:
+        needed = code_files(_auto_map_in(folder), folder)
+    except FileNotFoundError as error:
+        raise PublishError(f"loading needs {Path(error.filename).name}, which is not there") from error
+    if stray := [name for name in names if name.endswith(".py") and name not in needed]:
+        raise PublishError(f"{', '.join(stray)} must not be published: no entry of an auto_map needs it")
     places = [*_places(), str(folder.parent)]
     for name in names:
         if name.endswith(".safetensors") or VOCABULARY_FILES.search(name):
@@ -184,6 +272,22 @@ def check_files(folder: Path) -> None:
         for place in places:
             if re.search(re.escape(place) + r"""[/"'\s]""", text):
                 raise PublishError(f"{name} contains {place}, a place on this machine")
+
+
+def _files(folder: Path) -> list[str]:
+    """Names of the files in a folder, links that lead nowhere included."""
+    return sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() or path.is_symlink()
+    )
+
+
+def _auto_map_in(folder: Path) -> dict[str, str]:
+    """The `auto_map` entries of model and processor in a folder."""
+    found: dict[str, str] = {}
+    for name in ("config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            found |= json.loads((folder / name).read_text(encoding="utf-8")).get("auto_map", {})
+    return found
 
 
 def load_checkpoint(
@@ -285,12 +389,22 @@ def _check_replaceable(target: Path) -> None:
         return
     if not target.is_dir():
         raise ValueError(f"{target} is a file; give the name of a folder")
-    names = [path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()]
-    foreign = [name for name in names if not ALLOWED_FILES.fullmatch(name)]
+    names = _files(target)
+    foreign = [name for name in names if not ALLOWED_FILES.fullmatch(name)] or _stray_code(target)
     if foreign or (names and "config.json" not in names):
         raise ValueError(
             f"{target} holds something else than a Hub folder ({(foreign or names)[0]}); give an empty or a new folder"
         )
+
+
+def _stray_code(folder: Path) -> list[str]:
+    """Code files in a folder that nothing which its `auto_map` names imports; links are a starter's own."""
+    names = [path.name for path in folder.glob("*.py") if not path.is_symlink()]
+    try:
+        needed = code_files(_auto_map_in(folder), folder)
+    except FileNotFoundError:  # a file that another one needs was renamed or lost
+        needed = set()
+    return sorted(set(names) - needed)
 
 
 def _replace(target: Path, staging: Path) -> None:
@@ -307,16 +421,6 @@ def _replace(target: Path, staging: Path) -> None:
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _copy_code(auto_map: Mapping[str, str], folder: Path) -> None:
-    """Copy the files of the classes in `auto_map` and all that they import, flat."""
-    roots = {f"{entry.partition('.')[0]}.py" for entry in auto_map.values()}
-    files = {CODE / root for root in roots}
-    for root in roots:
-        files.update(Path(name) for name in get_relative_import_files(CODE / root))
-    for path in files:
-        shutil.copyfile(path, folder / path.name)
 
 
 def _edit_json(path: Path, edit: Any) -> dict[str, Any]:

@@ -297,4 +297,4 @@ def _explain(error: BaseException, repo_id: str, step: str) -> str:
     if status in (409, 412):
         return f"{repo_id} has got another commit since this push began; look at it and push again"
     detail = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{step} failed for {repo_id} ({detail[0]}); the same command goes on where it stopped"
+    return f"{step} failed for {repo_id} ({detail[0]}); rerun the same command to resume"
