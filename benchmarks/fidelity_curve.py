@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from benchmarks.measure import gather_command
-from training.figures import COLOURS
+from training.records.figures import COLOURS
 
 Record = dict[str, Any]
 KEPT = ("token_accuracy", "token_accuracy_interval", "loss", "num_rows", "num_tokens")

@@ -25,10 +25,10 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.measure import describe_run, save_record
-from training.recipe import load_recipe
-from training.record import read_json, write_json
+from training.recipes.recipe import load_recipe
+from training.recipes.strict_yaml import REPOSITORY
+from training.records.record import read_json, write_json
 from training.run import main as run
-from training.strict_yaml import REPOSITORY
 
 SAVE_STEPS = 4
 SETTINGS = {"max_steps": 24, "logging_steps": 1, "eval_steps": 8, "save_steps": SAVE_STEPS, "batch_size": 16}

@@ -12,8 +12,15 @@ from typing import Any
 import torch
 
 from training.command_line import run_command
-from training.record import FORMAT_VERSION, describe_code, describe_hardware, read_json, write_json, write_record
-from training.strict_yaml import REPOSITORY, portable_paths
+from training.recipes.strict_yaml import REPOSITORY, portable_paths
+from training.records.record import (
+    FORMAT_VERSION,
+    describe_code,
+    describe_hardware,
+    read_json,
+    write_json,
+    write_record,
+)
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 

@@ -19,9 +19,9 @@ from transformers import AutoTokenizer
 from benchmarks.measure import describe_run, save_record
 from benchmarks.rolling_quality import cut_documents, read_within, token_losses
 from modeling_memory import MemoryEncoderDecoderForCausalLM
-from training.metrics import bootstrap_interval
-from training.record import read_json
-from training.strict_yaml import REPOSITORY, portable_path
+from training.measure.metrics import bootstrap_interval
+from training.recipes.strict_yaml import REPOSITORY, portable_path
+from training.records.record import read_json
 
 Record = dict[str, Any]
 POLICIES = {"merge": "merged", "drop_oldest": "the newest", "keep_nearest": "the nearest"}

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.measure import duration
-from training.figures import COLOURS
+from training.records.figures import COLOURS
 
 Record = dict[str, Any]
 

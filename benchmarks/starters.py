@@ -20,11 +20,11 @@ import torch
 from huggingface_hub import ModelCard
 
 from benchmarks.measure import describe_run, save_record
-from training.data import load_texts
+from training.data.texts import load_texts
 from training.evaluate import evaluate
-from training.hub_folder import load_checkpoint, load_processor
-from training.record import read_json
-from training.strict_yaml import REPOSITORY, portable_path
+from training.publishing.hub_folder import load_checkpoint, load_processor
+from training.recipes.strict_yaml import REPOSITORY, portable_path
+from training.records.record import read_json
 
 Record = dict[str, Any]
 

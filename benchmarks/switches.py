@@ -30,17 +30,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.measure import UnequalPathsError, describe_run, interleave, save_record, spread
 from benchmarks.speed import QUICK, Sizes, build_model, random_tokens
-from training.chunked_loss import chunked_cross_entropy
-from training.data import tokenise_documents
-from training.documents import DocumentRows
-from training.encoded import encode_once
-from training.objectives import SpecialTokens
-from training.record import fingerprint, read_json, write_json
-from training.rows import ObjectiveCollator, TokenRows
-from training.sources import read_file
-from training.strict_yaml import REPOSITORY
-from training.tokenizer import train_tokenizer
-from training.trainer import checkpoint_activations, compile_blocks, run_objective, run_objective_chunked
+from training.data.documents import DocumentRows
+from training.data.encoded import encode_once
+from training.data.objectives import SpecialTokens
+from training.data.rows import ObjectiveCollator, TokenRows
+from training.data.sources import read_file
+from training.data.texts import tokenise_documents
+from training.data.tokenizer import train_tokenizer
+from training.recipes.strict_yaml import REPOSITORY
+from training.records.record import fingerprint, read_json, write_json
+from training.train.chunked_loss import chunked_cross_entropy
+from training.train.trainer import checkpoint_activations, compile_blocks, run_objective, run_objective_chunked
 
 SEED, ROWS, CHUNK_OF_LOSS = 0, 16, 256
 TOLERANCE = {"bf16": 2e-2, "all three": 2e-2, "compiled, all three": 2e-2}

@@ -40,15 +40,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from benchmarks.measure import UnequalPathsError, assert_equal, describe_run, save_record
 from modeling_memory import MemoryAutoencoder
 from tests.reference.plain_autoencoder import plain_autoencoder
-from training.build import build_stage_model, count_parameters
-from training.inputs import Inputs, prepare_inputs
-from training.recipe import Recipe, StageRecipe, load_recipe
-from training.record import peak_memory_bytes
-from training.rows import ObjectiveCollator, TokenRows
-from training.sources import SUFFIXES
-from training.strict_yaml import portable_path
-from training.suites import spread_rows
-from training.trainer import MemoryTrainer, training_arguments
+from training.data.rows import ObjectiveCollator, TokenRows
+from training.data.sources import SUFFIXES
+from training.measure.suites import spread_rows
+from training.recipes.recipe import Recipe, StageRecipe, load_recipe
+from training.recipes.strict_yaml import portable_path
+from training.records.record import peak_memory_bytes
+from training.train.build import build_stage_model, count_parameters
+from training.train.inputs import Inputs, prepare_inputs
+from training.train.trainer import MemoryTrainer, training_arguments
 
 BASELINE_LEARNING_RATE = 5e-4
 BASELINE_CLIP = 1.0

@@ -5,8 +5,8 @@ from typing import Any
 
 from benchmarks.claims.evidence import Study
 from benchmarks.claims.statements import load_statements
-from training.recipe import find_recipe
-from training.strict_yaml import parse_yaml
+from training.recipes.recipe import find_recipe
+from training.recipes.strict_yaml import parse_yaml
 
 VOCAB = 2048
 LENGTH = 127

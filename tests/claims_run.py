@@ -7,10 +7,10 @@ import torch
 from accelerate import PartialState
 
 from benchmarks.claims.source import Source, open_run
-from training.build import build_stage_model
-from training.inputs import prepare_inputs
-from training.recipe import Recipe, load_recipe
-from training.record import write_json
+from training.recipes.recipe import Recipe, load_recipe
+from training.records.record import write_json
+from training.train.build import build_stage_model
+from training.train.inputs import prepare_inputs
 
 WORDS = ("the cat sat on the mat", "and the dog ran to the inn", "some birds flew over a house", "we saw it all")
 SMALL = {

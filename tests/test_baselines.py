@@ -24,7 +24,9 @@ from tests.reference.autoencoder_loop import expand
 from tests.reference.baseline_loop import last_logits, oracle_loop, recurrent_loop
 from tests.reference.llama_loop import llama_loop
 from tests.reference.mixer_loop import affine, mixer_loop, mixer_states
-from training.baselines import (
+from training.data.objectives import IGNORED, SpecialTokens
+from training.data.rows import ObjectiveCollator
+from training.measure.baselines import (
     QUANTISATIONS,
     OracleMemory,
     RecurrentMemory,
@@ -35,9 +37,7 @@ from training.baselines import (
     quantised,
     score_next_tokens,
 )
-from training.build import child_config
-from training.objectives import IGNORED, SpecialTokens
-from training.rows import ObjectiveCollator
+from training.train.build import child_config
 
 KINDS = ("token", "embedding", "projection")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.claims.cells import KEYS, cell_path, measure_cell, read_cell, read_cells
-from training.record import write_json
+from training.records.record import write_json
 
 
 def test_a_cell_is_measured_once_and_again_when_asked_differently(tmp_path: Path) -> None:

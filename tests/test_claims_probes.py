@@ -13,10 +13,10 @@ from benchmarks.claims.probes import Encoder, encoders, measure_probe, measure_p
 from benchmarks.claims.source import Source
 from benchmarks.claims.variants import keep_encoder
 from tests.claims_run import add_stage, tiny_run
-from training.fit import Budget
-from training.frozen import load_encoder
-from training.inversion import DecoderSize
+from training.measure.frozen import load_encoder
+from training.measure.inversion import DecoderSize
 from training.probe import weights_checksum
+from training.train.fit import Budget
 
 STAGES = ("ae", "clm_mixer", "decoder", "untrained", "memory")
 BUDGET = Budget(steps=2, batch_tokens=64)

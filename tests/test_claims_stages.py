@@ -14,7 +14,7 @@ from benchmarks.claims.stages import describe_stages, score_stages, sizes_of
 from modeling_memory import MemoryAutoencoder, MemoryAutoencoderConfig, MemoryProcessor
 from tests.conftest import tiny_decoder_config, tiny_encoder_config
 from tests.memory_models import CHUNK, WINDOW, build_model
-from training.record import write_json
+from training.records.record import write_json
 
 LENGTH = 32
 

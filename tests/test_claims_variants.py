@@ -23,9 +23,9 @@ from benchmarks.claims.variants import (
     score_behind,
 )
 from tests.claims_run import add_stage, tiny_run
-from training.baselines import cut_layers, next_token_loss, quantise, score_next_tokens
-from training.frozen import load_encoder
-from training.suites import Scores
+from training.measure.baselines import cut_layers, next_token_loss, quantise, score_next_tokens
+from training.measure.frozen import load_encoder
+from training.measure.suites import Scores
 
 STAGES = ("ae", "ae_transformer", "untrained", "decoder")
 
@@ -145,7 +145,7 @@ class Swapped(torch.nn.Module):
 def test_narrow_vectors_are_stored_in_eight_bits(source: Source, tmp_path: Path, monkeypatch: Any):
     asked = []
     monkeypatch.setattr(
-        "training.baselines.quantise", lambda tensor, kind: asked.append(kind) or quantise(tensor, kind)
+        "training.measure.baselines.quantise", lambda tensor, kind: asked.append(kind) or quantise(tensor, kind)
     )
     found = measure(source, tmp_path, "noise_none")["noise_none"]
     assert set(asked) == {"int8", "float8_e4m3fn", "float8_e5m2"}

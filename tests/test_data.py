@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import build_tiny_tokenizer
-from training import data
-from training.data import (
+from training.data import texts as data
+from training.data.texts import (
     TokenisedSplit,
     check_splits,
     count_bytes,
@@ -22,7 +22,7 @@ from training.data import (
     sample_rows,
     tokenise_documents,
 )
-from training.tokenizer import token_byte_lengths, train_tokenizer
+from training.data.tokenizer import token_byte_lengths, train_tokenizer
 
 TEXTS = ["The first text.\r\nIt has two lines.", "Überall 東京 🙂", "The third\u2028one."]
 UNICODE = st.text(st.characters(codec="utf-8"), max_size=40)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.memory_models import BLANK, CHUNK, COPY, SLOT, WINDOW, build_model, random_ids
-from training.objectives import IGNORED, SpecialTokens, build_batch, distillation_loss
-from training.rows import ObjectiveCollator, draw_budget
-from training.trainer import run_objective, teacher_logits
+from training.data.objectives import IGNORED, SpecialTokens, build_batch, distillation_loss
+from training.data.rows import ObjectiveCollator, draw_budget
+from training.train.trainer import run_objective, teacher_logits
 
 IDS = SpecialTokens(pad=0, bos=1, eos=2, memory=SLOT, copy=COPY, blank=BLANK)
 

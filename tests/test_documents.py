@@ -14,11 +14,11 @@ from tests.memory_models import CHUNK, WINDOW, build_model
 from tests.test_launch import ALL, SPECIAL
 from tests.test_run import recipe, short_recipe  # noqa: F401  (fixtures)
 from tests.test_trainer import trainer
-from training.documents import DocumentRows, cut_documents
-from training.objectives import IGNORED, targets_of
-from training.rows import ObjectiveCollator
+from training.data.documents import DocumentRows, cut_documents
+from training.data.objectives import IGNORED, targets_of
+from training.data.rows import ObjectiveCollator
 from training.run import main
-from training.trainer import run_objective
+from training.train.trainer import run_objective
 
 EOS = 2
 

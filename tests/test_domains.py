@@ -11,9 +11,9 @@ from modeling_memory import MemoryProcessor
 from tests.conftest import build_tiny_tokenizer, tiny_decoder_config
 from tests.memory_models import CHUNK, WINDOW, build_model
 from training import domains, publish
-from training.data import tokenise_documents
+from training.data.texts import tokenise_documents
 from training.domains import DESCRIPTIONS, LETTERS, made_up_texts
-from training.suites import spread_rows
+from training.measure.suites import spread_rows
 
 
 @pytest.fixture

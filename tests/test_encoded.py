@@ -8,10 +8,10 @@ import torch
 
 from tests.memory_models import CHUNK, WINDOW, build_model
 from tests.test_launch import ALL, ROW, ROWS, SOURCE, SPECIAL, stream
-from training import encoded as encoded_module
-from training.encoded import encode_once
-from training.rows import ObjectiveCollator, TokenRows
-from training.trainer import run_objective, run_objective_chunked
+from training.data import encoded as encoded_module
+from training.data.encoded import encode_once
+from training.data.rows import ObjectiveCollator, TokenRows
+from training.train.trainer import run_objective, run_objective_chunked
 
 CPU = torch.device("cpu")
 

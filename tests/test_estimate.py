@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from tests.test_pairs import TEXT, byte_level, wordpiece
 from training.estimate import build_on_meta, estimate_recipe, estimate_stage, main
-from training.recipe import REPOSITORY, load_recipe
-from training.record import read_json
+from training.recipes.recipe import REPOSITORY, load_recipe
+from training.records.record import read_json
 from training.run import main as run
 
 PAIRS = ("llama_3_2_1b", "qwen3_0_6b", "smollm2_135m_minilm")

@@ -18,11 +18,11 @@ from modeling_memory import (
 )
 from tests.conftest import tiny_decoder_config, tiny_encoder_config
 from tests.memory_models import BLANK, CHUNK, COPY, SLOT, WINDOW, build_model, random_ids
+from training.data.objectives import SpecialTokens
+from training.data.tokenizer import train_tokenizer
 from training.evaluate import main
-from training.metrics import wilson_interval
-from training.objectives import SpecialTokens
-from training.record import check_record
-from training.suites import (
+from training.measure.metrics import wilson_interval
+from training.measure.suites import (
     SUITES,
     Evaluation,
     Scores,
@@ -33,7 +33,7 @@ from training.suites import (
     spread_rows,
     summarise,
 )
-from training.tokenizer import train_tokenizer
+from training.records.record import check_record
 
 SPECIAL = SpecialTokens(pad=0, bos=1, eos=2, copy=COPY, blank=BLANK, memory=SLOT)
 ROWS = 6

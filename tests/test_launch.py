@@ -16,12 +16,12 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from modeling_memory import MemoryAutoencoder, MemoryAutoencoderConfig
 from tests.conftest import VOCAB_SIZE, tiny_decoder_config, tiny_encoder_config
 from tests.memory_models import BLANK, CHUNK, COPY, SLOT, WINDOW, build_model
-from training.documents import DocumentRows
-from training.objectives import IGNORED, SpecialTokens
-from training.recipe import TrainingRecipe
-from training.rows import ObjectiveCollator, TokenRows
-from training.strict_yaml import REPOSITORY
-from training.trainer import MemoryTrainer, run_objective, training_arguments
+from training.data.documents import DocumentRows
+from training.data.objectives import IGNORED, SpecialTokens
+from training.data.rows import ObjectiveCollator, TokenRows
+from training.recipes.recipe import TrainingRecipe
+from training.recipes.strict_yaml import REPOSITORY
+from training.train.trainer import MemoryTrainer, run_objective, training_arguments
 
 SPECIAL = SpecialTokens(pad=0, bos=1, eos=2, copy=COPY, blank=BLANK, memory=SLOT)
 ROW, SOURCE, ROWS, STEPS = 24, 16, 8, 3

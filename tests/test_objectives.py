@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from modeling_memory.configuration_memory import MemoryEncoderDecoderConfig
 from modeling_memory.modeling_memory import MemoryEncoderDecoderForCausalLM
 from tests.conftest import tiny_decoder_config, tiny_encoder_config
-from training.objectives import (
+from training.data.objectives import (
     IGNORED,
     LAYOUTS,
     MARKERS,

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.measure import gather_runs
 from benchmarks.pairs import decoder_sizes_lines, main, pairs_lines, show
-from training.record import read_json, write_json
+from training.records.record import read_json, write_json
 
 
 def condition(loss: float, gain: float | None = None) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks import render, snippet, speed
 from benchmarks.measure import fit_exponent, spread
-from training.record import read_json
-from training.strict_yaml import REPOSITORY
+from training.recipes.strict_yaml import REPOSITORY
+from training.records.record import read_json
 
 CODE = {"commit": "0123456789abcdef", "dirty": False, "versions": {"torch": "2.13.0"}}
 HARDWARE = {"device": "cpu", "cpu": "Some CPU", "cores": 2, "threads": 2, "processes": 1}

@@ -17,12 +17,12 @@ from modeling_memory import MemoryEncoderDecoderForCausalLM
 from tests.memory_models import CHUNK, WINDOW, build_model
 from tests.test_run import assert_same_weights, recipe, short_recipe  # noqa: F401  (fixtures)
 from tests.test_trainer import SPECIAL, trainer
-from training import checkpoints, stages
-from training import trainer as trainer_module
-from training.checkpoints import FROZEN, MANIFEST, SHARDS, last_complete_checkpoint
-from training.rows import ObjectiveCollator
+from training.data.rows import ObjectiveCollator
 from training.run import main
-from training.trainer import MemoryTrainer
+from training.train import checkpoints, stages
+from training.train import trainer as trainer_module
+from training.train.checkpoints import FROZEN, MANIFEST, SHARDS, last_complete_checkpoint
+from training.train.trainer import MemoryTrainer
 
 STAGES = ["autoencoder", "decoder", "blank_copy"]
 

@@ -16,11 +16,11 @@ from torch.distributed.tensor import DTensor
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM
 from tests.memory_models import BLANK, CHUNK, COPY, SLOT, WINDOW, build_model, random_ids
-from training.objectives import IGNORED, SpecialTokens, combine_losses, targets_of
-from training.optimizer import build_optimizer
-from training.rows import ObjectiveCollator
-from training.strict_yaml import REPOSITORY
-from training.trainer import checkpoint_activations, run_objective
+from training.data.objectives import IGNORED, SpecialTokens, combine_losses, targets_of
+from training.data.rows import ObjectiveCollator
+from training.recipes.strict_yaml import REPOSITORY
+from training.train.optimizer import build_optimizer
+from training.train.trainer import checkpoint_activations, run_objective
 
 SPECIAL = SpecialTokens(pad=0, bos=1, eos=2, copy=COPY, blank=BLANK, memory=SLOT)
 OBJECTIVES = {"causal": 1.0, "copy": 0.5, "blank_copy": 0.25}

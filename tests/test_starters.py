@@ -15,11 +15,11 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTok
 from benchmarks.snippet import find_snippet, run_snippet
 from modeling_memory import MemoryAutoencoder
 from training import run
-from training.cards import check_card, render_card
-from training.hub_folder import check_complete, check_files, load_checkpoint, load_processor
-from training.recipe import load_recipe
-from training.record import read_json
-from training.strict_yaml import REPOSITORY
+from training.publishing.cards import check_card, render_card
+from training.publishing.hub_folder import check_complete, check_files, load_checkpoint, load_processor
+from training.recipes.recipe import load_recipe
+from training.recipes.strict_yaml import REPOSITORY
+from training.records.record import read_json
 
 RECIPES = sorted(path.stem for path in (REPOSITORY / "configuration" / "recipes").glob("starter_*.yaml"))
 CARDS = REPOSITORY / "model_cards"
@@ -126,7 +126,7 @@ def test_an_autoencoder_reaches_what_its_card_says(name):
     folder = folder_named(name)
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     tokenizer = load_processor(folder)
-    from training.data import load_texts
+    from training.data.texts import load_texts
 
     text = "\n".join(load_texts([SMALL / "books" / "test.parquet"])[:2])
     tokens = torch.tensor(tokenizer(text).input_ids)
@@ -149,7 +149,7 @@ def test_the_memory_starter_copies_a_text_that_it_has_not_seen():
     folder = folder_named("starter-memory")
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    from training.data import load_texts
+    from training.data.texts import load_texts
 
     text = load_texts([SMALL / "books" / "test.parquet"])[1]
     tokens = processor.tokenizer(text).input_ids

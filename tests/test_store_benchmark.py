@@ -8,9 +8,9 @@ from modeling_memory import MemoryProcessor
 from modeling_memory.memory_codec import DTYPES
 from tests.conftest import build_tiny_tokenizer
 from tests.memory_models import CHUNK, WINDOW, build_model, random_ids
-from training.objectives import IGNORED, build_batch
-from training.record import read_json
-from training.tokenizer import special_tokens_of
+from training.data.objectives import IGNORED, build_batch
+from training.data.tokenizer import special_tokens_of
+from training.records.record import read_json
 
 TEXT = "the cat sat on the mat, and in the end the ring was there. " * 40
 

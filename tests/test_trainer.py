@@ -15,11 +15,11 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel, TrainerCallback
 
 from tests.conftest import VOCAB_SIZE, tiny_decoder_config
-from training.checkpoints import last_complete_checkpoint
-from training.objectives import IGNORED, SpecialTokens
-from training.recipe import TrainingRecipe
-from training.rows import ObjectiveCollator, TokenRows, draw_lengths
-from training.trainer import (
+from training.data.objectives import IGNORED, SpecialTokens
+from training.data.rows import ObjectiveCollator, TokenRows, draw_lengths
+from training.recipes.recipe import TrainingRecipe
+from training.train.checkpoints import last_complete_checkpoint
+from training.train.trainer import (
     MemoryTrainer,
     NonFiniteLossError,
     run_objective,

@@ -8,8 +8,8 @@ import torch
 
 from tests.memory_models import CHUNK, WINDOW, build_model, random_ids
 from tests.test_trainer import SPECIAL, trainer
-from training.rows import ObjectiveCollator
-from training.watching import WatchMemories, effective_rank, memory_statistics
+from training.data.rows import ObjectiveCollator
+from training.train.watching import WatchMemories, effective_rank, memory_statistics
 
 FIELDS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -31,17 +31,24 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from training.command_line import run_command
-from training.data import file_checksums
+from training.data.objectives import SpecialTokens, build_batch
+from training.data.texts import file_checksums
+from training.data.tokenizer import special_tokens_of
 from training.evaluate import load_model
-from training.figures import write_ceiling_figure
-from training.frozen import cut_rows, special_tokens_around
-from training.metrics import bootstrap_interval, token_results, wilson_interval
-from training.objectives import SpecialTokens, build_batch
+from training.measure.frozen import cut_rows, special_tokens_around
+from training.measure.metrics import bootstrap_interval, token_results, wilson_interval
 from training.probe import numbers, read_texts
-from training.record import describe_code, describe_hardware, fingerprint, peak_memory_bytes, read_json, write_json
-from training.record import write_record as save_record
-from training.strict_yaml import portable_path
-from training.tokenizer import special_tokens_of
+from training.recipes.strict_yaml import portable_path
+from training.records.figures import write_ceiling_figure
+from training.records.record import (
+    describe_code,
+    describe_hardware,
+    fingerprint,
+    peak_memory_bytes,
+    read_json,
+    write_json,
+)
+from training.records.record import write_record as save_record
 
 Regenerate = Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor]
 """Memories `(B, K, D)` or `None`, and tokens `(B, T)` -> logits `(B, T, V)`; row t predicts token t."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import transformers
 
-from training.strict_yaml import portable_word
+from training.recipes.strict_yaml import portable_word
 
 
 def run_command(

@@ -22,13 +22,13 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from training.data import file_checksums, load_texts, tokenise_documents
+from training.data.objectives import next_tokens
+from training.data.texts import file_checksums, load_texts, tokenise_documents
 from training.evaluate import evaluate, load_model
-from training.objectives import next_tokens
-from training.recipe import resolve_files
-from training.record import describe_code, describe_hardware, write_record
-from training.strict_yaml import portable_path
-from training.suites import Scores, results_table, score, spread_rows, summarise_scores
+from training.measure.suites import Scores, results_table, score, spread_rows, summarise_scores
+from training.recipes.recipe import resolve_files
+from training.recipes.strict_yaml import portable_path
+from training.records.record import describe_code, describe_hardware, write_record
 
 LETTERS = string.ascii_letters + string.digits + string.punctuation
 CAUSAL_LENGTH = 256

@@ -28,9 +28,9 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForTextEncoding, PreTrainedModel
 
 from modeling_memory.memory_parts import load_encoder
-from training.build import build_stage_model, child_config
-from training.objectives import SpecialTokens
-from training.recipe import Recipe, StageRecipe, load_recipe
+from training.data.objectives import SpecialTokens
+from training.recipes.recipe import Recipe, StageRecipe, load_recipe
+from training.train.build import build_stage_model, child_config
 
 RATE = 1.0e14
 FLOAT, HALF = 4, 2

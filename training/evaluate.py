@@ -6,7 +6,7 @@ python -m training.evaluate runs/quickstart/stages/autoencoder/model --suite ret
 python -m training.evaluate runs/quickstart/hub --suite fidelity --domain news=training/corpora/wikinews/test.parquet
 ```
 
-What each suite asks is described in `training/suites.py`, and in `training/fidelity.py`.
+What each suite asks is described in `training/measure/suites.py`, and in `training/fidelity.py`.
 """
 
 import argparse
@@ -21,17 +21,17 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from training.build import count_parameters
 from training.command_line import run_command
-from training.data import file_checksums, load_texts, tokenise_documents
+from training.data.texts import file_checksums, load_texts, tokenise_documents
+from training.data.tokenizer import special_tokens_of, tokenizer_checksum
 from training.fidelity import evaluate_fidelity, text_lines
-from training.inputs import byte_lengths_of
+from training.measure.suites import SUITES, Evaluation, default_length, evaluate_suite, results_table, spread_rows
 from training.publish import load_checkpoint
-from training.recipe import resolve_files
-from training.record import describe_code, describe_hardware, peak_memory_bytes, read_json, write_record
-from training.strict_yaml import portable_path
-from training.suites import SUITES, Evaluation, default_length, evaluate_suite, results_table, spread_rows
-from training.tokenizer import special_tokens_of, tokenizer_checksum
+from training.recipes.recipe import resolve_files
+from training.recipes.strict_yaml import portable_path
+from training.records.record import describe_code, describe_hardware, peak_memory_bytes, read_json, write_record
+from training.train.build import count_parameters
+from training.train.inputs import byte_lengths_of
 
 FIDELITY = "fidelity"
 

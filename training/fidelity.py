@@ -32,11 +32,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from training.data import file_checksums
-from training.metrics import bootstrap_interval, wilson_interval
-from training.record import describe_code, describe_hardware, write_record
-from training.strict_yaml import portable_path
-from training.suites import Evaluation, evaluate_suite, write_freely
+from training.data.texts import file_checksums
+from training.measure.metrics import bootstrap_interval, wilson_interval
+from training.measure.suites import Evaluation, evaluate_suite, write_freely
+from training.recipes.strict_yaml import portable_path
+from training.records.record import describe_code, describe_hardware, write_record
 
 MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
 DETAILS = {
@@ -168,7 +168,7 @@ def evaluate_fidelity(
         tokens.
 
     Raises:
-        ValueError: As [`training.suites.evaluate_suite`], or if sacrebleu is missing.
+        ValueError: As [`training.measure.suites.evaluate_suite`], or if sacrebleu is missing.
     """
     is_autoencoder = evaluation.model.config.model_type == "memory_autoencoder"
     suite = "retention" if is_autoencoder else "copy"

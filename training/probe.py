@@ -29,13 +29,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from training.command_line import run_command
-from training.data import file_checksums, load_texts
-from training.figures import write_probe_figure
-from training.fit import Budget
-from training.frozen import POSITIONS, UNTRAINED, FrozenEncoder, TextRows, cut_rows, load_encoder, read_all
-from training.inversion import DecoderSize, invert
-from training.recipe import resolve_files
-from training.record import (
+from training.data.texts import file_checksums, load_texts
+from training.measure.frozen import POSITIONS, UNTRAINED, FrozenEncoder, TextRows, cut_rows, load_encoder, read_all
+from training.measure.inversion import DecoderSize, invert
+from training.recipes.recipe import resolve_files
+from training.recipes.strict_yaml import portable_path
+from training.records.figures import write_probe_figure
+from training.records.record import (
     describe_code,
     describe_hardware,
     fingerprint,
@@ -44,7 +44,7 @@ from training.record import (
     write_json,
     write_record,
 )
-from training.strict_yaml import portable_path
+from training.train.fit import Budget
 
 CONDITIONS = ("embedding", "untrained", "shuffled")
 TABLES = ("frozen", "replaced")

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from training.bases import Base, check_bases_on_hub, find_bases
-from training.cards import stage_record
-from training.hub_folder import (
+from training.publishing.bases import Base, check_bases_on_hub, find_bases
+from training.publishing.cards import stage_record
+from training.publishing.hub_folder import (
     ALLOWED_FILES,
     PublishError,
     check_complete,
@@ -25,9 +25,9 @@ from training.hub_folder import (
     load_processor,
     write_hub_folder,
 )
-from training.push import PushError, check_target, push_folder
-from training.record import read_json
-from training.verification import verify_hub_folder
+from training.publishing.push import PushError, check_target, push_folder
+from training.publishing.verification import verify_hub_folder
+from training.records.record import read_json
 
 __all__ = ["PublishError", "load_checkpoint", "main", "verify_hub_folder", "write_hub_folder"]
 

@@ -35,12 +35,12 @@ from transformers import PreTrainedModel
 from modeling_memory.memory_encoder import encode_chunks
 from modeling_memory.memory_pooling import LastPooling
 from training.command_line import run_command
-from training.data import file_checksums
-from training.fit import Budget, Order, fit
-from training.frozen import FrozenEncoder, cut_rows, load_encoder
-from training.metrics import wilson_interval
+from training.data.texts import file_checksums
+from training.measure.frozen import FrozenEncoder, cut_rows, load_encoder
+from training.measure.metrics import wilson_interval
 from training.probe import in_random_order, named_models, read_texts, tokens_checksum, weights_checksum
-from training.record import (
+from training.recipes.strict_yaml import portable_path
+from training.records.record import (
     describe_code,
     describe_hardware,
     fingerprint,
@@ -49,7 +49,7 @@ from training.record import (
     write_json,
     write_record,
 )
-from training.strict_yaml import portable_path
+from training.train.fit import Budget, Order, fit
 
 QUERIES = ("ngram", "bag")
 

@@ -4,7 +4,7 @@
 python -m training.run debug_cpu
 python -m training.run configuration/recipes/quickstart.yaml seed=1 stages.decoder.training.max_steps=100
 accelerate launch -m training.run configuration/recipes/quickstart.yaml
-python -m training.run debug_cpu --grid 'seed=[0, 1, 2]'      # a queue of runs, see training/grid.py
+python -m training.run debug_cpu --grid 'seed=[0, 1, 2]'      # a queue of runs, see training/recipes/grid.py
 ```
 """
 
@@ -23,13 +23,14 @@ import torch
 import transformers
 from accelerate import PartialState
 
-from training.figures import write_figures
-from training.grid import run_grid
-from training.inputs import Inputs, prepare_inputs
-from training.pairs import evaluate_pairs
+from training.data.pairs import evaluate_pairs
+from training.measure.suites import Evaluation, default_length, evaluate_suite, results_table, spread_rows
 from training.publish import PublishError, verify_hub_folder, write_hub_folder
-from training.recipe import Recipe, StageRecipe, load_recipe
-from training.record import (
+from training.recipes.grid import run_grid
+from training.recipes.recipe import Recipe, StageRecipe, load_recipe
+from training.recipes.strict_yaml import portable_path, portable_word
+from training.records.figures import write_figures
+from training.records.record import (
     describe_code,
     describe_hardware,
     fingerprint,
@@ -38,13 +39,12 @@ from training.record import (
     write_json,
     write_record,
 )
-from training.sample import regenerate, sample_lines
-from training.stages import StageRunner, chunk_counts, processor_for
-from training.stopping import StoppedError, stop_at_once
-from training.strict_yaml import portable_path, portable_word
-from training.suites import Evaluation, default_length, evaluate_suite, results_table, spread_rows
-from training.summary import write_summary
-from training.trainer import NonFiniteLossError
+from training.records.sample import regenerate, sample_lines
+from training.records.summary import write_summary
+from training.train.inputs import Inputs, prepare_inputs
+from training.train.stages import StageRunner, chunk_counts, processor_for
+from training.train.stopping import StoppedError, stop_at_once
+from training.train.trainer import NonFiniteLossError
 
 PAIR_SUITES = {"clm": "causal", "copy": "copy"}
 

@@ -25,9 +25,9 @@ from benchmarks.claims.stages import score_stages
 from benchmarks.claims.statements import count_parts, load_statements, verdict_of
 from benchmarks.measure import RESULTS
 from training.command_line import run_command
-from training.recipe import load_recipe
-from training.record import write_record
-from training.strict_yaml import portable_path
+from training.recipes.recipe import load_recipe
+from training.recipes.strict_yaml import portable_path
+from training.records.record import write_record
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@
 |---|---|
 | `name` | of the measurement; the file's name |
 | `asked` | all that decides the result: model, text, budget, seed; another description measures again |
-| `metrics` | as [`training.suites.summarise_scores`] gives them, by condition where there are several |
+| `metrics` | as [`training.measure.suites.summarise_scores`] gives them, by condition where there are several |
 | `text_tokens`, `steps` | of training; 0 where nothing was trained |
 | `seconds` | of the whole measurement |
 """
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from training.record import read_json, write_json
+from training.records.record import read_json, write_json
 
 Cell = dict[str, Any]
 KEYS = ("name", "asked", "metrics", "text_tokens", "steps", "seconds")

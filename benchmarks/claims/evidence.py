@@ -20,7 +20,7 @@ from enum import Enum
 from typing import Any
 
 from benchmarks.claims.scoring import paired_difference, paired_share
-from training.metrics import uninformed_loss
+from training.measure.metrics import uninformed_loss
 
 MARGINS = {"accuracy": 0.02, "loss": 0.02, "ratio": 0.02}
 WORDS = {"accuracy": "tokens right", "loss": "loss", "ratio": "information ratio"}

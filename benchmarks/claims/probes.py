@@ -29,14 +29,14 @@ from benchmarks.claims.scoring import SCORED_TOKENS
 from benchmarks.claims.source import Source, open_run
 from benchmarks.claims.variants import build_parser, encoder_folder, keep_encoder
 from training.command_line import run_command
-from training.data import load_texts
-from training.fit import Budget
-from training.frozen import UNTRAINED, cut_rows, load_encoder
-from training.inversion import DecoderSize
+from training.data.texts import load_texts
+from training.measure.frozen import UNTRAINED, cut_rows, load_encoder
+from training.measure.inversion import DecoderSize
 from training.probe import Probe, in_random_order, probe
-from training.recipe import resolve_files
-from training.record import fingerprint
+from training.recipes.recipe import resolve_files
+from training.records.record import fingerprint
 from training.retrieval import QUERIES, QueryRule, RetrievalEncoder, evaluate_retrieval, train_retrieval
+from training.train.fit import Budget
 
 SIZE = DecoderSize(hidden_size=128, num_hidden_layers=2, num_heads=4)
 BUDGET = Budget(steps=300, batch_tokens=2048)
@@ -75,7 +75,7 @@ class Encoder:
         return UNTRAINED_AS.get(f"{self.name}_{self.length}", self.name)
 
     def place(self, source: Source, folder: Path) -> str:
-        """What [`training.frozen.load_encoder`] loads."""
+        """What [`training.measure.frozen.load_encoder`] loads."""
         if self.stage is None:
             return str(encoder_folder(folder, self.name))
         fresh = UNTRAINED if self.name.startswith("untrained") else ""

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from training.data import file_checksums, load_texts, tokenise_documents
+from training.data.objectives import SpecialTokens
+from training.data.texts import file_checksums, load_texts, tokenise_documents
+from training.data.tokenizer import special_tokens_of, tokenizer_checksum
 from training.fidelity import random_rows
-from training.inputs import byte_lengths_of
-from training.metrics import bootstrap_interval
-from training.objectives import SpecialTokens
-from training.strict_yaml import REPOSITORY
-from training.suites import Evaluation, Scores, score, spread_rows, summarise_scores
-from training.tokenizer import special_tokens_of, tokenizer_checksum
+from training.measure.metrics import bootstrap_interval
+from training.measure.suites import Evaluation, Scores, score, spread_rows, summarise_scores
+from training.recipes.strict_yaml import REPOSITORY
+from training.train.inputs import byte_lengths_of
 
 SCORED_TOKENS = 20_480
 TEXTS = {"books": "training/corpora/books/test.parquet", "news": "training/corpora/wikinews/test.parquet"}
@@ -135,8 +135,8 @@ def summarise(scores: Scores, vocab_size: int, period: int) -> dict[str, Any]:
         period (`int`): Length that positions repeat at.
 
     Returns:
-        `dict`: As [`training.suites.summarise_scores`], with `token_accuracy_rows_interval` (texts drawn again, not
-        tokens), `loss_by_position`, and `row_losses`, the mean loss of each row.
+        `dict`: As [`training.measure.suites.summarise_scores`], with `token_accuracy_rows_interval` (texts drawn
+        again, not tokens), `loss_by_position`, and `row_losses`, the mean loss of each row.
     """
     losses = scores.losses.double()
     positions = range(min(period, losses.shape[1]))

@@ -9,13 +9,13 @@ import torch
 from accelerate import PartialState
 
 from benchmarks.claims.scoring import SCORED_TOKENS
-from training.fit import Budget
-from training.inputs import Inputs, prepare_inputs
-from training.recipe import Recipe, StageRecipe, load_recipe
-from training.record import fingerprint, read_json
-from training.rows import TokenRows
-from training.stages import StageRunner
-from training.suites import spread_rows
+from training.data.rows import TokenRows
+from training.measure.suites import spread_rows
+from training.recipes.recipe import Recipe, StageRecipe, load_recipe
+from training.records.record import fingerprint, read_json
+from training.train.fit import Budget
+from training.train.inputs import Inputs, prepare_inputs
+from training.train.stages import StageRunner
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from benchmarks.claims.cells import Cell, measure_cell
 from benchmarks.claims.scoring import DOMAINS, SCORED_TOKENS, ClaimsText, score_rows, summarise, without_rows
 from training.evaluate import load_model
-from training.record import read_json
-from training.suites import Evaluation, score_suite
+from training.measure.suites import Evaluation, score_suite
+from training.records.record import read_json
 
 COPIED, ROW_LENGTH, AUTOENCODED = 32, 128, 64
 COPIED_TOKENS = 16_384

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.claims import on_information, on_memory
 from benchmarks.claims.evidence import Part, Study, Verdict, joint_verdict
-from training.strict_yaml import parse_yaml
+from training.recipes.strict_yaml import parse_yaml
 
 WORDS = Path(__file__).with_name("statements.yaml")
 FIELDS = {"title", "paper", "ran", "held", "notes", "figure"}

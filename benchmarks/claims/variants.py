@@ -41,7 +41,9 @@ from benchmarks.claims.cells import Cell, cell_path, measure_cell
 from benchmarks.claims.scoring import summarise
 from benchmarks.claims.source import Source, open_run
 from modeling_memory.memory_encoder import encode_chunks
-from training.baselines import (
+from training.command_line import run_command
+from training.data.objectives import IGNORED, build_batch
+from training.measure.baselines import (
     QUANTISATIONS,
     OracleMemory,
     RecurrentMemory,
@@ -51,14 +53,12 @@ from training.baselines import (
     quantised,
     score_next_tokens,
 )
-from training.build import build_stage_model, count_parameters
-from training.command_line import run_command
-from training.fit import Budget, fit
-from training.metrics import token_results
-from training.objectives import IGNORED, build_batch
-from training.record import fingerprint
-from training.stages import replace_folder
-from training.suites import Evaluation, Scores, evaluate_suite, score
+from training.measure.metrics import token_results
+from training.measure.suites import Evaluation, Scores, evaluate_suite, score
+from training.records.record import fingerprint
+from training.train.build import build_stage_model, count_parameters
+from training.train.fit import Budget, fit
+from training.train.stages import replace_folder
 
 SEEDS = (100, 101)
 ORACLE_LENGTH = 64
@@ -236,7 +236,7 @@ def oracle_budget(source: Source, seed: int) -> Budget:
 
 
 def keep_encoder(body: Any, source: Source, folder: Path, name: str) -> None:
-    """Keep an encoder with its tokenizer under `models/`, as [`training.frozen.load_encoder`] reads it."""
+    """Keep an encoder with its tokenizer under `models/`, as [`training.measure.frozen.load_encoder`] reads it."""
 
     def write(part: Path) -> None:
         body.save_pretrained(part)

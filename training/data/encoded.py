@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM
 from modeling_memory.memory_encoder import encode_chunks
-from training.record import fingerprint
+from training.records.record import fingerprint
 
 CHUNKS_AT_ONCE = 1024
 

@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from training.data import file_checksums, shared_pieces, tokenise_documents
-from training.sources import Documents, HubDataset, take_bytes
-from training.tokenizer import tokenizer_checksum
+from training.data.sources import Documents, HubDataset, take_bytes
+from training.data.texts import file_checksums, shared_pieces, tokenise_documents
+from training.data.tokenizer import tokenizer_checksum
 
 STREAM_FORMAT = 1
 SEGMENT_BYTES = 16_000_000

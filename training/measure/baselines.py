@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from modeling_memory.memory_encoder import build_encoder, encode_chunks
 from modeling_memory.memory_pooling import LastPooling
 from modeling_memory.modeling_memory_autoencoder import Bottleneck
-from training.metrics import token_results
-from training.suites import Scores
+from training.measure.metrics import token_results
+from training.measure.suites import Scores
 
 QUANTISATIONS = ("int8", "float8_e4m3fn", "float8_e5m2")
 
@@ -160,7 +160,7 @@ def next_token_loss(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tens
 
 @torch.no_grad()
 def score_next_tokens(model: nn.Module, rows: torch.Tensor, batch_size: int = 32) -> Scores:
-    """Score all tokens but the first of texts `(R, T)`, for [`training.suites.summarise_scores`]."""
+    """Score all tokens but the first of texts `(R, T)`, for [`training.measure.suites.summarise_scores`]."""
     model.eval()
     parts = []
     for own in rows.split(batch_size):

@@ -5,8 +5,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from training.sample import sample_lines
-from training.suites import results_table
+from training.measure.suites import results_table
+from training.records.sample import sample_lines
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from training.metrics import (
+from training.data.objectives import IGNORED, SpecialTokens, build_batch, targets_of
+from training.measure.metrics import (
     bits_per_byte,
     bootstrap_interval,
     exact_match,
@@ -29,7 +30,6 @@ from training.metrics import (
     token_results,
     wilson_interval,
 )
-from training.objectives import IGNORED, SpecialTokens, build_batch, targets_of
 
 SUITES = ("retention", "blank_copy", "copy", "clm")
 

@@ -28,12 +28,12 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM, MemoryProcessor
-from training.metrics import bootstrap_interval, token_results
-from training.objectives import IGNORED, SpecialTokens, build_batch
-from training.record import fingerprint
-from training.rows import TokenRows, draw_budget, keep_columns
-from training.suites import spread_rows
-from training.tokenizer import tokenizer_checksum
+from training.data.objectives import IGNORED, SpecialTokens, build_batch
+from training.data.rows import TokenRows, draw_budget, keep_columns
+from training.data.tokenizer import tokenizer_checksum
+from training.measure.metrics import bootstrap_interval, token_results
+from training.measure.suites import spread_rows
+from training.records.record import fingerprint
 
 CHUNKS_AT_ONCE = 256
 WITH_MEMORY = ("memory", "wrong_memory")

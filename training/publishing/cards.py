@@ -12,10 +12,10 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from training.build import count_parameters
-from training.sample import sample_lines
-from training.sources import HUB, HubDataset
-from training.strict_yaml import REPOSITORY, parse_yaml
+from training.data.sources import HUB, HubDataset
+from training.recipes.strict_yaml import REPOSITORY, parse_yaml
+from training.records.sample import sample_lines
+from training.train.build import count_parameters
 
 CARDS = REPOSITORY / "model_cards"
 TEMPLATE = CARDS / "template.md"

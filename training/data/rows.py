@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from training.documents import pad_rows
-from training.encoded import EncodedChunks
-from training.objectives import IGNORED, SpecialTokens, build_batch
+from training.data.documents import pad_rows
+from training.data.encoded import EncodedChunks
+from training.data.objectives import IGNORED, SpecialTokens, build_batch
 
 COPIES = ("copy", "blank_copy")
 

@@ -31,20 +31,20 @@ from transformers import (
 
 from modeling_memory import MemoryAutoencoder, MemoryEncoderDecoderForCausalLM, MemoryProcessor
 from modeling_memory.memory_parts import load_encoder
-from training.build import build_stage_model, count_parameters, parameter_report, report_lines
-from training.checkpoints import last_complete_checkpoint
-from training.documents import DocumentRows
-from training.encoded import encode_once
-from training.objectives import IGNORED, SpecialTokens, targets_of
-from training.pairs import PairCollator, PairedRows, PairedText, cached_pairs, encode_pairs
-from training.recipe import OBJECTIVES, Recipe, StageRecipe
-from training.record import fingerprint, peak_memory_bytes, read_json, write_json
-from training.rows import ObjectiveCollator, TokenRows
-from training.stopping import StoppedError
-from training.token_stream import StreamedRows, TokenStream
-from training.trainer import MemoryTrainer, training_arguments
-from training.warm_start import FITTED_CHUNKS, start_projector
-from training.watching import WatchMemories
+from training.data.documents import DocumentRows
+from training.data.encoded import encode_once
+from training.data.objectives import IGNORED, SpecialTokens, targets_of
+from training.data.pairs import PairCollator, PairedRows, PairedText, cached_pairs, encode_pairs
+from training.data.rows import ObjectiveCollator, TokenRows
+from training.data.token_stream import StreamedRows, TokenStream
+from training.recipes.recipe import OBJECTIVES, Recipe, StageRecipe
+from training.records.record import fingerprint, peak_memory_bytes, read_json, write_json
+from training.train.build import build_stage_model, count_parameters, parameter_report, report_lines
+from training.train.checkpoints import last_complete_checkpoint
+from training.train.stopping import StoppedError
+from training.train.trainer import MemoryTrainer, training_arguments
+from training.train.warm_start import FITTED_CHUNKS, start_projector
+from training.train.watching import WatchMemories
 
 WATCHED_TEXTS = 16
 MODEL_CLASSES = {

@@ -9,20 +9,20 @@ import torch
 from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from training.data import check_splits, tokenise_documents
-from training.objectives import SpecialTokens
-from training.recipe import PretrainedRecipe, Recipe, resolve_documents
-from training.record import fingerprint, read_json, write_json
-from training.sources import take_bytes
-from training.stages import check_same, replace_folder
-from training.token_stream import TokenStream, source_checksums
-from training.tokenizer import (
+from training.data.objectives import SpecialTokens
+from training.data.sources import take_bytes
+from training.data.texts import check_splits, tokenise_documents
+from training.data.token_stream import TokenStream, source_checksums
+from training.data.tokenizer import (
     complete_tokenizer,
     special_tokens_of,
     token_byte_lengths,
     tokenizer_checksum,
     train_tokenizer,
 )
+from training.recipes.recipe import PretrainedRecipe, Recipe, resolve_documents
+from training.records.record import fingerprint, read_json, write_json
+from training.train.stages import check_same, replace_folder
 
 SPLITS = ("train", "validation", "test")
 

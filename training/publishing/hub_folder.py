@@ -16,9 +16,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import modeling_memory
 from modeling_memory.memory_saving import TRAINED
 from modeling_memory.processing_memory import MemoryProcessor
-from training.bases import Base
-from training.cards import render_card
-from training.strict_yaml import REPOSITORY
+from training.publishing.bases import Base
+from training.publishing.cards import render_card
+from training.recipes.strict_yaml import REPOSITORY
 
 CODE = Path(modeling_memory.__file__).resolve().parent
 MAX_SHARD_SIZE = "4GB"
@@ -100,7 +100,7 @@ def write_hub_folder(
             not.
         record (`dict`, *optional*): Record of the run; its numbers go into the card, and it is saved beside
             it.
-        card_context (`dict`, *optional*): What only the writer knows, as in [`training.cards.render_card`].
+        card_context (`dict`, *optional*): What only the writer knows, as in [`training.publishing.cards.render_card`].
         bases (`dict`, *optional*): For `"encoder"`, `"decoder"` or both what they come from: their weights are then
             referred to, and only what differs from them is written.
 

@@ -22,9 +22,9 @@ from typing import Any
 
 import yaml
 
-from training.recipe import load_recipe
-from training.record import fingerprint, read_json, write_json
-from training.strict_yaml import parse_yaml
+from training.recipes.recipe import load_recipe
+from training.recipes.strict_yaml import parse_yaml
+from training.records.record import fingerprint, read_json, write_json
 
 METRICS = ("token_accuracy", "loss", "exact_match")
 

@@ -1,7 +1,7 @@
 """A plain training loop for measuring instruments: one module, one loss a step, resumable from a checkpoint.
 
-Models are trained by `training/trainer.py`; here are the small decoders and readers that measurements train by the
-dozen, on tensors that are already in memory.
+Models are trained by `training/train/trainer.py`; here are the small decoders and readers that measurements train by
+the dozen, on tensors that are already in memory.
 """
 
 import sys
@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from training.optimizer import build_optimizer
+from training.train.optimizer import build_optimizer
 
 
 @dataclass(frozen=True)

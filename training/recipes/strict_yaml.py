@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def parse_yaml(text: str, source: str) -> Any:

@@ -18,7 +18,7 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from modeling_memory.memory_saving import PARTS
-from training.push import PushError, explained
+from training.publishing.push import PushError, explained
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt")  # no pickles: whoever loads the model should read none

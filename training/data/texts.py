@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from training.sources import read_file
-from training.tokenizer import tokenizer_checksum
+from training.data.sources import read_file
+from training.data.tokenizer import tokenizer_checksum
 
 logger = logging.get_logger(__name__)
 
@@ -203,7 +203,7 @@ def tokenise_documents(
     Raises:
         ValueError: If there is no text, no end token, or no fast tokenizer.
 
-    >>> from training.tokenizer import train_tokenizer
+    >>> from training.data.tokenizer import train_tokenizer
     >>> split = tokenise_documents(train_tokenizer(["abab"], vocab_size=262), ["ab", "abé"])
     >>> split.tokens.tolist(), split.num_bytes
     ([261, 2, 261, 132, 107, 2], 6)

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from training.sources import HUB, Documents, HubDataset
-from training.strict_yaml import (
+from training.data.sources import HUB, Documents, HubDataset
+from training.recipes.strict_yaml import (
     REPOSITORY,
     apply_override,
     from_mapping,

@@ -30,16 +30,24 @@ from transformers import (
     TrainingArguments,
 )
 
-from training.checkpoints import PART, WRITE_ERRORS, commit, frozen_names, last_complete_checkpoint, rotate, save_split
-from training.chunked_loss import check_head, chunked_cross_entropy, without_head
-from training.documents import DocumentRows
-from training.objectives import IGNORED, combine_losses, distillation_loss, targets_of
-from training.optimizer import build_optimizer
-from training.recipe import TrainingRecipe
-from training.record import peak_memory_bytes
-from training.rows import TokenRows
-from training.stopping import StopSignal
-from training.token_stream import StreamedRows
+from training.data.documents import DocumentRows
+from training.data.objectives import IGNORED, combine_losses, distillation_loss, targets_of
+from training.data.rows import TokenRows
+from training.data.token_stream import StreamedRows
+from training.recipes.recipe import TrainingRecipe
+from training.records.record import peak_memory_bytes
+from training.train.checkpoints import (
+    PART,
+    WRITE_ERRORS,
+    commit,
+    frozen_names,
+    last_complete_checkpoint,
+    rotate,
+    save_split,
+)
+from training.train.chunked_loss import check_head, chunked_cross_entropy, without_head
+from training.train.optimizer import build_optimizer
+from training.train.stopping import StopSignal
 
 SCHEDULES = {
     "warmup_stable_decay": "warmup_stable_decay",

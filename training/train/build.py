@@ -21,10 +21,10 @@ from modeling_memory import (
     MemoryEncoderDecoderForCausalLM,
 )
 from modeling_memory.memory_adapters import is_adapter
-from training.objectives import SpecialTokens
-from training.recipe import StageRecipe
-from training.strict_yaml import nearest
-from training.warm_start import copy_tables
+from training.data.objectives import SpecialTokens
+from training.recipes.recipe import StageRecipe
+from training.recipes.strict_yaml import nearest
+from training.train.warm_start import copy_tables
 
 Loader = Callable[[str], Any]
 
