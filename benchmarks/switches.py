@@ -32,7 +32,7 @@ from benchmarks.measure import UnequalPathsError, describe_run, interleave, save
 from benchmarks.speed import QUICK, Sizes, build_model, random_tokens
 from training.data.documents import DocumentRows
 from training.data.encoded import encode_once
-from training.data.objectives import SpecialTokens
+from training.data.objectives import BatchSpec, SpecialTokens
 from training.data.rows import ObjectiveCollator, TokenRows
 from training.data.sources import read_file
 from training.data.texts import tokenise_documents
@@ -78,11 +78,13 @@ def batches(sizes: Sizes, model: Any, folder: Path) -> dict[str, dict[str, torch
     encoded = encode_once(model, tokens, folder, bf16=False, device=torch.device("cpu"))
     collator = ObjectiveCollator(
         ["blank_copy"],
-        special_tokens(sizes),
-        chunk_length=sizes.chunk_length,
-        window_length=sizes.window_length,
-        memories_per_chunk=sizes.memories_per_chunk,
-        layout="slots",
+        BatchSpec(
+            special_tokens(sizes),
+            chunk_length=sizes.chunk_length,
+            window_length=sizes.window_length,
+            memories_per_chunk=sizes.memories_per_chunk,
+            layout="slots",
+        ),
     )
     rows = TokenRows(tokens, row_length=source, num_items=ROWS, seed=SEED, encoded=encoded)
     items = [rows[i] for i in range(ROWS)]
@@ -163,10 +165,9 @@ def measure_lengths(sizes: Sizes, repetitions: int, num_steps: int, row_length: 
     model = build_model(replace(sizes, max_position_embeddings=2 * row_length), SEED).train()
     collator = ObjectiveCollator(
         ["causal"],
-        special_tokens(sizes),
-        chunk_length=sizes.chunk_length,
-        window_length=sizes.window_length,
-        padded=True,
+        BatchSpec(
+            special_tokens(sizes), chunk_length=sizes.chunk_length, window_length=sizes.window_length, documents=True
+        ),
     )
     passes, paddings, losses = {}, {}, {}
     for name, grouped in (("rows of any length", False), ("rows grouped by length", True)):
@@ -218,7 +219,8 @@ def process(rank: int, port: int, sizes: Sizes, repetitions: int, results: Any) 
     length = sizes.window_length * sizes.train_windows
     texts = random_tokens(sizes, ROWS, length, seed=SEED)
     collator = ObjectiveCollator(
-        ["causal"], special_tokens(sizes), chunk_length=sizes.chunk_length, window_length=sizes.window_length
+        ["causal"],
+        BatchSpec(special_tokens(sizes), chunk_length=sizes.chunk_length, window_length=sizes.window_length),
     )
     batch = collator(list(enumerate(texts)))["causal"]
     share = collator(list(enumerate(texts))[rank::2])["causal"]

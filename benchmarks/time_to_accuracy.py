@@ -40,6 +40,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from benchmarks.measure import UnequalPathsError, assert_equal, describe_run, save_record
 from modeling_memory import MemoryAutoencoder
 from tests.reference.plain_autoencoder import plain_autoencoder
+from training.data.objectives import BatchSpec
 from training.data.rows import ObjectiveCollator, TokenRows
 from training.data.sources import SUFFIXES
 from training.measure.suites import spread_rows
@@ -171,10 +172,12 @@ def prepare(recipe: Recipe, stage_name: str | None, folder: Path, *, eval_steps:
     model = build_stage_model(stage, special_tokens=inputs.special_tokens, vocab_size=vocab_size, load=_no_stage)
     collator = ObjectiveCollator(
         ["reconstruction"],
-        inputs.special_tokens,
-        chunk_length=model.config.chunk_length,
-        window_length=model.config.chunk_length,
-        memories_per_chunk=model.config.memories_per_chunk,
+        BatchSpec(
+            inputs.special_tokens,
+            chunk_length=model.config.chunk_length,
+            window_length=model.config.chunk_length,
+            memories_per_chunk=model.config.memories_per_chunk,
+        ),
     )
     rows = spread_rows(inputs.tokens["validation"], row_length=stage.data.row_length, limit=eval_rows)
     return Task(stage, seed, model, collator, inputs.tokens["train"], rows, eval_steps)

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM, MemoryProcessor
-from training.data.objectives import IGNORED, SpecialTokens
+from training.data.objectives import IGNORED, BatchSpec, SpecialTokens
 from training.data.pairs import PairCollator, PairedRows, encode_pairs, evaluate_pairs, pair_texts
 from training.data.tokenizer import complete_tokenizer, train_tokenizer
 from training.recipes.recipe import load_recipe
@@ -132,7 +132,9 @@ IDS = SpecialTokens(pad=0, bos=1, eos=2, memory=300, copy=3, blank=4)
 
 
 def collator(*objectives: str, **options: Any) -> PairCollator:
-    return PairCollator(list(objectives), IDS, source_chunks=2, memories_per_chunk=3, **options)
+    encoded = options.pop("encoded", None)
+    spec = BatchSpec(IDS, chunk_length=1, window_length=1, memories_per_chunk=3, **options)
+    return PairCollator(list(objectives), spec, source_chunks=2, encoded=encoded)
 
 
 def test_batches_are_what_the_processor_gives():

@@ -17,6 +17,7 @@ from modeling_memory import MemoryEncoderDecoderForCausalLM
 from tests.memory_models import CHUNK, WINDOW, build_model
 from tests.test_run import assert_same_weights, recipe, short_recipe  # noqa: F401  (fixtures)
 from tests.test_trainer import SPECIAL, trainer
+from training.data.objectives import BatchSpec
 from training.data.rows import ObjectiveCollator
 from training.run import main
 from training.train import checkpoints, stages
@@ -175,7 +176,7 @@ def test_torn_checkpoint_is_passed_over_with_a_message(tmp_path: Path, tear: Any
 def test_frozen_weights_are_written_once_and_every_checkpoint_loads(tmp_path: Path):
     network = build_model("llama", "llama", freeze_encoder=True)
     collate = ObjectiveCollator(
-        ["causal", "copy"], SPECIAL, chunk_length=CHUNK, window_length=WINDOW, source_length=WINDOW
+        ["causal", "copy"], BatchSpec(SPECIAL, chunk_length=CHUNK, window_length=WINDOW, source_length=WINDOW)
     )
     run = trainer(tmp_path, network=network, collate=collate, save_steps=2)
     run.train()

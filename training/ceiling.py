@@ -31,7 +31,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from training.command_line import run_command
-from training.data.objectives import SpecialTokens, build_batch
+from training.data.objectives import BatchSpec, SpecialTokens, build_batch
 from training.data.texts import file_checksums
 from training.data.tokenizer import special_tokens_of
 from training.evaluate import load_model
@@ -86,17 +86,17 @@ def regenerate_copy(model: PreTrainedModel, special_tokens: SpecialTokens, objec
         special_tokens (`SpecialTokens`): Ids of its special tokens.
         objective (`str`): `"copy"` (the text so far is visible) or `"blank_copy"` (nothing is).
     """
+    config = model.config
+    spec = BatchSpec(
+        special_tokens,
+        chunk_length=config.chunk_length,
+        window_length=config.window_length,
+        memories_per_chunk=config.memories_per_chunk,
+        layout="slots",
+    )
 
     def logits_of(memories: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
-        batch = build_batch(
-            objective,
-            tokens,
-            window_length=model.config.window_length,
-            chunk_length=model.config.chunk_length,
-            memories_per_chunk=model.config.memories_per_chunk,
-            tokens_ids=special_tokens,
-            layout="slots",
-        )
+        batch = build_batch(objective, tokens, spec)
         text = {name: batch[name][:, -tokens.shape[1] :] for name in ("input_ids", "attention_mask")}
         if memories is None:
             return model(**text, use_cache=False).logits

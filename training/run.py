@@ -79,16 +79,7 @@ class Run:
             return finished
         with self.phase("tokenizer and text"):
             inputs = prepare_inputs(self.recipe, self.folder / "inputs", self.state)
-        runner = StageRunner(
-            self.recipe,
-            self.folder / "stages",
-            tokenizer=inputs.tokenizer,
-            special_tokens=inputs.special_tokens,
-            train_tokens=inputs.tokens["train"] if inputs.stream is None else inputs.stream,
-            validation_tokens=inputs.tokens["validation"],
-            inputs=inputs.fingerprint,
-            texts=inputs.texts,
-        )
+        runner = StageRunner(self.recipe, self.folder / "stages", inputs)
         stages: dict[str, Any] = {}
         for stage in self.recipe.stages:
             done = runner.finished(stage)

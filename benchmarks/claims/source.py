@@ -99,13 +99,5 @@ def open_run(folder: Path, recipe: Recipe | None = None) -> Source:
         raise ValueError(f"{folder} holds no run; make it first: python -m training.run claims output_dir={folder}")
     recipe = recipe or load_recipe("claims")
     inputs = prepare_inputs(recipe, folder / "inputs", PartialState(cpu=recipe.use_cpu))
-    runner = StageRunner(
-        recipe,
-        folder / "stages",
-        tokenizer=inputs.tokenizer,
-        special_tokens=inputs.special_tokens,
-        train_tokens=inputs.tokens["train"],
-        validation_tokens=inputs.tokens["validation"],
-        inputs=inputs.fingerprint,
-    )
+    runner = StageRunner(recipe, folder / "stages", inputs)
     return Source(folder, recipe, inputs, runner)

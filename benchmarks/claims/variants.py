@@ -42,7 +42,7 @@ from benchmarks.claims.scoring import summarise
 from benchmarks.claims.source import Source, open_run
 from modeling_memory.memory_encoder import encode_chunks
 from training.command_line import run_command
-from training.data.objectives import IGNORED, build_batch
+from training.data.objectives import IGNORED, BatchSpec, build_batch
 from training.measure.baselines import (
     QUANTISATIONS,
     OracleMemory,
@@ -57,8 +57,8 @@ from training.measure.metrics import token_results
 from training.measure.suites import Evaluation, Scores, evaluate_suite, score
 from training.records.record import fingerprint
 from training.train.build import build_stage_model, count_parameters
+from training.train.checkpoints import replace_folder
 from training.train.fit import Budget, fit
-from training.train.stages import replace_folder
 
 SEEDS = (100, 101)
 ORACLE_LENGTH = 64
@@ -368,7 +368,7 @@ def score_chunks(source: Source, model: Any, rows: torch.Tensor) -> Scores:
     """Score what an autoencoder writes back of chunks `(R, L)`."""
     ids, length = source.inputs.special_tokens, rows.shape[1]
     batches = [
-        build_batch("reconstruction", part, window_length=length, chunk_length=length, tokens_ids=ids)
+        build_batch("reconstruction", part, BatchSpec(ids, window_length=length, chunk_length=length))
         for part in rows.split(256)
     ]
     return Scores.join([score(model, batch, len(batch["labels"])) for batch in batches])

@@ -23,8 +23,8 @@ Source: Badger 2026, arXiv 2602.13466, copy and blank copy objectives and curric
 (or three overwritten tokens), so its first token cannot be told from a continuation, and its loss is halved.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -221,23 +221,81 @@ def reconstruction(
     }
 
 
+@dataclass(frozen=True)
+class BatchSpec:
+    """How rows of text become batches: all that stays the same from batch to batch.
+
+    Attributes:
+        special_tokens (`SpecialTokens`): Ids of padding, slots and markers.
+        chunk_length (`int`): Tokens per chunk (L).
+        window_length (`int`): Tokens per window (W), a multiple of `chunk_length`.
+        memories_per_chunk (`int`): Memories, and so slots, of a chunk (K).
+        layout (`str`): `"self"`: plain text. `"slots"`: the source is a context, slots stand for its memories.
+        marker (`str`): `"token"`, or `"none"` for the paper's layouts x ++ x and x ++ BLANK * H, in which the last
+            source token is asked for x[0]. Slots predict nothing: in the slots layout x[0] then has no predictor and
+            is no target.
+        mixed_with_causal (`bool`): Whether the model also learns `causal`. With `marker="none"` the predictor of x[0]
+            then has exactly a causal input with another target, so it is no target. No effect with a marker.
+        source_length (`int`, *optional*): Tokens of a row that are its source (H), a whole number of windows. Default
+            for copies: the row. For `causal` in the slots layout: all windows but the row's last; shorter rows have
+            a shorter source, so that each row keeps at least one token of text. Elsewhere it has no meaning and no
+            effect.
+        vary_source (`bool`): Whether the copies' rows have sources of 1, 2, ... windows in turn, up to
+            `source_length`, so that a model learns to give back few memories as well as many.
+        shortened (`float`): Share of the chunks of the reconstruction, and in the slots layout of the rows of the
+            copies, that are cut to a random length, their last chunk being short; after a cut copy the end token is
+            asked for. Which are cut, and where, follows from their numbers alone.
+        documents (`bool`): Whether rows have different lengths. They are padded to whole windows, a batch also has
+            `"num_tokens"`, its tokens without padding, and the copies take the whole windows of a row as its source.
+        split_windows (`bool`): Whether the model reads each window by itself. Targets stay those of the whole row:
+            the last token of a window is asked for the first of the next, as a memory model is.
+        every (`Mapping[str, int]`): Objective -> n, for which it takes every n-th row of a batch only.
+        num_memories (`Sequence[int]`): Memories per chunk, of which each batch draws one number; slots layout only.
+            Default: always `memories_per_chunk`.
+    """
+
+    special_tokens: SpecialTokens
+    chunk_length: int
+    window_length: int
+    memories_per_chunk: int = 1
+    layout: str = "self"
+    marker: str = "token"
+    mixed_with_causal: bool = False
+    source_length: int | None = None
+    vary_source: bool = False
+    shortened: float = 0.0
+    documents: bool = False
+    split_windows: bool = False
+    every: Mapping[str, int] = field(default_factory=dict)
+    num_memories: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class ReadyContext:
+    """A source that is chunks already, in an encoder's own tokens; slots layout only.
+
+    Attributes:
+        input_ids (`torch.LongTensor` of shape `(B, C, L')`): The chunks.
+        attention_mask (`torch.LongTensor` of shape `(B, C, L')`, *optional*): 1 for tokens, 0 for padding; a chunk of
+            zeros only takes no slots.
+        tokens (`torch.LongTensor` of shape `(B, n')`, *optional*): The same text in decoder tokens, as distillation's
+            teacher reads it.
+        tokens_mask (`torch.LongTensor` of shape `(B, n')`, *optional*): 1 for tokens, 0 for padding.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+    tokens_mask: torch.Tensor | None = None
+
+
 def build_batch(
     objective: str,
     tokens: torch.Tensor,
+    spec: BatchSpec,
     *,
-    window_length: int,
-    chunk_length: int,
-    memories_per_chunk: int = 1,
-    tokens_ids: SpecialTokens,
-    layout: str = "self",
-    marker: str = "token",
-    mixed_with_causal: bool = False,
     attention_mask: torch.Tensor | None = None,
-    source_length: int | None = None,
-    context_input_ids: torch.Tensor | None = None,
-    context_attention_mask: torch.Tensor | None = None,
-    source_tokens: torch.Tensor | None = None,
-    source_attention_mask: torch.Tensor | None = None,
+    context: ReadyContext | None = None,
     end: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Build the inputs and targets of one objective from rows of tokens.
@@ -248,32 +306,13 @@ def build_batch(
 
     Args:
         objective (`str`): `"causal"`, `"copy"`, `"blank_copy"`, `"reconstruction"` or `"distillation"`.
-        tokens (`torch.LongTensor` of shape `(B, n)`): Text in decoder tokens (reconstruction: encoder tokens).
-        window_length (`int`): Tokens per window (W), a multiple of `chunk_length`.
-        chunk_length (`int`): Tokens per chunk (L).
-        memories_per_chunk (`int`): Memories, and so slots, of a chunk (K).
-        tokens_ids (`SpecialTokens`): Ids of padding, slots and markers.
-        layout (`str`): `"self"`: plain text. `"slots"`: the source is a context, slots stand for its memories.
-        marker (`str`): `"token"`, or `"none"` for the paper's layouts x ++ x and x ++ BLANK * H, in which the last
-            source token is asked for x[0]. Slots predict nothing: in the slots layout x[0] then has no predictor and
-            is no target.
-        mixed_with_causal (`bool`): Whether the model also learns `causal`. With `marker="none"` the predictor of x[0]
-            then has exactly a causal input with another target, so it is no target. No effect with a marker.
+        tokens (`torch.LongTensor` of shape `(B, n)`): Text in decoder tokens (reconstruction: encoder tokens). With a
+            ready context the whole text to copy or continue, of any length.
+        spec (`BatchSpec`): Lengths, layout, special tokens.
         attention_mask (`torch.LongTensor` of shape `(B, n)`, *optional*): 1 for tokens, 0 for padding. Default: all 1.
-        source_length (`int`, *optional*): Tokens of a row that are its source (H), a whole number of windows. Default
-            for copies: the row. For `causal` in the slots layout: all windows but the row's last; shorter rows have
-            a shorter source, so that each row keeps at least one token of text. Elsewhere it has no meaning and no
-            effect.
-        context_input_ids (`torch.LongTensor` of shape `(B, C, L')`, *optional*): The source as ready chunks, for an
-            encoder with its own tokenizer; slots layout only. `tokens` is then the whole text to copy or continue,
-            of any length.
-        context_attention_mask (`torch.LongTensor` of shape `(B, C, L')`, *optional*): 1 for tokens, 0 for padding; a
-            chunk of zeros only takes no slots.
-        source_tokens (`torch.LongTensor` of shape `(B, n')`, *optional*): The ready context in decoder tokens, as
-            distillation's teacher reads it.
-        source_attention_mask (`torch.LongTensor` of shape `(B, n')`, *optional*): 1 for tokens, 0 for padding.
+        context (`ReadyContext`, *optional*): The source, for an encoder with its own tokenizer.
         end (`bool`): For the copies in the slots layout: sources may end anywhere, with a short last chunk, and where
-            a row leaves room the end token is asked for behind its last token.
+            a row leaves room the end token is asked for after its last token.
 
     Returns:
         `dict`: `input_ids`, `attention_mask` and `shift_labels`, each `(B, T)`; in the slots layout also
@@ -290,7 +329,7 @@ def build_batch(
     >>> ids = SpecialTokens(pad=0, bos=1, eos=2, memory=99, copy=3, blank=4)
     >>> x = torch.tensor([[5, 6, 7, 8, 9]])
     >>> def show(objective, **options):
-    ...     batch = build_batch(objective, x, window_length=5, chunk_length=5, tokens_ids=ids, **options)
+    ...     batch = build_batch(objective, x, BatchSpec(ids, chunk_length=5, window_length=5, **options))
     ...     for name in ("context_input_ids", "input_ids", "shift_labels"):
     ...         if name in batch:
     ...             print(name, batch[name].tolist())
@@ -315,83 +354,68 @@ def build_batch(
     predicts nothing, so the first token of the text (here 9) is shown and not asked for:
 
     >>> x = torch.tensor([[5, 6, 7, 8, 9, 10]])
-    >>> batch = build_batch("causal", x, window_length=4, chunk_length=2, tokens_ids=ids, layout="slots")
+    >>> batch = build_batch("causal", x, BatchSpec(ids, chunk_length=2, window_length=4, layout="slots"))
     >>> batch["context_input_ids"].tolist(), batch["input_ids"].tolist(), batch["shift_labels"].tolist()
     ([[[5, 6], [7, 8]]], [[99, 99, 9, 10]], [[-100, -100, 10, -100]])
 
     Distillation has the same inputs, and beside them the whole text for the teacher:
 
     >>> x = torch.tensor([[5, 6, 7, 8, 9]])
-    >>> batch = build_batch("distillation", x, window_length=2, chunk_length=2, tokens_ids=ids, layout="slots",
-    ...                     source_length=2)
+    >>> spec = BatchSpec(ids, chunk_length=2, window_length=2, layout="slots", source_length=2)
+    >>> batch = build_batch("distillation", x, spec)
     >>> batch["input_ids"].tolist(), batch["shift_labels"].tolist()
     ([[99, 7, 8, 9]], [[-100, 8, 9, -100]])
     >>> batch["teacher_input_ids"].tolist(), batch["teacher_labels"].tolist()
     ([[5, 6, 7, 8, 9]], [[-100, -100, 8, 9, -100]])
     """
-    _check_options(objective, layout, marker, window_length, chunk_length, memories_per_chunk)
+    _check_options(objective, spec)
+    _check_context(objective, spec, context, end)
     mask = _check_rows(objective, tokens, attention_mask)
-    if objective == "distillation" and layout != "slots":
-        raise ValueError("distillation compares memories with the text in clear; it needs layout='slots'.")
-    if (source_tokens is not None) != (objective == "distillation" and context_input_ids is not None):
-        raise ValueError(
-            "source_tokens are the ready context as distillation's teacher reads it; give them with context_input_ids "
-            "for distillation, and not otherwise."
-        )
-    if context_input_ids is not None and (layout != "slots" or objective == "reconstruction"):
-        raise ValueError(
-            f"context_input_ids was given for {objective} in the layout {layout!r}; only the slots layout of causal "
-            "and the copies has a context. Leave it out, or use layout='slots'."
-        )
-    if end and (layout != "slots" or objective not in ("copy", "blank_copy") or marker == "none"):
-        raise ValueError(
-            f"end=True was given for {objective} in the layout {layout!r} with marker {marker!r}; only copies with a "
-            "marker in the slots layout may end anywhere."
-        )
     tokens, mask = _pack_left(mask, tokens, mask)
     if objective == "reconstruction":
-        return reconstruction(tokens, mask, chunk_length=chunk_length, pad_token_id=tokens_ids.pad)
-    has_own_context = layout == "slots" and context_input_ids is None
-    if objective in ("causal", "distillation"):
-        source, text = _split_causal(tokens, mask, window_length, source_length, split=has_own_context)
-    else:
-        if context_input_ids is None:
-            unit = 1 if end else window_length
-            tokens, mask = _whole_windows(objective, tokens, mask, unit, source_length)
-        source, text = _copy_parts(objective, tokens, mask, tokens_ids, marker, mixed_with_causal)
-        if end:
-            tokens, mask = _with_end(tokens, mask, tokens_ids.require("eos", "end=True"))
-            _, text = _copy_parts(objective, tokens, mask, tokens_ids, marker, mixed_with_causal)
-            if context_input_ids is None:
-                source = _whole_chunks(source, chunk_length, tokens_ids.pad)
-    if layout == "self":
-        return _batch([source, text], tokens_ids.pad)
-    if context_input_ids is None:
-        chunks = source.input_ids.shape[0], -1, chunk_length
-        context_mask = source.attention_mask.reshape(chunks)
-        context = source.input_ids.reshape(chunks).masked_fill(context_mask == 0, tokens_ids.pad)
-    else:
-        context, context_mask = _check_context(context_input_ids, context_attention_mask, len(tokens))
-    slot = tokens_ids.require("memory", "the slots layout")
-    slots = _slot_columns(context_mask, memories_per_chunk, slot)
-    batch = {
-        **_batch([slots, text], tokens_ids.pad),
-        "context_input_ids": context,
-        "context_attention_mask": context_mask,
-    }
+        return reconstruction(tokens, mask, chunk_length=spec.chunk_length, pad_token_id=spec.special_tokens.pad)
+    source, text = _source_and_text(objective, tokens, mask, spec, context is None, end)
+    pad = spec.special_tokens.pad
+    if spec.layout == "self":
+        return _batch([source, text], pad)
+    chunks, chunks_mask = _chunks_of(source, spec) if context is None else _ready_chunks(context, len(tokens))
+    slots = _slot_columns(
+        chunks_mask, spec.memories_per_chunk, spec.special_tokens.require("memory", "the slots layout")
+    )
+    batch = {**_batch([slots, text], pad), "context_input_ids": chunks, "context_attention_mask": chunks_mask}
     if objective != "distillation":
         return batch
-    if source_tokens is not None:
-        source_mask = _check_rows("the source", source_tokens, source_attention_mask)
-        source_tokens, source_mask = _pack_left(source_mask, source_tokens, source_mask)
-        source = Columns(source_tokens, torch.full_like(source_tokens, IGNORED), source_mask)
-    clear = _batch([source, text], tokens_ids.pad)
+    if context is not None and context.tokens is not None:
+        source_mask = _check_rows("the source", context.tokens, context.tokens_mask)
+        own, source_mask = _pack_left(source_mask, context.tokens, source_mask)
+        source = Columns(own, torch.full_like(own, IGNORED), source_mask)
     return {
         **batch,
-        "teacher_input_ids": clear["input_ids"],
-        "teacher_attention_mask": clear["attention_mask"],
-        "teacher_labels": clear["shift_labels"],
+        **{f"teacher_{name.removeprefix('shift_')}": part for name, part in _batch([source, text], pad).items()},
     }
+
+
+def _source_and_text(
+    objective: str, tokens: torch.Tensor, mask: torch.Tensor, spec: BatchSpec, own_source: bool, end: bool
+) -> tuple[Columns, Columns]:
+    """Return what shall be remembered and what is read in full; without `own_source` the context is given."""
+    if objective in ("causal", "distillation"):
+        return _split_causal(tokens, mask, spec, split=spec.layout == "slots" and own_source)
+    if own_source:
+        tokens, mask = _whole_windows(objective, tokens, mask, 1 if end else spec.window_length, spec.source_length)
+    source, text = _copy_parts(objective, tokens, mask, spec)
+    if end:
+        tokens, mask = _with_end(tokens, mask, spec.special_tokens.require("eos", "end=True"))
+        _, text = _copy_parts(objective, tokens, mask, spec)
+    return source, text
+
+
+def _chunks_of(source: Columns, spec: BatchSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut a source `(B, H)` into chunks `(B, C, L)`, the last one padded; return them with their mask."""
+    source = _whole_chunks(source, spec.chunk_length, spec.special_tokens.pad)
+    shape = source.input_ids.shape[0], -1, spec.chunk_length
+    mask = source.attention_mask.reshape(shape)
+    return source.input_ids.reshape(shape).masked_fill(mask == 0, spec.special_tokens.pad), mask
 
 
 def targets_of(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -492,15 +516,9 @@ def present_tokens(tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.
     return tokens.masked_fill(attention_mask == 0, IGNORED)
 
 
-def _copy_parts(
-    objective: str,
-    tokens: torch.Tensor,
-    mask: torch.Tensor,
-    ids: SpecialTokens,
-    marker: str,
-    mixed_with_causal: bool,
-) -> tuple[Columns, Columns]:
+def _copy_parts(objective: str, tokens: torch.Tensor, mask: torch.Tensor, spec: BatchSpec) -> tuple[Columns, Columns]:
     """Return source and text of a copy objective."""
+    ids, marker = spec.special_tokens, spec.marker
     nothing = torch.full_like(tokens, IGNORED)
     source = Columns(tokens, nothing, mask)
     blank = ids.require("blank", "blank_copy") if objective == "blank_copy" else None
@@ -508,7 +526,7 @@ def _copy_parts(
         if blank is not None:
             return source, blank_copy(tokens, mask, blank)
         return source, copy(tokens, mask, ids.require("copy", "copy"))
-    if not mixed_with_causal:
+    if not spec.mixed_with_causal:
         columns = torch.arange(tokens.shape[1], device=tokens.device)
         last = columns == mask.sum(1, keepdim=True) - 1  # (B, H)
         source = source._replace(targets=torch.where(last, tokens[:, :1], nothing))
@@ -517,9 +535,10 @@ def _copy_parts(
 
 
 def _split_causal(
-    tokens: torch.Tensor, mask: torch.Tensor, window_length: int, source_length: int | None, *, split: bool
+    tokens: torch.Tensor, mask: torch.Tensor, spec: BatchSpec, *, split: bool
 ) -> tuple[Columns, Columns]:
-    """Return the windows that become a context, none without `split`, and the text behind them."""
+    """Return the windows that become a context, none without `split`, and the text after them."""
+    window_length, source_length = spec.window_length, spec.source_length
     if not split:
         nothing = tokens[:, :0]
         return Columns(nothing, nothing, mask[:, :0]), causal(tokens, mask)
@@ -610,13 +629,16 @@ def _pack_left(mask: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor
     return tuple(tensor.gather(1, order) for tensor in tensors)
 
 
-def _check_options(
-    objective: str, layout: str, marker: str, window_length: int, chunk_length: int, memories_per_chunk: int
-) -> None:
-    choices = {"objective": (objective, OBJECTIVES), "layout": (layout, LAYOUTS), "marker": (marker, MARKERS)}
+def _check_options(objective: str, spec: BatchSpec) -> None:
+    choices = {
+        "objective": (objective, OBJECTIVES),
+        "layout": (spec.layout, LAYOUTS),
+        "marker": (spec.marker, MARKERS),
+    }
     for name, (given, known) in choices.items():
         if given not in known:
             raise ValueError(f"{name} {given!r} is unknown; known: {', '.join(known)}.")
+    window_length, chunk_length, memories_per_chunk = spec.window_length, spec.chunk_length, spec.memories_per_chunk
     if min(window_length, chunk_length, memories_per_chunk) < 1:
         raise ValueError(
             f"window_length is {window_length}, chunk_length {chunk_length}, memories_per_chunk {memories_per_chunk}; "
@@ -626,6 +648,28 @@ def _check_options(
         raise ValueError(
             f"window_length {window_length} is no multiple of chunk_length {chunk_length}. Choose a window of whole "
             "chunks."
+        )
+
+
+def _check_context(objective: str, spec: BatchSpec, context: ReadyContext | None, end: bool) -> None:
+    """Refuse what does not go together."""
+    if objective == "distillation" and spec.layout != "slots":
+        raise ValueError("distillation compares memories with the full text; it needs layout='slots'.")
+    has_tokens = context is not None and context.tokens is not None
+    if has_tokens != (objective == "distillation" and context is not None):
+        raise ValueError(
+            "ReadyContext.tokens are the ready context as distillation's teacher reads it; give them for "
+            "distillation, and not otherwise."
+        )
+    if context is not None and (spec.layout != "slots" or objective == "reconstruction"):
+        raise ValueError(
+            f"a ready context was given for {objective} in the layout {spec.layout!r}; only the slots layout of "
+            "causal and the copies has a context. Leave it out, or use layout='slots'."
+        )
+    if end and (spec.layout != "slots" or objective not in ("copy", "blank_copy") or spec.marker == "none"):
+        raise ValueError(
+            f"end=True was given for {objective} in the layout {spec.layout!r} with marker {spec.marker!r}; only "
+            "copies with a marker in the slots layout may end anywhere."
         )
 
 
@@ -650,20 +694,19 @@ def _check_rows(objective: str, tokens: torch.Tensor, attention_mask: torch.Tens
     return mask.long()
 
 
-def _check_context(
-    context_input_ids: torch.Tensor, context_attention_mask: torch.Tensor | None, num_rows: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _ready_chunks(context: ReadyContext, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Check a ready context and return it with its mask as integers."""
-    if context_input_ids.dim() != 3 or 0 in context_input_ids.shape or len(context_input_ids) != num_rows:
+    ids, mask = context.input_ids, context.attention_mask
+    if ids.dim() != 3 or 0 in ids.shape or len(ids) != num_rows:
         raise ValueError(
-            f"context_input_ids has shape {tuple(context_input_ids.shape)}; expected ({num_rows}, chunks, tokens), "
-            "one row for each row of text."
+            f"context.input_ids has shape {tuple(ids.shape)}; expected ({num_rows}, chunks, tokens), one row for each "
+            "row of text."
         )
-    if context_attention_mask is None:
-        return context_input_ids, torch.ones_like(context_input_ids)
-    if context_attention_mask.shape != context_input_ids.shape:
+    if mask is None:
+        return ids, torch.ones_like(ids)
+    if mask.shape != ids.shape:
         raise ValueError(
-            f"context_attention_mask has shape {tuple(context_attention_mask.shape)}, but context_input_ids has "
-            f"{tuple(context_input_ids.shape)}. Give one mask value for each token."
+            f"context.attention_mask has shape {tuple(mask.shape)}, but context.input_ids has {tuple(ids.shape)}. "
+            "Give one mask value for each token."
         )
-    return context_input_ids, context_attention_mask.bool().long()
+    return ids, mask.bool().long()

@@ -17,7 +17,7 @@ N chunks of a text, L' columns of a chunk with the encoder's special tokens, E e
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM, MemoryProcessor
-from training.data.objectives import IGNORED, SpecialTokens, build_batch
+from training.data.objectives import IGNORED, BatchSpec, ReadyContext, build_batch
 from training.data.rows import TokenRows, draw_budget, keep_columns
 from training.data.tokenizer import tokenizer_checksum
 from training.measure.metrics import bootstrap_interval, token_results
@@ -202,45 +202,35 @@ class PairCollator:
 
     Args:
         objectives (`list[str]`): Names known to `build_batch`.
-        special_tokens (`SpecialTokens`): Ids of the decoder's special tokens.
+        spec (`BatchSpec`): How their batches are made, in the slots layout.
         source_chunks (`int`): Chunks of a row that become memories (S).
-        memories_per_chunk (`int`): Memories of a chunk (K).
-        num_memories (`Sequence[int]`): Budgets of which each batch draws one; none: always K.
         encoded (`tuple`, *optional*): A text and the states `(N, L', E)` of all its tokens, from [`encode_pairs`]; its
             rows are then not encoded again.
-        every (`dict[str, int]`, *optional*): Objective -> n, for which it takes every n-th row of a batch only.
-        marker (`str`): As for `build_batch`.
     """
 
     def __init__(
         self,
         objectives: list[str],
-        special_tokens: SpecialTokens,
+        spec: BatchSpec,
         *,
         source_chunks: int,
-        memories_per_chunk: int,
-        num_memories: Sequence[int] = (),
         encoded: tuple[PairedText, np.ndarray] | None = None,
-        every: Mapping[str, int] | None = None,
-        marker: str = "token",
     ) -> None:
         self.objectives = objectives
-        self.special_tokens = special_tokens
+        # The source is given as chunks, so nothing is cut into windows here.
+        self.spec = replace(
+            spec, layout="slots", chunk_length=1, window_length=1, mixed_with_causal="causal" in objectives
+        )
         self.source_chunks = source_chunks
-        self.memories_per_chunk = memories_per_chunk
-        self.num_memories = tuple(num_memories)
         self.encoded = encoded
-        self.every = every or {}
-        self.marker = marker
-        self.options = {"layout": "slots"}
 
     def __call__(self, items: list[tuple[int, torch.Tensor, PairedText]]) -> dict[str, Any]:
         rows = torch.tensor([item[0] for item in items])
         chunks, text = torch.stack([item[1] for item in items]), items[0][2]  # (B, R)
-        budget = draw_budget(self.num_memories, rows)
+        budget = draw_budget(self.spec.num_memories, rows)
         batches: dict[str, Any] = {"rows": rows}
         for objective in self.objectives:
-            step = self.every.get(objective, 1)
+            step = self.spec.every.get(objective, 1)
             batches[objective] = self.collate(objective, text, chunks[::step], rows[::step], budget=budget)
         return batches
 
@@ -266,27 +256,13 @@ class PairCollator:
                 row's own, for the control with another text's memories.
         """
         source, rest = chunks[:, : self.source_chunks], chunks[:, self.source_chunks :]
-        pad = self.special_tokens.pad
+        pad = self.spec.special_tokens.pad
         tokens, mask = text.decoder_side(source if objective in ("copy", "blank_copy") else rest, pad)
         clear = text.decoder_side(source, pad) if objective == "distillation" else (None, None)
         memories = source if remembered is None else remembered
         ids, ids_mask = text.encoder_side(memories)
-        batch = build_batch(
-            objective,
-            tokens,
-            attention_mask=mask,
-            window_length=1,  # the source is given as chunks, so nothing here is cut into windows
-            chunk_length=1,
-            memories_per_chunk=budget or self.memories_per_chunk,
-            tokens_ids=self.special_tokens,
-            layout="slots",
-            marker=self.marker,
-            mixed_with_causal="causal" in self.objectives,
-            context_input_ids=ids,
-            context_attention_mask=ids_mask,
-            source_tokens=clear[0],
-            source_attention_mask=clear[1],
-        )
+        spec = self.spec if budget is None else replace(self.spec, memories_per_chunk=budget)
+        batch = build_batch(objective, tokens, spec, attention_mask=mask, context=ReadyContext(ids, ids_mask, *clear))
         if budget is not None:
             batch["context_num_memories"] = torch.full(source.shape, budget)
         if rows is not None and (rows < 0).any():
@@ -332,9 +308,9 @@ def pair_conditions(
     scores = {"memory": _score(model, batch), "wrong_memory": _score(model, wrong)}
     if not controls:
         return scores
-    slots = source * (budget or collator.memories_per_chunk)
+    slots = source * (budget or collator.spec.memories_per_chunk)
     alone = {name: batch[name][:, slots:] for name in ("input_ids", "attention_mask", "shift_labels")}
-    clear, clear_mask = text.decoder_side(chunks[:, :source], collator.special_tokens.pad)
+    clear, clear_mask = text.decoder_side(chunks[:, :source], collator.spec.special_tokens.pad)
     whole = {
         name: torch.cat([first, alone[name]], 1)
         for name, first in (

@@ -2,7 +2,8 @@
 
 import copy
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.utils.data import Dataset
 
 from training.data.documents import pad_rows
 from training.data.encoded import EncodedChunks
-from training.data.objectives import IGNORED, SpecialTokens, build_batch
+from training.data.objectives import IGNORED, BatchSpec, build_batch
 
 COPIES = ("copy", "blank_copy")
 
@@ -107,67 +108,26 @@ class ObjectiveCollator:
 
     Args:
         objectives (`list[str]`): Names known to `build_batch`.
-        special_tokens (`SpecialTokens`): Ids of the special tokens.
-        chunk_length (`int`): Tokens per chunk.
-        window_length (`int`): Tokens per window. With `split_windows` each window becomes a row of its own.
-        source_length (`int`, *optional*): Tokens at the start of a row that the copy objectives copy.
-        vary_source (`bool`): Whether the copy objectives' rows have sources of 1, 2, ... windows in turn, up to
-            `source_length`, so that a model learns to give back few memories as well as many.
-        shortened (`float`): Share of the chunks of the reconstruction, and in the slots layout of the rows of the
-            copies, that are cut to a random length, their last chunk being short; behind a cut copy the end token is
-            asked for. Which are cut, and where, follows from their numbers alone.
-        padded (`bool`): Whether rows have different lengths. They are padded to whole windows, a batch also has
-            `"num_tokens"`, its tokens without padding, and the copies take the whole windows of a row as its source.
-        split_windows (`bool`): Whether the model reads each window by itself. Targets stay those of the whole row:
-            the last token of a window is asked for the first of the next, as a memory model is.
-        every (`dict[str, int]`, *optional*): Objective -> n, for which it takes every n-th row of a batch only.
-        num_memories (`Sequence[int]`): Memories per chunk, of which each batch draws one number; slots layout only.
-            Default: always the model's.
-        options: Passed to `build_batch`.
+        spec (`BatchSpec`): How their batches are made.
     """
 
-    def __init__(
-        self,
-        objectives: list[str],
-        special_tokens: SpecialTokens,
-        *,
-        chunk_length: int,
-        window_length: int,
-        source_length: int | None = None,
-        vary_source: bool = False,
-        shortened: float = 0.0,
-        padded: bool = False,
-        split_windows: bool = False,
-        every: Mapping[str, int] | None = None,
-        num_memories: Sequence[int] = (),
-        **options: Any,
-    ) -> None:
+    def __init__(self, objectives: list[str], spec: BatchSpec) -> None:
         self.objectives = objectives
-        self.special_tokens = special_tokens
-        self.chunk_length = chunk_length
-        self.window_length = window_length
-        self.source_length = source_length
-        self.vary_source = vary_source
-        self.shortened = shortened
+        self.spec = replace(spec, mixed_with_causal="causal" in objectives)
         self.evaluates = False
-        self.padded = padded
-        self.split_windows = split_windows
-        self.every = every or {}
-        self.num_memories = tuple(num_memories)
-        self.options = options
 
     def __call__(self, items: list[tuple[Any, ...]]) -> dict[str, Any]:
         rows = torch.tensor([item[0] for item in items])
         mask = None
-        if self.padded:
-            tokens, mask = pad_rows([item[1] for item in items], self.window_length, self.special_tokens.pad)
+        if self.spec.documents:
+            tokens, mask = pad_rows([item[1] for item in items], self.spec.window_length, self.spec.special_tokens.pad)
         else:
             tokens = torch.stack([item[1] for item in items])  # (B, n)
         states = torch.stack([item[2] for item in items]) if len(items[0]) > 2 else None  # (B, C, K, E)
-        budget = draw_budget(self.num_memories, rows)
+        budget = draw_budget(self.spec.num_memories, rows)
         batches: dict[str, Any] = {"rows": rows} if mask is None else {"rows": rows, "num_tokens": mask.sum()}
         for objective in self.objectives:
-            step = self.every.get(objective, 1)
+            step = self.spec.every.get(objective, 1)
             options: dict[str, Any] = {} if mask is None else {"mask": mask[::step]}
             if budget is not None:
                 options["budget"] = budget
@@ -194,66 +154,59 @@ class ObjectiveCollator:
 
         With a `budget` each chunk of the context gets so many memories instead of the model's `memories_per_chunk`.
         """
-        source: dict[str, Any] = {"source_length": self.source_length}
+        spec, end = self.spec, False
+        if budget is not None:
+            spec = replace(spec, memories_per_chunk=budget)
         if mask is not None:
-            source = self._padded_sources(objective, mask)
-        if self.vary_source and objective in COPIES:
+            spec, mask = self._padded_sources(objective, spec, mask)
+        if spec.vary_source and objective in COPIES:
             tokens, mask = self._varied_sources(tokens)
-            source = {"attention_mask": mask}
-        if self.shortened and rows is not None and objective in (*COPIES, "reconstruction"):
-            tokens, source = self._shortened_sources(objective, tokens, rows)
-        batch = build_batch(
-            objective,
-            tokens,
-            window_length=self.window_length,
-            chunk_length=self.chunk_length,
-            **source,
-            tokens_ids=self.special_tokens,
-            mixed_with_causal="causal" in self.objectives,
-            **(self.options if budget is None else {**self.options, "memories_per_chunk": budget}),
-        )
+            spec = replace(spec, source_length=None)
+        if spec.shortened and rows is not None and objective in (*COPIES, "reconstruction"):
+            tokens, mask = self._shortened_sources(objective, tokens, rows)
+            spec, end = replace(spec, source_length=None), objective in COPIES
+        batch = build_batch(objective, tokens, spec, attention_mask=mask, end=end)
         if budget is not None:
             batch["context_num_memories"] = budget * batch["context_attention_mask"].any(2).long()
         for key in ("labels", "shift_labels", "teacher_labels"):
             if key in batch and rows is not None and (rows < 0).any():
                 absent = (rows < 0).repeat_interleave(batch[key].shape[0] // rows.shape[0])
                 batch[key] = batch[key].masked_fill(absent[:, None], IGNORED)
-        if self.split_windows:
-            batch = {name: tensor.reshape(-1, self.window_length) for name, tensor in batch.items()}
+        if spec.split_windows:
+            batch = {name: tensor.reshape(-1, spec.window_length) for name, tensor in batch.items()}
         return keep_columns(batch)
 
-    def _padded_sources(self, objective: str, mask: torch.Tensor) -> dict[str, Any]:
-        """Return the mask of padded rows `(B, n)` and the length of their sources, whole windows."""
-        width, window = mask.shape[1], self.window_length
+    def _padded_sources(self, objective: str, spec: BatchSpec, mask: torch.Tensor) -> tuple[BatchSpec, torch.Tensor]:
+        """Return the length of the sources of padded rows `(B, n)`, whole windows, and the rows' mask."""
+        width, window = mask.shape[1], spec.window_length
         longest = width if objective in COPIES else (width - 1) // window * window
-        limit = longest if self.source_length is None else min(self.source_length, longest)
+        limit = longest if spec.source_length is None else min(spec.source_length, longest)
         if objective in COPIES:
             whole = mask.sum(1, keepdim=True) // window * window
             mask = (torch.arange(width, device=mask.device) < whole).long()
-        return {"attention_mask": mask, "source_length": limit if objective in COPIES or limit else None}
+        return replace(spec, source_length=limit if objective in COPIES or limit else None), mask
 
     def _shortened_sources(
         self, objective: str, tokens: torch.Tensor, rows: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Cut some chunks of rows `(B, n)`, or some rows, short; return them with their mask."""
-        length = self.chunk_length if objective == "reconstruction" else self.source_length or tokens.shape[1]
+        spec = self.spec
+        length = spec.chunk_length if objective == "reconstruction" else spec.source_length or tokens.shape[1]
         if objective == "reconstruction":
             if tokens.shape[1] % length:
-                return tokens, {}  # which is refused
+                return tokens, None  # which is refused
             pieces = tokens.shape[1] // length
             tokens = tokens.reshape(-1, length)
             rows = (rows[:, None] * pieces + torch.arange(pieces)).flatten()
-        lengths = draw_lengths(rows, length, 0.0 if self.evaluates else self.shortened)
-        mask = (torch.arange(length) < lengths[:, None]).long()
-        options = {} if objective == "reconstruction" else {"end": True}
-        return tokens[:, :length], {"attention_mask": mask, **options}
+        lengths = draw_lengths(rows, length, 0.0 if self.evaluates else spec.shortened)
+        return tokens[:, :length], (torch.arange(length) < lengths[:, None]).long()
 
     def _varied_sources(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cut rows `(B, n)` to sources of 1, 2, ... windows in turn; return them with their mask."""
-        longest = self.source_length or tokens.shape[1]
-        num_windows = torch.arange(tokens.shape[0], device=tokens.device) % (longest // self.window_length) + 1
+        longest, window = self.spec.source_length or tokens.shape[1], self.spec.window_length
+        num_windows = torch.arange(tokens.shape[0], device=tokens.device) % (longest // window) + 1
         columns = torch.arange(longest, device=tokens.device)
-        return tokens[:, :longest], (columns < num_windows[:, None] * self.window_length).long()
+        return tokens[:, :longest], (columns < num_windows[:, None] * window).long()
 
 
 def keep_columns(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

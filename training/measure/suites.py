@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from training.data.objectives import IGNORED, SpecialTokens, build_batch, targets_of
+from training.data.objectives import IGNORED, BatchSpec, SpecialTokens, build_batch, targets_of
 from training.measure.metrics import (
     bits_per_byte,
     bootstrap_interval,
@@ -108,14 +108,17 @@ class Evaluation:
 
     def build(self, objective: str, tokens: torch.Tensor) -> Batch:
         """Build the batch of an objective in the model's layout."""
-        return build_batch(
-            objective,
-            tokens,
-            window_length=self.window_length,
+        layout = {"reconstruction": "self", "causal": self.layout}.get(objective, self.copies_layout)
+        return build_batch(objective, tokens, self.spec(layout))
+
+    def spec(self, layout: str) -> BatchSpec:
+        """How batches of this model are made in a layout."""
+        return BatchSpec(
+            self.special_tokens,
             chunk_length=self.chunk_length,
+            window_length=self.window_length,
             memories_per_chunk=getattr(self.model.config, "memories_per_chunk", 1),
-            tokens_ids=self.special_tokens,
-            layout={"reconstruction": "self", "causal": self.layout}.get(objective, self.copies_layout),
+            layout=layout,
             marker=self.marker,
         )
 
@@ -481,16 +484,7 @@ def copies_of_short_sources(evaluation: Evaluation, rows: torch.Tensor) -> dict[
             continue
         exact = 0
         for (own,) in _batches(evaluation.batch_size, usable[:, :short]):
-            batch = build_batch(
-                "copy",
-                own,
-                window_length=evaluation.window_length,
-                chunk_length=length,
-                memories_per_chunk=getattr(evaluation.model.config, "memories_per_chunk", 1),
-                tokens_ids=ids,
-                layout="slots",
-                end=True,
-            )
+            batch = build_batch("copy", own, evaluation.spec("slots"), end=True)
             written = _write_behind_copy(evaluation, batch, short, short + 1)
             wanted = torch.nn.functional.pad(own, (0, 1), value=ids.eos)
             if written.shape == wanted.shape:

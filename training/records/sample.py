@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from training.data.objectives import SpecialTokens, build_batch
+from training.data.objectives import BatchSpec, SpecialTokens, build_batch
 
 SHOWN_NUMBERS = 4
 RED, PLAIN = "\x1b[31m", "\x1b[0m"
@@ -42,11 +42,13 @@ def regenerate(
     batch = build_batch(
         "blank_copy",
         source,
-        window_length=config.window_length,
-        chunk_length=config.chunk_length,
-        memories_per_chunk=config.memories_per_chunk,
-        tokens_ids=special_tokens,
-        layout="self" if config.self_memory else "slots",
+        BatchSpec(
+            special_tokens,
+            chunk_length=config.chunk_length,
+            window_length=config.window_length,
+            memories_per_chunk=config.memories_per_chunk,
+            layout="self" if config.self_memory else "slots",
+        ),
     )
     targets = batch.pop("shift_labels")[:, -length:]
     predicted = model(**batch, use_cache=False).logits[:, -length:].argmax(-1)

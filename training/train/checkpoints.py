@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -153,3 +154,42 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a fresh folder, then put it in the place of `folder`."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    write(part)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+
+
+def check_same(before: Any, now: dict[str, Any], folder: Path) -> None:
+    """Refuse to go on in a folder that something else was trained in.
+
+    Raises:
+        ValueError: Naming the first difference and the remedy.
+    """
+    if before is None or before == now:
+        return
+    path, old, new = next(differences(before, now))
+    raise ValueError(
+        f"{folder.name} was begun with {path} = {old!r}, and now it is {new!r}; delete the folder {folder} to train "
+        "it again, or give the run another output_dir"
+    )
+
+
+def differences(before: Any, now: Any, path: str = "") -> Any:
+    """Yield dotted path, old and new value of everything that differs.
+
+    >>> list(differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2}))
+    [('a.b', 1, 3)]
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted({*before, *now}):
+            inner = f"{path}.{key}" if path else str(key)
+            yield from differences(before.get(key), now.get(key), inner)
+    elif before != now:
+        yield path, before, now

@@ -22,7 +22,7 @@ from training.data.tokenizer import (
 )
 from training.recipes.recipe import PretrainedRecipe, Recipe, resolve_documents
 from training.records.record import fingerprint, read_json, write_json
-from training.train.stages import check_same, replace_folder
+from training.train.checkpoints import check_same, replace_folder
 
 SPLITS = ("train", "validation", "test")
 

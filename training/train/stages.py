@@ -6,11 +6,8 @@ A stage's folder holds `started.json` (what it is training), `checkpoints/`, and
 
 import contextlib
 import math
-import os
-import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +30,15 @@ from modeling_memory import MemoryAutoencoder, MemoryEncoderDecoderForCausalLM, 
 from modeling_memory.memory_parts import load_encoder
 from training.data.documents import DocumentRows
 from training.data.encoded import encode_once
-from training.data.objectives import IGNORED, SpecialTokens, targets_of
+from training.data.objectives import IGNORED, BatchSpec, targets_of
 from training.data.pairs import PairCollator, PairedRows, PairedText, cached_pairs, encode_pairs
 from training.data.rows import ObjectiveCollator, TokenRows
-from training.data.token_stream import StreamedRows, TokenStream
+from training.data.token_stream import StreamedRows
 from training.recipes.recipe import OBJECTIVES, Recipe, StageRecipe
 from training.records.record import fingerprint, peak_memory_bytes, read_json, write_json
 from training.train.build import build_stage_model, count_parameters, parameter_report, report_lines
-from training.train.checkpoints import last_complete_checkpoint
+from training.train.checkpoints import check_same, last_complete_checkpoint, replace_folder
+from training.train.inputs import Inputs
 from training.train.stopping import StoppedError
 from training.train.trainer import MemoryTrainer, training_arguments
 from training.train.warm_start import FITTED_CHUNKS, start_projector
@@ -60,35 +58,15 @@ class StageRunner:
     Args:
         recipe (`Recipe`): The recipe.
         folder (`Path`): Where each stage gets a folder of its name.
-        tokenizer (`PreTrainedTokenizerBase`): The run's tokenizer, with one entry more than the tables have rows.
-        special_tokens (`SpecialTokens`): Ids of its special tokens.
-        train_tokens (`torch.Tensor` of shape `(num_tokens,)`, or `TokenStream`): Train split.
-        validation_tokens (`torch.Tensor` of shape `(num_tokens,)`): Validation split.
-        inputs (`str`): Fingerprint of tokenizer and text; a stage trained on others is not continued.
-        texts (`dict[str, list[str]]`, *optional*): Documents of the splits, for encoders with a tokenizer of their
-            own.
+        inputs (`Inputs`): Tokenizer and text; a stage trained on others is not continued.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        folder: Path,
-        *,
-        tokenizer: PreTrainedTokenizerBase,
-        special_tokens: SpecialTokens,
-        train_tokens: torch.Tensor | TokenStream,
-        validation_tokens: torch.Tensor,
-        inputs: str,
-        texts: Mapping[str, list[str]] | None = None,
-    ) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, inputs: Inputs) -> None:
         self.recipe = recipe
         self.folder = folder
-        self.tokenizer = tokenizer
-        self.special_tokens = special_tokens
-        self.train_tokens = train_tokens
-        self.validation_tokens = validation_tokens
         self.inputs = inputs
-        self.texts = texts or {}
+        self.tokenizer = inputs.tokenizer
+        self.special_tokens = inputs.special_tokens
         self._pairs: dict[tuple[str, str, int], PairedText] = {}
         self.stopped = False
         self.state = PartialState(cpu=recipe.use_cpu)
@@ -142,7 +120,7 @@ class StageRunner:
         return {
             "stage": mapping["stages"][index],
             "seed": self.recipe.seed + index,
-            "inputs": self.inputs,
+            "inputs": self.inputs.fingerprint,
             "processes": self.state.num_processes,
             "after": {
                 name: fingerprint(
@@ -261,14 +239,28 @@ class StageRunner:
 
     def pair_collator(self, stage: StageRecipe, model: PreTrainedModel, objectives: list[str]) -> "PairCollator":
         """Build the collator of a stage whose encoder has a tokenizer of its own."""
-        return PairCollator(
-            objectives,
+        spec = self._spec(stage, chunk_length=1, window_length=1, memories_per_chunk=model.config.memories_per_chunk)
+        return PairCollator(objectives, spec, source_chunks=chunk_counts(stage, model.config.chunk_length)[0])
+
+    def _spec(
+        self, stage: StageRecipe, *, chunk_length: int, window_length: int, memories_per_chunk: int
+    ) -> BatchSpec:
+        """How the batches of a stage are made."""
+        rows = stage.data
+        return BatchSpec(
             self.special_tokens,
-            source_chunks=chunk_counts(stage, model.config.chunk_length)[0],
-            memories_per_chunk=model.config.memories_per_chunk,
-            num_memories=stage.data.num_memories,
-            every=stage.data.every,
-            marker=stage.data.marker,
+            chunk_length=chunk_length,
+            window_length=window_length,
+            memories_per_chunk=memories_per_chunk,
+            source_length=rows.source_length,
+            vary_source=rows.vary_source,
+            shortened=rows.shortened,
+            documents=rows.documents,
+            split_windows=rows.window_length is not None,
+            every=rows.every,
+            num_memories=rows.num_memories,
+            layout=rows.layout,
+            marker=rows.marker,
         )
 
     def paired_text(self, stage: StageRecipe, model: PreTrainedModel, split: str) -> PairedText:
@@ -281,7 +273,7 @@ class StageRunner:
             limit = self.recipe.data.max_train_tokens if split == "train" else None
             with self.state.main_process_first():
                 folder = Path(self.recipe.data.cache_dir or self.folder.parent / "inputs")
-                paired = cached_pairs(processor, self.texts[split], folder, limit=limit)
+                paired = cached_pairs(processor, self.inputs.texts[split], folder, limit=limit)
             self._pairs[key] = paired.first(limit)
         return self._pairs[key]
 
@@ -322,22 +314,13 @@ class StageRunner:
                     f"stages.{stage.name}.data.vary_source gives {lengths} lengths of source in turn, so "
                     f"training.batch_size must be a multiple of {lengths * step}; it is {stage.training.batch_size}"
                 )
-        return ObjectiveCollator(
-            objectives,
-            self.special_tokens,
+        spec = self._spec(
+            stage,
             chunk_length=chunk_length,
             window_length=chunk_length if stage.kind == "autoencoder" else window_length,
-            source_length=rows.source_length,
-            vary_source=rows.vary_source,
-            shortened=rows.shortened,
-            padded=rows.documents,
-            split_windows=rows.window_length is not None,
-            every=rows.every,
-            num_memories=rows.num_memories,
             memories_per_chunk=per_chunk,
-            layout=rows.layout,
-            marker=rows.marker,
         )
+        return ObjectiveCollator(objectives, spec)
 
     def _train_rows(
         self,
@@ -352,10 +335,11 @@ class StageRunner:
             text = self.paired_text(stage, model, "train")
             chunks_per_row = chunk_counts(stage, text.chunk_length)[1]
             return PairedRows(text, chunks_per_row=chunks_per_row, num_items=num_items, seed=seed)
-        length, tokens = stage.data.row_length, self.train_tokens
-        if isinstance(tokens, TokenStream):
+        length, stream = stage.data.row_length, self.inputs.stream
+        if stream is not None:
             shuffle_rows = self.recipe.data.shuffle_rows
-            return StreamedRows(tokens, row_length=length, num_items=num_items, seed=seed, shuffle_rows=shuffle_rows)
+            return StreamedRows(stream, row_length=length, num_items=num_items, seed=seed, shuffle_rows=shuffle_rows)
+        tokens = self.inputs.tokens["train"]
         if stage.data.documents and step_rows is not None:  # a sample for the projector may be packed
             eos = self.special_tokens.require("eos", "data.documents")
             # A window to copy and a token behind it; the other stages only need a token that predicts another.
@@ -385,19 +369,19 @@ class StageRunner:
             num_items = min(stage.training.eval_rows, text.num_chunks // chunks_per_row)
             return PairedRows(text, chunks_per_row=chunks_per_row, num_items=num_items)
         training, length = stage.training, stage.data.row_length
-        tokens = self.validation_tokens[: training.eval_rows * length]
+        tokens = self.inputs.tokens["validation"][: training.eval_rows * length]
         return TokenRows(tokens, row_length=length, num_items=tokens.numel() // length)
 
     def _watched_texts(self, stage: StageRecipe, model: PreTrainedModel) -> torch.Tensor:
         """Return the first validation texts, as long as the stage's rows and at least two windows, `(B, n)`."""
-        length = max(stage.data.row_length, 2 * model.config.window_length)
-        num_texts = min(WATCHED_TEXTS, self.validation_tokens.numel() // length)
+        length, tokens = max(stage.data.row_length, 2 * model.config.window_length), self.inputs.tokens["validation"]
+        num_texts = min(WATCHED_TEXTS, tokens.numel() // length)
         if not num_texts:
             raise ValueError(
                 f"training.watch_steps looks at texts of {length} tokens of the validation split, which has only "
-                f"{self.validation_tokens.numel()}; give more text or leave it out"
+                f"{self.inputs.tokens['validation'].numel()}; give more text or leave it out"
             )
-        return self.validation_tokens[: num_texts * length].view(num_texts, length).long()
+        return tokens[: num_texts * length].view(num_texts, length).long()
 
     def _save(self, model: PreTrainedModel, stage: StageRecipe, folder: Path) -> None:
         """Write the finished model with its tokenizer or processor, empty folder first."""
@@ -510,42 +494,3 @@ def processor_for(
         memories_per_chunk=config.memories_per_chunk,
         memory_token=tokenizer.convert_ids_to_tokens(config.memory_token_id),
     )
-
-
-def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a fresh folder, then put it in the place of `folder`."""
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    write(part)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
-
-
-def check_same(before: Any, now: dict[str, Any], folder: Path) -> None:
-    """Refuse to go on in a folder that something else was trained in.
-
-    Raises:
-        ValueError: Naming the first difference and the remedy.
-    """
-    if before is None or before == now:
-        return
-    path, old, new = next(differences(before, now))
-    raise ValueError(
-        f"{folder.name} was begun with {path} = {old!r}, and now it is {new!r}; delete the folder {folder} to train "
-        "it again, or give the run another output_dir"
-    )
-
-
-def differences(before: Any, now: Any, path: str = "") -> Any:
-    """Yield dotted path, old and new value of everything that differs.
-
-    >>> list(differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2}))
-    [('a.b', 1, 3)]
-    """
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted({*before, *now}):
-            inner = f"{path}.{key}" if path else str(key)
-            yield from differences(before.get(key), now.get(key), inner)
-    elif before != now:
-        yield path, before, now

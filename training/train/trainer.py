@@ -258,7 +258,7 @@ class MemoryTrainer(Trainer):
         if self.training.watch_steps is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("training.watch_steps needs whole parameters; leave it out with FSDP or DeepSpeed")
         folds = getattr(self.model.config, "window_length", None) is not None
-        layout = getattr(collator, "options", {}).get("layout", "self")
+        layout = collator.spec.layout
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if sharded and "distillation" in self.objectives:
             raise ValueError("distillation's teacher needs a whole decoder; leave it out with FSDP or DeepSpeed")
