@@ -25,8 +25,8 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.measure import describe_run, save_record
+from training.places import REPOSITORY
 from training.recipes.recipe import load_recipe
-from training.recipes.strict_yaml import REPOSITORY
 from training.records.record import read_json, write_json
 from training.run import main as run
 

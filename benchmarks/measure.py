@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from training.command_line import run_command
-from training.recipes.strict_yaml import REPOSITORY, portable_paths
+from training.places import REPOSITORY, portable_paths
 from training.records.record import (
     FORMAT_VERSION,
     describe_code,

@@ -20,7 +20,7 @@ from benchmarks.measure import describe_run, save_record
 from benchmarks.rolling_quality import cut_documents, read_within, token_losses
 from modeling_memory import MemoryEncoderDecoderForCausalLM
 from training.measure.metrics import bootstrap_interval
-from training.recipes.strict_yaml import REPOSITORY, portable_path
+from training.places import REPOSITORY, portable_path
 from training.records.record import read_json
 
 Record = dict[str, Any]

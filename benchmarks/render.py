@@ -43,7 +43,8 @@ from benchmarks.rolling_tables import (
 )
 from benchmarks.starters import starters_lines
 from benchmarks.store_tables import store_faults_lines, store_lines, store_search_lines
-from training.recipes.strict_yaml import REPOSITORY, nearest
+from training.places import REPOSITORY
+from training.recipes.strict_yaml import nearest
 from training.records.figures import COLOURS, write_ceiling_figure, write_figures, write_probe_figure
 from training.records.record import fingerprint, read_json
 from training.records.sample import sample_lines

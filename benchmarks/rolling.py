@@ -36,7 +36,7 @@ from modeling_memory import (
     MemoryEncoderDecoderForCausalLM,
     MemoryEncoderDecoderModel,
 )
-from training.recipes.strict_yaml import REPOSITORY, portable_path
+from training.places import REPOSITORY, portable_path
 from training.records.record import describe_code, peak_memory_bytes, read_json, write_json
 
 PROMPT = 64

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM
 from training.data.texts import load_texts
-from training.recipes.strict_yaml import REPOSITORY
+from training.places import REPOSITORY
 from training.records.record import read_json
 
 ROWS = 512

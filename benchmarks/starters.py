@@ -22,8 +22,8 @@ from huggingface_hub import ModelCard
 from benchmarks.measure import describe_run, save_record
 from training.data.texts import load_texts
 from training.evaluate import evaluate
+from training.places import REPOSITORY, portable_path
 from training.publishing.hub_folder import load_checkpoint, load_processor
-from training.recipes.strict_yaml import REPOSITORY, portable_path
 from training.records.record import read_json
 
 Record = dict[str, Any]

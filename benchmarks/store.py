@@ -29,8 +29,8 @@ from training.data.objectives import IGNORED, SpecialTokens
 from training.data.texts import file_checksums, load_texts
 from training.data.tokenizer import special_tokens_of
 from training.measure.suites import spread_rows
+from training.places import REPOSITORY, portable_path
 from training.recipes.recipe import resolve_files
-from training.recipes.strict_yaml import REPOSITORY, portable_path
 from training.remember import load_memory_model
 
 BATCH = 256

@@ -37,7 +37,7 @@ from training.data.rows import ObjectiveCollator, TokenRows
 from training.data.sources import read_file
 from training.data.texts import tokenise_documents
 from training.data.tokenizer import train_tokenizer
-from training.recipes.strict_yaml import REPOSITORY
+from training.places import REPOSITORY
 from training.records.record import fingerprint, read_json, write_json
 from training.train.chunked_loss import chunked_cross_entropy
 from training.train.trainer import checkpoint_activations, compile_blocks, run_objective, run_objective_chunked

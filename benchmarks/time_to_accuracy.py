@@ -44,8 +44,8 @@ from training.data.objectives import BatchSpec
 from training.data.rows import ObjectiveCollator, TokenRows
 from training.data.sources import SUFFIXES
 from training.measure.suites import spread_rows
+from training.places import portable_path
 from training.recipes.recipe import Recipe, StageRecipe, load_recipe
-from training.recipes.strict_yaml import portable_path
 from training.records.record import peak_memory_bytes
 from training.train.build import build_stage_model, count_parameters
 from training.train.inputs import Inputs, prepare_inputs

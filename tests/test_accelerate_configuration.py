@@ -15,8 +15,8 @@ from accelerate.utils.launch import (
     prepare_simple_launcher_cmd_env,
 )
 
+from training.places import REPOSITORY
 from training.recipes.recipe import load_recipe
-from training.recipes.strict_yaml import REPOSITORY
 from training.run import build_parser
 
 FOLDER = REPOSITORY / "configuration" / "accelerate"

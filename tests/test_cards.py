@@ -14,6 +14,7 @@ from modeling_memory import MaskedMixerForCausalLM, MemoryAutoencoder, MemoryAut
 from tests.conftest import build_tiny_tokenizer, tiny_decoder_config, tiny_encoder_config
 from tests.memory_models import CHUNK, WINDOW, build_model
 from tests.records import RECORD
+from training.places import REPOSITORY
 from training.publishing.cards import (
     SECTIONS,
     card_results,
@@ -24,7 +25,6 @@ from training.publishing.cards import (
     training_sources,
 )
 from training.publishing.hub_folder import write_hub_folder
-from training.recipes.strict_yaml import REPOSITORY
 from training.records.record import read_json
 
 MODELS = ("memory", "autoencoder", "mixer", "decoder")

@@ -28,7 +28,7 @@ from benchmarks.claims.report import decide_all, heading_of, slug
 from benchmarks.claims.statements import load_statements, verdict_of
 from benchmarks.claims.variants import variants
 from tests.claims_record import SHARE, build_record, metrics, paths_read
-from training.recipes.strict_yaml import REPOSITORY
+from training.places import REPOSITORY
 from training.records.record import read_json, write_json
 
 KEYS = [*map(str, range(1, 24)), "a", "b", "c", "d"]

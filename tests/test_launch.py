@@ -20,8 +20,8 @@ from tests.memory_models import BLANK, CHUNK, COPY, SLOT, WINDOW, build_model
 from training.data.documents import DocumentRows
 from training.data.objectives import IGNORED, BatchSpec, SpecialTokens
 from training.data.rows import ObjectiveCollator, TokenRows
+from training.places import REPOSITORY
 from training.recipes.recipe import TrainingRecipe
-from training.recipes.strict_yaml import REPOSITORY
 from training.train.trainer import MemoryTrainer, run_objective, training_arguments
 
 SPECIAL = SpecialTokens(pad=0, bos=1, eos=2, copy=COPY, blank=BLANK, memory=SLOT)

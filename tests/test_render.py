@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import render, snippet, speed
 from benchmarks.measure import fit_exponent, spread
-from training.recipes.strict_yaml import REPOSITORY
+from training.places import REPOSITORY
 from training.records.record import read_json
 
 CODE = {"commit": "0123456789abcdef", "dirty": False, "versions": {"torch": "2.13.0"}}

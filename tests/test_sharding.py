@@ -18,7 +18,7 @@ from modeling_memory import MemoryEncoderDecoderForCausalLM
 from tests.memory_models import BLANK, CHUNK, COPY, SLOT, WINDOW, build_model, random_ids
 from training.data.objectives import IGNORED, BatchSpec, SpecialTokens, combine_losses, targets_of
 from training.data.rows import ObjectiveCollator
-from training.recipes.strict_yaml import REPOSITORY
+from training.places import REPOSITORY
 from training.train.optimizer import build_optimizer
 from training.train.trainer import checkpoint_activations, run_objective
 

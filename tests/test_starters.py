@@ -15,10 +15,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTok
 from benchmarks.snippet import find_snippet, run_snippet
 from modeling_memory import MemoryAutoencoder
 from training import run
+from training.places import REPOSITORY
 from training.publishing.cards import check_card, render_card
 from training.publishing.hub_folder import check_complete, check_files, load_checkpoint, load_processor
 from training.recipes.recipe import load_recipe
-from training.recipes.strict_yaml import REPOSITORY
 from training.records.record import read_json
 
 RECIPES = sorted(path.stem for path in (REPOSITORY / "configuration" / "recipes").glob("starter_*.yaml"))

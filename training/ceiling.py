@@ -37,8 +37,8 @@ from training.data.tokenizer import special_tokens_of
 from training.evaluate import load_model
 from training.measure.frozen import cut_rows, special_tokens_around
 from training.measure.metrics import bootstrap_interval, token_results, wilson_interval
+from training.places import portable_path
 from training.probe import numbers, read_texts
-from training.recipes.strict_yaml import portable_path
 from training.records.figures import write_ceiling_figure
 from training.records.record import (
     describe_code,

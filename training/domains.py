@@ -26,8 +26,8 @@ from training.data.objectives import next_tokens
 from training.data.texts import file_checksums, load_texts, tokenise_documents
 from training.evaluate import evaluate, load_model
 from training.measure.suites import Scores, results_table, score, spread_rows, summarise_scores
+from training.places import portable_path
 from training.recipes.recipe import resolve_files
-from training.recipes.strict_yaml import portable_path
 from training.records.record import describe_code, describe_hardware, write_record
 
 LETTERS = string.ascii_letters + string.digits + string.punctuation

@@ -26,9 +26,9 @@ from training.data.texts import file_checksums, load_texts, tokenise_documents
 from training.data.tokenizer import special_tokens_of, tokenizer_checksum
 from training.fidelity import evaluate_fidelity, text_lines
 from training.measure.suites import SUITES, Evaluation, default_length, evaluate_suite, results_table, spread_rows
+from training.places import portable_path
 from training.publish import load_checkpoint
 from training.recipes.recipe import resolve_files
-from training.recipes.strict_yaml import portable_path
 from training.records.record import describe_code, describe_hardware, peak_memory_bytes, read_json, write_record
 from training.train.build import count_parameters
 from training.train.inputs import byte_lengths_of

@@ -35,7 +35,7 @@ from transformers import PreTrainedTokenizerBase
 from training.data.texts import file_checksums
 from training.measure.metrics import bootstrap_interval, wilson_interval
 from training.measure.suites import Evaluation, evaluate_suite, write_freely
-from training.recipes.strict_yaml import portable_path
+from training.places import portable_path
 from training.records.record import describe_code, describe_hardware, write_record
 
 MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"

@@ -32,8 +32,8 @@ from training.command_line import run_command
 from training.data.texts import file_checksums, load_texts
 from training.measure.frozen import POSITIONS, UNTRAINED, FrozenEncoder, TextRows, cut_rows, load_encoder, read_all
 from training.measure.inversion import DecoderSize, invert
+from training.places import portable_path
 from training.recipes.recipe import resolve_files
-from training.recipes.strict_yaml import portable_path
 from training.records.figures import write_probe_figure
 from training.records.record import (
     describe_code,

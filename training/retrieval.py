@@ -38,8 +38,8 @@ from training.command_line import run_command
 from training.data.texts import file_checksums
 from training.measure.frozen import FrozenEncoder, cut_rows, load_encoder
 from training.measure.metrics import wilson_interval
+from training.places import portable_path
 from training.probe import in_random_order, named_models, read_texts, tokens_checksum, weights_checksum
-from training.recipes.strict_yaml import portable_path
 from training.records.record import (
     describe_code,
     describe_hardware,

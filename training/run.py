@@ -25,10 +25,10 @@ from accelerate import PartialState
 
 from training.data.pairs import evaluate_pairs
 from training.measure.suites import Evaluation, default_length, evaluate_suite, results_table, spread_rows
+from training.places import portable_path, portable_word
 from training.publish import PublishError, verify_hub_folder, write_hub_folder
 from training.recipes.grid import run_grid
 from training.recipes.recipe import Recipe, StageRecipe, load_recipe
-from training.recipes.strict_yaml import portable_path, portable_word
 from training.records.figures import write_figures
 from training.records.record import (
     describe_code,

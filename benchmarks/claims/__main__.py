@@ -25,8 +25,8 @@ from benchmarks.claims.stages import score_stages
 from benchmarks.claims.statements import count_parts, load_statements, verdict_of
 from benchmarks.measure import RESULTS
 from training.command_line import run_command
+from training.places import portable_path
 from training.recipes.recipe import load_recipe
-from training.recipes.strict_yaml import portable_path
 from training.records.record import write_record
 
 

@@ -25,7 +25,7 @@ from training.data.tokenizer import special_tokens_of, tokenizer_checksum
 from training.fidelity import random_rows
 from training.measure.metrics import bootstrap_interval
 from training.measure.suites import Evaluation, Scores, score, spread_rows, summarise_scores
-from training.recipes.strict_yaml import REPOSITORY
+from training.places import REPOSITORY
 from training.train.inputs import byte_lengths_of
 
 SCORED_TOKENS = 20_480

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from training.data.sources import HUB, HubDataset
-from training.recipes.strict_yaml import REPOSITORY, parse_yaml
+from training.places import REPOSITORY
+from training.recipes.strict_yaml import parse_yaml
 from training.records.sample import sample_lines
 from training.train.build import count_parameters
 

@@ -16,9 +16,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import modeling_memory
 from modeling_memory.memory_saving import TRAINED
 from modeling_memory.processing_memory import MemoryProcessor
+from training.places import REPOSITORY
 from training.publishing.bases import Base
 from training.publishing.cards import render_card
-from training.recipes.strict_yaml import REPOSITORY
 
 CODE = Path(modeling_memory.__file__).resolve().parent
 MAX_SHARD_SIZE = "4GB"

@@ -17,15 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from training.data.sources import HUB, Documents, HubDataset
-from training.recipes.strict_yaml import (
-    REPOSITORY,
-    apply_override,
-    from_mapping,
-    nearest,
-    parse_yaml,
-    portable_paths,
-    yaml_names,
-)
+from training.places import REPOSITORY, portable_paths
+from training.recipes.strict_yaml import apply_override, from_mapping, nearest, parse_yaml, yaml_names
 
 StageKind = Literal["autoencoder", "causal_lm", "memory"]
 Suite = Literal["retention", "copy", "blank_copy", "clm"]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from training.recipes.strict_yaml import REPOSITORY, portable_paths
+from training.places import REPOSITORY, portable_paths
 
 FORMAT_VERSION = 1
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "datasets", "numpy")
