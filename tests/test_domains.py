@@ -74,7 +74,7 @@ def test_a_causal_lm_is_asked_for_the_next_token(tmp_path):
     [
         (["--text", "sea"], "expected NAME=FILE"),
         (["--text", "sea=nowhere.txt"], "no file matches 'nowhere.txt'"),
-        (["--limit", "0"], "--limit must be 2 or more"),
+        (["--limit", "0"], "expected a whole number of 2 or more"),
     ],
 )
 def test_mistakes_are_named(checkpoint, tmp_path, capsys, arguments, message):

@@ -110,7 +110,7 @@ def test_checkpointing_and_chunks_of_the_loss_take_less_memory():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["qwen3_0_6b", "--rate", "0"], "above 0"),
+    [(["qwen3_0_6b", "--rate", "0"], "expected a number above 0"),
      (["qwen3_0_6b", "pretrained.qwen3.config={}"], "has no model_type"),
      (["nothing"], "was not found")],
 )  # fmt: skip

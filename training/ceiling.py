@@ -19,32 +19,27 @@ Source of the question: Kuratov et al. 2025, arXiv 2502.13063 (one vector, up to
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from training.command_line import run_command
+from training.command_line import Parser, check_place, positive_number, run_command, whole_number
 from training.data.objectives import BatchSpec, SpecialTokens, build_batch
 from training.data.texts import file_checksums
 from training.data.tokenizer import special_tokens_of
-from training.evaluate import load_model
+from training.evaluate import load_model, model_config
 from training.measure.frozen import cut_rows, special_tokens_around
 from training.measure.metrics import bootstrap_interval, token_results, wilson_interval
 from training.places import portable_path
 from training.probe import numbers, read_texts
 from training.records.figures import write_ceiling_figure
 from training.records.record import (
-    describe_code,
-    describe_hardware,
+    Measurement,
     fingerprint,
-    peak_memory_bytes,
     read_json,
     write_json,
 )
@@ -390,45 +385,46 @@ def against_ceiling(
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m training.ceiling",
         description="How many tokens fit into vectors made for one text alone, and what share does an encoder reach?",
     )
     add = parser.add_argument
     add("model", help="folder or Hub id of a memory model, or of any causal LM")
     add("--text", action="append", default=[], metavar="FILE", help="text (default: the test split of the books here)")
-    add("--texts", type=int, default=8, metavar="N", help="texts, spread over the file (8)")
+    add("--texts", type=whole_number(), default=8, metavar="N", help="texts, spread over the file (8)")
     add("--lengths", type=numbers, default=(8, 16, 32, 64), metavar="N,N", help="causal LM: tokens (8,16,32,64)")
-    add("--vectors", type=int, default=1, metavar="K", help="causal LM: vectors of a text (1)")
+    add("--vectors", type=whole_number(), default=1, metavar="K", help="causal LM: vectors of a text (1)")
     add("--objective", choices=("copy", "blank_copy"), default="copy", help="memory model: how it writes")
-    add("--steps", type=int, default=500, metavar="N", help="most optimiser steps (500)")
-    add("--learning-rate", type=float, default=0.3, metavar="X", help="of Adam, in units of the start's scale (0.3)")
-    add("--refine-learning-rate", type=float, default=0.02, metavar="X", help="from an encoder's memories (0.02)")
+    add("--steps", type=whole_number(), default=500, metavar="N", help="most optimiser steps (500)")
+    add(
+        "--learning-rate",
+        type=positive_number,
+        default=0.3,
+        metavar="X",
+        help="of Adam, in units of the start's scale (0.3)",
+    )
+    add(
+        "--refine-learning-rate",
+        type=positive_number,
+        default=0.02,
+        metavar="X",
+        help="from an encoder's memories (0.02)",
+    )
     add("--seed", type=int, default=0, metavar="N", help="of the random starts")
-    add("--threads", type=int, metavar="N", help="processor threads")
+    add("--threads", type=whole_number(), metavar="N", help="processor threads")
     add("--to", default="runs/ceiling", metavar="FOLDER", help="where record and figure go (runs/ceiling)")
     return parser
 
 
 def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
     """Measure as the command line says; return the record."""
-    for name in ("texts", "vectors", "steps"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} is {getattr(options, name)}; expected 1 or more")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    started, created_at, code = time.perf_counter(), datetime.now(timezone.utc), describe_code()
-    folder = Path(options.to)
+    measurement, folder = Measurement(command), check_place(options.to)
     text = options.text or ["training/corpora/books/test.parquet"]
     documents, held_out, files = read_texts(text, [])
     documents = documents + held_out
     settings = {name: getattr(options, name) for name in ("texts", "steps", "learning_rate", "seed")}
-    try:
-        model_type = AutoConfig.from_pretrained(options.model).model_type
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{options.model} is no folder or Hub id of a model ({str(error).splitlines()[0]})"
-        ) from error
+    model_type = model_config(options.model).model_type
     if model_type == "memory_encoder_decoder":
         model, tokenizer, _ = load_model(options.model)
         settings |= {"objective": options.objective, "refine_learning_rate": options.refine_learning_rate}
@@ -477,21 +473,12 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
                 keep=keep,
             )
         }
-    record = {
-        "run": {
-            "recipe_name": None,
-            "command": command,
-            "created_at": created_at.isoformat(timespec="seconds"),
-            "status": "success",
-        },
-        "code": code,
-        "hardware": describe_hardware(torch.device("cpu")),
-        "inputs": {"files": file_checksums(files), "model": portable_path(options.model)},
-        "recipe": settings,
-        "metrics": metrics,
-        "seconds": round(time.perf_counter() - started, 1),
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
+    record = measurement.record(
+        torch.device("cpu"),
+        inputs={"files": file_checksums(files), "model": portable_path(options.model)},
+        recipe=settings,
+        metrics=metrics,
+    )
     save_record(folder / "record.json", record)
     figure = write_ceiling_figure(record, folder)
     if "against_ceiling" in metrics:

@@ -9,7 +9,6 @@ python -m training.run debug_cpu --grid 'seed=[0, 1, 2]'      # a queue of runs,
 """
 
 import argparse
-import shlex
 import signal
 import sys
 import time
@@ -20,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import PartialState
 
+from training.command_line import Parser, run_command, whole_number
 from training.data.pairs import evaluate_pairs
 from training.measure.suites import Evaluation, default_length, evaluate_suite, results_table, spread_rows
-from training.places import portable_path, portable_word
-from training.publish import PublishError, verify_hub_folder, write_hub_folder
+from training.publish import verify_hub_folder, write_hub_folder
 from training.recipes.grid import run_grid
 from training.recipes.recipe import Recipe, StageRecipe, load_recipe
 from training.records.figures import write_figures
@@ -43,8 +41,7 @@ from training.records.sample import regenerate, sample_lines
 from training.records.summary import write_summary
 from training.train.inputs import Inputs, prepare_inputs
 from training.train.stages import StageRunner, chunk_counts, processor_for
-from training.train.stopping import StoppedError, stop_at_once
-from training.train.trainer import NonFiniteLossError
+from training.train.stopping import stop_at_once
 
 PAIR_SUITES = {"clm": "causal", "copy": "copy"}
 
@@ -278,22 +275,9 @@ def _without_series(stages: dict[str, Any]) -> dict[str, Any]:
     return {name: {key: value for key, value in stage.items() if key != "series"} for name, stage in stages.items()}
 
 
-def _main_grid(options: argparse.Namespace) -> int:
-    folder = Path(options.to or "runs/grid")
-    try:
-        table = run_grid(options.recipe, options.overrides, options.grid, folder, processes=options.processes)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on with what is missing", file=sys.stderr)
-        return 130
-    return 1 if any(row["status"] == "failed" for row in table["rows"]) else 0
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m training.run",
         description="Run a recipe from text to a verified Hub folder. A second call resumes or says that all is done.",
         epilog="example: python -m training.run quickstart seed=1 stages.autoencoder.training.max_steps=200",
@@ -312,46 +296,30 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="key=[a, b]",
         help="run the recipe for each value, with several of these for all combinations; ends with one table",
     )
-    parser.add_argument("--processes", type=int, metavar="N", help="grid: runs at a time (default: one a core)")
+    parser.add_argument(
+        "--processes", type=whole_number(), metavar="N", help="grid: runs at a time (default: one a core)"
+    )
     parser.add_argument("--to", metavar="FOLDER", help="grid: where runs and table go (default: runs/grid)")
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 2 for a user's mistake, 1 for a run that failed."""
-    options = build_parser().parse_args(arguments)
+def run(options: argparse.Namespace, command: str) -> int:
+    """Run a recipe, or a grid of them; returns 1 if a run of a grid failed."""
     if options.grid:
-        return _main_grid(options)
-    words = [
-        "python",
-        "-m",
-        "training.run",
-        portable_path(options.recipe),
-        *map(portable_word, options.overrides),
-    ]
-    transformers.utils.logging.disable_progress_bar()
+        folder = Path(options.to or "runs/grid")
+        table = run_grid(options.recipe, options.overrides, options.grid, folder, processes=options.processes)
+        return int(any(row["status"] == "failed" for row in table["rows"]))
     before = signal.signal(signal.SIGTERM, stop_at_once)
     try:
-        recipe = load_recipe(options.recipe, options.overrides)
-        Run(recipe, shlex.join(words)).run()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (NonFiniteLossError, PublishError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error}; what was finished is kept, and the same command goes on from there", file=sys.stderr)
-        return 1
-    except StoppedError as stop:
-        print(f"\n{stop}", file=sys.stderr)
-        return 128 + signal.SIGTERM
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        Run(load_recipe(options.recipe, options.overrides), command).run()
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    return run_command(build_parser(), run, arguments)
 
 
 if __name__ == "__main__":

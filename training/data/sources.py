@@ -8,7 +8,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -102,13 +102,15 @@ class Documents:
             yield from read_file(part, self.text_column)
 
 
-def read_file(file: Path, text_column: str = "text") -> Iterator[str]:
+def read_file(file: Path, text_column: str = "text", skip: Callable[[str], None] | None = None) -> Iterator[str]:
     """Yield the documents of a file that have a visible character.
 
     Args:
         file (`Path`): `.parquet`, `.jsonl` (one object a line) or `.txt` (one document), the latter two also with
             `.gz` or `.zst`.
         text_column (`str`): Column or field that holds a document's text.
+        skip (`Callable`, *optional*): Is told what is wrong with a row that holds no text or half a character; the
+            rows after it are read all the same. By default such a row is an error.
 
     Raises:
         ValueError: If the file is missing, of another kind, damaged, lacks the column, or holds no text.
@@ -117,7 +119,14 @@ def read_file(file: Path, text_column: str = "text") -> Iterator[str]:
         raise ValueError(f"{file} is no file. Correct the path in the recipe's data section, or build the file first.")
     found = False
     try:
-        for text in _read(file, text_column):
+        for where, value in _read(file, text_column):
+            try:
+                text = _checked_text(value, where, text_column)
+            except ValueError as error:
+                if skip is None:
+                    raise
+                skip(str(error))
+                continue
             if text.strip():
                 found = True
                 yield text
@@ -145,7 +154,8 @@ def take_bytes(documents: Iterable[str], max_bytes: int) -> list[str]:
     return taken
 
 
-def _read(file: Path, text_column: str) -> Iterator[str]:
+def _read(file: Path, text_column: str) -> Iterator[tuple[str, Any]]:
+    """Yield where each row stands, and what is in it."""
     compression = COMPRESSIONS.get(file.suffix)
     name = file.name.removesuffix(file.suffix) if compression else file.name
     if name.endswith(".parquet") and not compression:
@@ -155,7 +165,7 @@ def _read(file: Path, text_column: str) -> Iterator[str]:
         raise ValueError(f"{file} has no known ending; known: {', '.join(SUFFIXES)}. Convert it to one of these.")
     with _open(file, compression) as content:
         if name.endswith(".txt"):
-            yield content.read()
+            yield str(file), content.read()
         else:
             yield from _read_json_lines(file, content, text_column)
 
@@ -170,7 +180,7 @@ def _open(file: Path, compression: str | None) -> Any:
     return io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n")
 
 
-def _read_parquet(file: Path, text_column: str) -> Iterator[str]:
+def _read_parquet(file: Path, text_column: str) -> Iterator[tuple[str, Any]]:
     parquet = pyarrow.parquet.ParquetFile(file)
     columns = parquet.schema_arrow.names
     if text_column not in columns:
@@ -178,11 +188,11 @@ def _read_parquet(file: Path, text_column: str) -> Iterator[str]:
     row = 0
     for batch in parquet.iter_batches(batch_size=1024, columns=[text_column]):
         for text in batch.column(0).to_pylist():
-            yield _checked_text(text, f"{file}, row {row}", text_column)
+            yield f"{file}, row {row}", text
             row += 1
 
 
-def _read_json_lines(file: Path, lines: Iterable[str], text_column: str) -> Iterator[str]:
+def _read_json_lines(file: Path, lines: Iterable[str], text_column: str) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
@@ -192,7 +202,7 @@ def _read_json_lines(file: Path, lines: Iterable[str], text_column: str) -> Iter
             if not isinstance(record, dict) or text_column not in record:
                 fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
                 raise ValueError(f"{file}, line {number} has {fields}, but no {text_column!r}. Set text_column.")
-            yield _checked_text(record[text_column], f"{file}, line {number}", text_column)
+            yield f"{file}, line {number}", record[text_column]
 
 
 def _checked_text(text: object, where: str, text_column: str) -> str:
@@ -200,4 +210,11 @@ def _checked_text(text: object, where: str, text_column: str) -> str:
         raise ValueError(
             f"{where}: {text_column!r} is {text!r}, expected text. Remove the row or name another column."
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: {text_column!r} holds half a character ({text[error.start : error.end]!r} at {error.start}), "
+            "which no tokenizer can read. Correct the row."
+        ) from error
     return text

@@ -32,6 +32,7 @@ from training.measure.metrics import (
 )
 
 SUITES = ("retention", "blank_copy", "copy", "clm")
+FIDELITY = "fidelity"
 
 Batch = dict[str, torch.Tensor]
 
@@ -147,6 +148,18 @@ def score(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], num_rows: i
     return Scores(*(tensor[present].reshape(num_rows, -1).cpu() for tensor in (losses, correct, targets)))
 
 
+def check_suite(evaluation: Evaluation, suite: str) -> None:
+    """Check that there is such a suite and that the model can take it.
+
+    Raises:
+        ValueError: If not.
+    """
+    if suite not in (*SUITES, FIDELITY):
+        raise ValueError(f"suite {suite!r} is unknown; known: {', '.join((*SUITES, FIDELITY))}")
+    if evaluation.model.config.model_type == "memory_autoencoder" and suite not in ("retention", FIDELITY):
+        raise ValueError(f"the model is an autoencoder, which has the suite retention; {suite} needs a memory model")
+
+
 def score_suite(
     evaluation: Evaluation,
     suite: str,
@@ -154,16 +167,13 @@ def score_suite(
     baselines: Mapping[str, PreTrainedModel] | None = None,
 ) -> dict[str, Scores]:
     """Score every target of a suite under all its conditions; arguments and errors as of [`evaluate_suite`]."""
-    if suite not in SUITES:
-        raise ValueError(f"suite {suite!r} is unknown; known: {', '.join(SUITES)}")
+    check_suite(evaluation, suite)
     if len(rows) < 2:
         raise ValueError(
             f"there are {len(rows)} rows of {rows.shape[1]} tokens, but the control with another text's memories "
             "needs two; give a longer text or a higher limit"
         )
     is_autoencoder = evaluation.model.config.model_type == "memory_autoencoder"
-    if is_autoencoder and suite != "retention":
-        raise ValueError(f"the model is an autoencoder, which has the suite retention; {suite} needs a memory model")
     evaluation.model.eval()
     if suite == "clm":
         return _clm(evaluation, rows, baselines or {})

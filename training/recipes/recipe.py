@@ -344,6 +344,11 @@ def check_recipe(recipe: Recipe) -> None:
     if not recipe.stages:
         raise ValueError("stages is empty; a recipe needs at least one stage")
     _check_positive(recipe.data.shuffle_rows, "data.shuffle_rows")
+    _check_positive(recipe.threads, "threads")
+    for key in ("max_train_tokens",):
+        _check_positive(getattr(recipe.data, key), f"data.{key}")
+    for key in ("vocab_size", "max_train_bytes"):
+        _check_positive(getattr(recipe.tokenizer, key), f"tokenizer.{key}")
     if recipe.data.streaming and recipe.tokenizer.path is None and recipe.tokenizer.max_train_bytes is None:
         raise ValueError(
             "data.streaming reads text only as far as it is needed, so tokenizer.max_train_bytes must say on how much "

@@ -4,6 +4,7 @@ Every message gives the dotted path, what was given, what was expected and, for 
 """
 
 import difflib
+import math
 import re
 import types
 import typing
@@ -17,12 +18,14 @@ def parse_yaml(text: str, source: str) -> Any:
     """Parse YAML text; `source` names it in messages.
 
     Raises:
-        ValueError: If the text is no YAML or repeats a key.
+        ValueError: If the text is no YAML, nested without end, or repeats a key.
     """
     try:
         return yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{source} is no valid YAML: {error}") from error
+    except RecursionError:
+        raise ValueError(f"{source} is nested too deeply to be a recipe; write fewer brackets") from None
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -137,16 +140,18 @@ def _label(index: int, element: Any) -> str:
 
 def _convert_scalar(hint: type, value: Any, path: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
     if type(value) is hint:
-        return value
+        return _check_plain(value, path) if hint is float else value
     if isinstance(value, str) and hint in (int, float):
         _check_plain(value, path)
     raise ValueError(f"{path} is {value!r} ({type(value).__name__}), expected {hint.__name__}")
 
 
 def _check_plain(value: Any, path: str) -> Any:
-    """Refuse numbers that YAML read as text, at any depth: `1e-4` is a string, `1.0e-4` a number."""
+    """Refuse what is no number, and numbers that YAML read as text, at any depth: `1e-4` is a string, `1.0e-4` not."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{path} is {value}, expected a number that is finite; correct the recipe")
     if isinstance(value, dict):
         return {key: _check_plain(element, _join(path, str(key))) for key, element in value.items()}
     if isinstance(value, list):

@@ -10,6 +10,8 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,36 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
     record = portable_paths({"format_version": FORMAT_VERSION, **record})
     check_record(record)
     write_json(path, record)
+
+
+class Measurement:
+    """A measurement from its start on, for its record: the tree may change while it runs.
+
+    Args:
+        command (`str`): The command line.
+    """
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+        self.code = describe_code()
+        self.started = time.perf_counter()
+        self.created_at = datetime.now(timezone.utc)
+
+    def record(self, device: torch.device, status: str = "success", **parts: Any) -> dict[str, Any]:
+        """Return a record of `parts`: `inputs`, `recipe`, `metrics` and whatever else there is to tell."""
+        return {
+            "run": {
+                "recipe_name": None,
+                "command": self.command,
+                "created_at": self.created_at.isoformat(timespec="seconds"),
+                "status": status,
+            },
+            "code": self.code,
+            "hardware": describe_hardware(device),
+            "seconds": round(time.perf_counter() - self.started, 2),
+            "peak_memory_bytes": peak_memory_bytes(),
+            **parts,
+        }
 
 
 def check_record(record: dict[str, Any]) -> None:

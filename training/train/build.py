@@ -1,6 +1,7 @@
 """From a stage of a recipe to a model: new from a configuration, joined from two stages, or continued."""
 
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -62,15 +63,41 @@ def build_stage_model(
         "eos_token_id": special_tokens.eos,
     }
     if stage.kind == "autoencoder":
-        model = MemoryAutoencoder(autoencoder_config(stage.model, tokens, f"{path}.model"))
+        config = autoencoder_config(stage.model, tokens, f"{path}.model")
+        model = build_within_memory(lambda: MemoryAutoencoder(config), f"{path}.model")
     elif stage.kind == "causal_lm":
-        model = AutoModelForCausalLM.from_config(child_config(stage.model, tokens, f"{path}.model"))
+        config = child_config(stage.model, tokens, f"{path}.model")
+        model = build_within_memory(lambda: AutoModelForCausalLM.from_config(config), f"{path}.model")
     else:
         model = _join(stage, special_tokens, load)
     model = _with_adapters(model, stage)
     if stage.warm_start.tables_from is not None:
         copy_tables(load(stage.warm_start.tables_from), model, f"{path}.warm_start.tables_from")
     return model
+
+
+def build_within_memory(build: Callable[[], PreTrainedModel], path: str) -> PreTrainedModel:
+    """Build a new model after counting its weights, so that one that cannot fit is refused before it is tried.
+
+    Args:
+        build (`Callable`): Builds it.
+        path (`str`): Dotted path of its description, for the message.
+
+    Raises:
+        ValueError: If its sizes are none that a model can have, or its weights alone exceed the machine's memory.
+    """
+    try:
+        with torch.device("meta"):
+            needed = 4 * sum(parameter.numel() for parameter in build().parameters())
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{path} describes no model that can be built ({' '.join(str(error).split())})") from error
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ValueError(
+            f"{path} describes a model whose weights alone take {needed / 2**30:,.0f} GiB, but this machine has "
+            f"{there / 2**30:,.0f} GiB of memory; make it narrower or shallower"
+        )
+    return build()
 
 
 def autoencoder_config(fields: dict[str, Any], tokens: dict[str, Any], path: str) -> MemoryAutoencoderConfig:

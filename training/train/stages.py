@@ -45,6 +45,16 @@ from training.train.warm_start import FITTED_CHUNKS, start_projector
 from training.train.watching import WatchMemories
 
 WATCHED_TEXTS = 16
+# Settings of a stage that its weights do not depend on: who reads rows, what is written when, who looks on.
+WITHOUT_EFFECT = (
+    "num_workers",
+    "watch_steps",
+    "logging_steps",
+    "eval_steps",
+    "eval_rows",
+    "save_steps",
+    "save_total_limit",
+)
 MODEL_CLASSES = {
     "autoencoder": MemoryAutoencoder,
     "causal_lm": AutoModelForCausalLM,
@@ -105,17 +115,15 @@ class StageRunner:
             write_json(folder / "stage.json", result)
         self.state.wait_for_everyone()
         if self.stopped:
-            raise StoppedError(
-                f"stopped by SIGTERM; stage {stage.name} is done, and the same command goes on behind it"
-            )
+            raise StoppedError(f"stopped by SIGTERM; stage {stage.name} is done; rerun the same command to resume")
         return result
 
     def describe(self, stage: StageRecipe) -> dict[str, Any]:
-        """Everything that decides what a stage's weights become."""
+        """Everything that decides what a stage's weights become, and nothing else: the rest may change on the way."""
         mapping = self.recipe.to_mapping()
         index = [other.name for other in self.recipe.stages].index(stage.name)
         sources = {*stage.from_.values(), *filter(None, [stage.warm_start.tables_from])}
-        for key in ("num_workers", "watch_steps"):  # weights are the same whoever reads rows and looks at memories
+        for key in WITHOUT_EFFECT:
             del mapping["stages"][index]["training"][key]
         return {
             "stage": mapping["stages"][index],
@@ -195,7 +203,7 @@ class StageRunner:
         if trainer.stopped and trainer.state.global_step < training.max_steps:
             raise StoppedError(
                 f"stopped by SIGTERM in stage {stage.name} after step {trainer.state.global_step} of "
-                f"{training.max_steps}, with a checkpoint; the same command goes on from there"
+                f"{training.max_steps}, with a checkpoint; rerun the same command to resume"
             )
         if self.state.is_main_process:
             self._save(trainer.accelerator.unwrap_model(trainer.model), stage, folder / "model")

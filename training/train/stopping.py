@@ -6,7 +6,9 @@ from types import FrameType, TracebackType
 
 
 class StoppedError(RuntimeError):
-    """A run was asked to stop, has saved what there is to save, and goes on with the same command."""
+    """A run was asked to stop and has saved what there is to save; the same command resumes it."""
+
+    exit_status = 128 + signal.SIGTERM
 
 
 class StopSignal:
@@ -42,4 +44,4 @@ class StopSignal:
 
 def stop_at_once(number: int, frame: FrameType | None) -> None:
     """Answer SIGTERM where there is nothing to save: between stages, while reading text, in the final evaluation."""
-    raise StoppedError("stopped by SIGTERM; what was finished is kept, and the same command goes on from there")
+    raise StoppedError("stopped by SIGTERM; what was finished is kept, and rerun the same command to resume")

@@ -60,6 +60,8 @@ SCHEDULES = {
 class NonFiniteLossError(RuntimeError):
     """The loss, or a weight about to be saved, is not a finite number."""
 
+    exit_status = 1
+
 
 def run_objective(
     model: nn.Module, batch: Mapping[str, torch.Tensor], *, temperature: float = 1.0, **kwargs: Any
