@@ -8,7 +8,7 @@ import torch
 from tests.memory_models import BLANK, CHUNK, COPY, SLOT, WINDOW, build_model, random_ids
 from training.data.objectives import IGNORED, BatchSpec, ReadyContext, SpecialTokens, build_batch, distillation_loss
 from training.data.rows import ObjectiveCollator, draw_budget
-from training.train.trainer import run_objective, teacher_logits
+from training.train.trainer import Teaching, run_objective, teacher_says
 
 IDS = SpecialTokens(pad=0, bos=1, eos=2, memory=SLOT, copy=COPY, blank=BLANK)
 
@@ -45,7 +45,7 @@ def test_the_loss_and_its_gradients_equal_a_plain_computation(temperature: float
     for run in ("batched", "plain"):
         model.zero_grad()
         if run == "batched":
-            loss, logits, targets = run_objective(model, batch_of(lengths), temperature=temperature)
+            loss, logits, targets = run_objective(model, batch_of(lengths), teaching=Teaching(temperature))
             assert logits.shape[:2] == targets.shape
         else:
             loss = plain(model, lengths, temperature)
@@ -76,8 +76,9 @@ def test_the_teacher_of_a_lora_student_is_the_decoder_without_adapters():
                 parameter.normal_(std=0.3)
     trains = [parameter.requires_grad for parameter in model.parameters()]
     modes = [module.training for module in model.modules()]
-    torch.testing.assert_close(teacher_logits(model, batch), before)
-    assert not teacher_logits(model, batch).requires_grad
+    said, _ = teacher_says(model, batch, Teaching())
+    torch.testing.assert_close(said, before)
+    assert not said.requires_grad
     loss, _, _ = run_objective(model, batch)
     loss.backward()
     assert trains == [parameter.requires_grad for parameter in model.parameters()]

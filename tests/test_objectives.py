@@ -221,7 +221,7 @@ def test_combined_loss_is_the_weighted_sum_of_true_means() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"objective": "coppy"}, "'coppy' is unknown; known: causal, copy, blank_copy, reconstruction"),
+        ({"objective": "coppy"}, "'coppy' is unknown; known: causal, copy, blank_copy, recall"),
         ({"layout": "slot"}, "known: self, slots"),
         ({"marker": "tokens"}, "known: token, none"),
         ({"window_length": 6}, "6 is no multiple of chunk_length 4"),

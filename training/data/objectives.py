@@ -10,7 +10,9 @@ stands the *source*, what shall be remembered:
 | blank copy | x | BLANK x H | x[j] |
 | copy, `marker="none"` | x | x | x[j+1] |
 | blank copy, `marker="none"` | x | BLANK x H | x[j+1] |
-| distillation | as causal | x | x[j+1], and what the decoder itself says that reads source and text in clear |
+| recall | x | a few tokens x[s..s+p-1] from anywhere in it, then what follows | x[s+j+1] from j = p-1 on |
+| qa | x | a question and its answer in the decoder's chat template | the answer |
+| distillation | as one of the others | the same | the same, and what the decoder says of the full text |
 | reconstruction | the chunk | none | x[j], one pass of an autoencoder |
 
 In the layout `"self"` the source is plain text that the model folds into memories by itself; in `"slots"` it is
@@ -30,7 +32,8 @@ from typing import NamedTuple
 import torch
 
 IGNORED = -100
-OBJECTIVES = ("causal", "copy", "blank_copy", "reconstruction", "distillation")
+OBJECTIVES = ("causal", "copy", "blank_copy", "recall", "qa", "reconstruction", "distillation")
+TAUGHT = ("causal", "copy", "recall", "qa")
 LAYOUTS = ("self", "slots")
 MARKERS = ("token", "none")
 
@@ -182,6 +185,53 @@ def markerless_blank_copy(tokens: torch.Tensor, attention_mask: torch.Tensor, bl
     return causal(tokens, attention_mask)._replace(input_ids=torch.full_like(tokens, blank_token_id))
 
 
+def recall(
+    tokens: torch.Tensor, attention_mask: torch.Tensor, starts: torch.Tensor, *, prompt_length: int, recall_length: int
+) -> Columns:
+    """Show a few tokens from anywhere in the source and ask for what follows them there.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(B, H)`): Sources, padded on the right.
+        attention_mask (`torch.LongTensor` of shape `(B, H)`): 1 for tokens, 0 for padding.
+        starts (`torch.LongTensor` of shape `(B,)`): Where in its source each prompt begins.
+        prompt_length (`int`): Tokens of a prompt (p).
+        recall_length (`int`): Most tokens that are asked for; a source that ends earlier asks for fewer.
+
+    Returns:
+        Columns `(B, p + recall_length - 1)`: the prompt predicts nothing but its last token.
+
+    >>> x, present = torch.tensor([[5, 6, 7, 8, 9]]), torch.ones(1, 5).long()
+    >>> columns = recall(x, present, torch.tensor([1]), prompt_length=2, recall_length=2)
+    >>> columns.input_ids.tolist(), columns.targets.tolist()
+    ([[6, 7, 8]], [[-100, 8, 9]])
+    """
+    following = next_tokens(tokens, attention_mask)
+    offsets = torch.arange(prompt_length + recall_length - 1, device=tokens.device)
+    places = starts[:, None] + offsets  # (B, p + n - 1)
+    inside = places < tokens.shape[1]
+    places = places.clamp(max=tokens.shape[1] - 1)
+    targets = following.gather(1, places).masked_fill((offsets < prompt_length - 1) | ~inside, IGNORED)
+    # A token that asks for nothing after the prompt, the source's last, need not be read.
+    mask = attention_mask.gather(1, places) * inside * ((targets != IGNORED) | (offsets < prompt_length - 1))
+    return Columns(tokens.gather(1, places), targets, mask)
+
+
+def qa(tokens: torch.Tensor, attention_mask: torch.Tensor, answer_mask: torch.Tensor) -> Columns:
+    """Show a conversation and ask for its answer alone.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(B, T)`): A question and its answer in a chat template, padded on the
+            right.
+        attention_mask (`torch.LongTensor` of shape `(B, T)`): 1 for tokens, 0 for padding.
+        answer_mask (`torch.LongTensor` of shape `(B, T)`): 1 for tokens of the answer, its end of turn included.
+
+    >>> chat, present = torch.tensor([[5, 6, 7, 8]]), torch.ones(1, 4).long()
+    >>> qa(chat, present, torch.tensor([[0, 0, 1, 1]])).targets.tolist()
+    [[-100, 7, 8, -100]]
+    """
+    return causal(tokens, attention_mask)._replace(targets=next_tokens(tokens, attention_mask * answer_mask))
+
+
 def reconstruction(
     tokens: torch.Tensor, attention_mask: torch.Tensor, *, chunk_length: int, pad_token_id: int
 ) -> dict[str, torch.Tensor]:
@@ -252,6 +302,10 @@ class BatchSpec:
         every (`Mapping[str, int]`): Objective -> n, for which it takes every n-th row of a batch only.
         num_memories (`Sequence[int]`): Memories per chunk, of which each batch draws one number; slots layout only.
             Default: always `memories_per_chunk`.
+        num_memories_weights (`Sequence[float]`): How often each of them is drawn, in any unit. Default: equally.
+        recall_prompt (`int`): Tokens that recall shows.
+        recall_length (`int`): Most tokens that recall asks for.
+        taught (`str`): What distillation's student is asked: `"causal"`, `"copy"`, `"recall"` or `"qa"`.
     """
 
     special_tokens: SpecialTokens
@@ -268,6 +322,29 @@ class BatchSpec:
     split_windows: bool = False
     every: Mapping[str, int] = field(default_factory=dict)
     num_memories: Sequence[int] = ()
+    num_memories_weights: Sequence[float] = ()
+    recall_prompt: int = 8
+    recall_length: int = 32
+    taught: str = "causal"
+
+    def asked(self, objective: str) -> str:
+        """What the text of an objective asks: of distillation what is taught, of the others themselves."""
+        return self.taught if objective == "distillation" else objective
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Questions and their answers in the decoder's chat template.
+
+    Attributes:
+        input_ids (`torch.LongTensor` of shape `(B, T)`): Ids, padded on the right.
+        attention_mask (`torch.LongTensor` of shape `(B, T)`): 1 for tokens, 0 for padding.
+        answer_mask (`torch.LongTensor` of shape `(B, T)`): 1 for tokens of the answer.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    answer_mask: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -296,6 +373,8 @@ def build_batch(
     *,
     attention_mask: torch.Tensor | None = None,
     context: ReadyContext | None = None,
+    starts: torch.Tensor | None = None,
+    turns: Turns | None = None,
     end: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Build the inputs and targets of one objective from rows of tokens.
@@ -305,12 +384,14 @@ def build_batch(
     they may end anywhere.
 
     Args:
-        objective (`str`): `"causal"`, `"copy"`, `"blank_copy"`, `"reconstruction"` or `"distillation"`.
+        objective (`str`): One of `OBJECTIVES`.
         tokens (`torch.LongTensor` of shape `(B, n)`): Text in decoder tokens (reconstruction: encoder tokens). With a
             ready context the whole text to copy or continue, of any length.
         spec (`BatchSpec`): Lengths, layout, special tokens.
         attention_mask (`torch.LongTensor` of shape `(B, n)`, *optional*): 1 for tokens, 0 for padding. Default: all 1.
         context (`ReadyContext`, *optional*): The source, for an encoder with its own tokenizer.
+        starts (`torch.LongTensor` of shape `(B,)`, *optional*): For recall: where in its source each prompt begins.
+        turns (`Turns`, *optional*): For qa: the conversations.
         end (`bool`): For the copies in the slots layout: sources may end anywhere, with a short last chunk, and where
             a row leaves room the end token is asked for after its last token.
 
@@ -370,11 +451,17 @@ def build_batch(
     """
     _check_options(objective, spec)
     _check_context(objective, spec, context, end)
+    _check_given(spec.asked(objective), len(tokens), starts, turns)
     mask = _check_rows(objective, tokens, attention_mask)
     tokens, mask = _pack_left(mask, tokens, mask)
     if objective == "reconstruction":
         return reconstruction(tokens, mask, chunk_length=spec.chunk_length, pad_token_id=spec.special_tokens.pad)
-    source, text = _source_and_text(objective, tokens, mask, spec, context is None, end)
+    source, text = _source_and_text(spec.asked(objective), tokens, mask, spec, context is None, end)
+    if turns is not None:
+        text = qa(turns.input_ids, turns.attention_mask, turns.answer_mask)
+    elif starts is not None:
+        lengths = {"prompt_length": spec.recall_prompt, "recall_length": spec.recall_length}
+        text = recall(text.input_ids, text.attention_mask, starts, **lengths)
     pad = spec.special_tokens.pad
     if spec.layout == "self":
         return _batch([source, text], pad)
@@ -399,10 +486,15 @@ def _source_and_text(
     objective: str, tokens: torch.Tensor, mask: torch.Tensor, spec: BatchSpec, own_source: bool, end: bool
 ) -> tuple[Columns, Columns]:
     """Return what shall be remembered and what is read in full; without `own_source` the context is given."""
-    if objective in ("causal", "distillation"):
+    if objective == "causal":
         return _split_causal(tokens, mask, spec, split=spec.layout == "slots" and own_source)
     if own_source:
-        tokens, mask = _whole_windows(objective, tokens, mask, 1 if end else spec.window_length, spec.source_length)
+        # In plain text a source that ends inside a window would share it with the text after it.
+        unit = 1 if end or (objective == "qa" and spec.layout == "slots") else spec.window_length
+        tokens, mask = _whole_windows(objective, tokens, mask, unit, spec.source_length)
+    if objective in ("recall", "qa"):
+        source = Columns(tokens, torch.full_like(tokens, IGNORED), mask)
+        return source, source
     source, text = _copy_parts(objective, tokens, mask, spec)
     if end:
         tokens, mask = _with_end(tokens, mask, spec.special_tokens.require("eos", "end=True"))
@@ -428,6 +520,31 @@ def targets_of(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     [[5, -100]]
     """
     return batch["shift_labels"] if "shift_labels" in batch else batch["labels"]
+
+
+def keep_columns(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Name the columns `(n,)` that have a target in some row, if they are few enough to be worth it.
+
+    Half of the output head, and whole source windows, would be computed for nothing in a copy.
+    """
+    if "shift_labels" not in batch:
+        return batch
+    wanted = (batch["shift_labels"] != IGNORED).any(0)
+    if wanted.any() and wanted.sum() <= 0.75 * wanted.numel():
+        return {**batch, "columns": wanted.nonzero()[:, 0]}
+    return batch
+
+
+def without_targets(batch: dict[str, torch.Tensor], absent: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Take the targets of some rows `(B,)` out of a batch: rows that only fill it up."""
+    if not absent.any():
+        return batch
+    changed: dict[str, torch.Tensor] = {}
+    for name in ("labels", "shift_labels", "teacher_labels"):
+        if name in batch:
+            wide = absent.repeat_interleave(len(batch[name]) // len(absent))  # a row may be several chunks
+            changed[name] = batch[name].masked_fill(wide[:, None], IGNORED)
+    return {**batch, **changed}
 
 
 def combine_losses(
@@ -487,6 +604,24 @@ def distillation_loss(student: torch.Tensor, teacher: torch.Tensor, temperature:
     log_teacher = torch.log_softmax(teacher.detach().float() / temperature, -1)
     divergence = torch.nn.functional.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
     return divergence * temperature**2
+
+
+def states_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Sum the squared distance of a student's states from its teacher's, in units of the teacher's squared length.
+
+    Args:
+        student (`torch.Tensor` of shape `(N, D)`): States of one layer of the decoder that reads memories.
+        teacher (`torch.Tensor` of shape `(N, D)`): The same of the decoder that reads the text, without gradient.
+
+    Returns:
+        `torch.Tensor` of shape `()`: In float32; 0 for equal states, N for states of zeros.
+
+    >>> states = torch.tensor([[3.0, 4.0]])
+    >>> states_loss(states, states).item(), states_loss(0 * states, states).item()
+    (0.0, 1.0)
+    """
+    teacher = teacher.detach().float()
+    return ((student.float() - teacher).square().sum(-1) / teacher.square().sum(-1).clamp(min=1e-12)).sum()
 
 
 def next_tokens(tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -632,6 +767,7 @@ def _pack_left(mask: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor
 def _check_options(objective: str, spec: BatchSpec) -> None:
     choices = {
         "objective": (objective, OBJECTIVES),
+        "taught": (spec.taught, TAUGHT),
         "layout": (spec.layout, LAYOUTS),
         "marker": (spec.marker, MARKERS),
     }
@@ -639,6 +775,11 @@ def _check_options(objective: str, spec: BatchSpec) -> None:
         if given not in known:
             raise ValueError(f"{name} {given!r} is unknown; known: {', '.join(known)}.")
     window_length, chunk_length, memories_per_chunk = spec.window_length, spec.chunk_length, spec.memories_per_chunk
+    if min(spec.recall_prompt, spec.recall_length) < 1:
+        raise ValueError(
+            f"recall_prompt is {spec.recall_prompt} and recall_length {spec.recall_length}; both are counts of 1 or "
+            "more."
+        )
     if min(window_length, chunk_length, memories_per_chunk) < 1:
         raise ValueError(
             f"window_length is {window_length}, chunk_length {chunk_length}, memories_per_chunk {memories_per_chunk}; "
@@ -671,6 +812,26 @@ def _check_context(objective: str, spec: BatchSpec, context: ReadyContext | None
             f"end=True was given for {objective} in the layout {spec.layout!r} with marker {spec.marker!r}; only "
             "copies with a marker in the slots layout may end anywhere."
         )
+
+
+def _check_given(asked: str, num_rows: int, starts: torch.Tensor | None, turns: Turns | None) -> None:
+    """Refuse what an objective does not take, and its absence where it does."""
+    for name, given, owner in (("starts", starts, "recall"), ("turns", turns, "qa")):
+        if (given is not None) != (asked == owner):
+            raise ValueError(
+                f"{name} {'were given' if given is not None else 'are missing'} for {asked}; give {name} for "
+                f"{owner}, and not otherwise."
+            )
+    if starts is not None and (starts.shape != (num_rows,) or bool((starts < 0).any())):
+        raise ValueError(
+            f"starts are {starts.tolist()}; expected {num_rows} places in the rows' sources, each 0 or more."
+        )
+    if turns is not None and not (
+        turns.input_ids.shape == turns.attention_mask.shape == turns.answer_mask.shape
+        and len(turns.input_ids) == num_rows
+    ):
+        shapes = [tuple(part.shape) for part in vars(turns).values()]
+        raise ValueError(f"turns have the shapes {shapes}; expected three equal ones with {num_rows} rows.")
 
 
 def _check_rows(objective: str, tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

@@ -8,8 +8,9 @@ A row is R chunks. The first S of them are the source, which becomes memories; t
 
 | objective | text |
 |---|---|
-| causal, distillation | the R - S chunks behind the source |
+| causal | the R - S chunks after the source |
 | copy, blank copy | the source again |
+| recall | a stretch of the source |
 
 N chunks of a text, L' columns of a chunk with the encoder's special tokens, E encoder width, K memories per chunk.
 """
@@ -28,8 +29,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM, MemoryProcessor
-from training.data.objectives import IGNORED, BatchSpec, ReadyContext, build_batch
-from training.data.rows import TokenRows, draw_budget, keep_columns
+from training.data.objectives import IGNORED, BatchSpec, ReadyContext, build_batch, keep_columns, without_targets
+from training.data.questions import Questions, ask, split_questions
+from training.data.rows import REMEMBERED, TokenRows, draw_budget, draw_starts
 from training.data.tokenizer import tokenizer_checksum
 from training.measure.metrics import bootstrap_interval, token_results
 from training.measure.suites import spread_rows
@@ -223,14 +225,19 @@ class PairCollator:
         )
         self.source_chunks = source_chunks
         self.encoded = encoded
+        self.questions: Questions | None = None
 
-    def __call__(self, items: list[tuple[int, torch.Tensor, PairedText]]) -> dict[str, Any]:
+    def __call__(self, items: list[tuple[Any, ...]]) -> dict[str, Any]:
+        items, asked = split_questions(items)
         rows = torch.tensor([item[0] for item in items])
         chunks, text = torch.stack([item[1] for item in items]), items[0][2]  # (B, R)
-        budget = draw_budget(self.spec.num_memories, rows)
+        budget = draw_budget(self.spec.num_memories, rows, self.spec.num_memories_weights)
         batches: dict[str, Any] = {"rows": rows}
         for objective in self.objectives:
             step = self.spec.every.get(objective, 1)
+            if self.spec.asked(objective) == "qa":
+                batches[objective] = ask(self.questions, objective, self.spec, asked[::step], rows[::step], budget)
+                continue
             batches[objective] = self.collate(objective, text, chunks[::step], rows[::step], budget=budget)
         return batches
 
@@ -257,18 +264,22 @@ class PairCollator:
         """
         source, rest = chunks[:, : self.source_chunks], chunks[:, self.source_chunks :]
         pad = self.spec.special_tokens.pad
-        tokens, mask = text.decoder_side(source if objective in ("copy", "blank_copy") else rest, pad)
+        asked = self.spec.asked(objective)
+        tokens, mask = text.decoder_side(source if asked in REMEMBERED else rest, pad)
         clear = text.decoder_side(source, pad) if objective == "distillation" else (None, None)
         memories = source if remembered is None else remembered
         ids, ids_mask = text.encoder_side(memories)
         spec = self.spec if budget is None else replace(self.spec, memories_per_chunk=budget)
-        batch = build_batch(objective, tokens, spec, attention_mask=mask, context=ReadyContext(ids, ids_mask, *clear))
+        starts = None
+        if asked == "recall":
+            numbers = torch.arange(len(chunks)) if rows is None else rows
+            starts = draw_starts(numbers, mask.sum(1), spec.recall_prompt)
+        context = ReadyContext(ids, ids_mask, *clear)
+        batch = build_batch(objective, tokens, spec, attention_mask=mask, context=context, starts=starts)
         if budget is not None:
             batch["context_num_memories"] = torch.full(source.shape, budget)
-        if rows is not None and (rows < 0).any():
-            for key in ("shift_labels", "teacher_labels"):
-                if key in batch:
-                    batch[key] = batch[key].masked_fill((rows < 0)[:, None], IGNORED)
+        if rows is not None:
+            batch = without_targets(batch, rows < 0)
         if self.encoded is not None and text is self.encoded[0]:
             del batch["context_input_ids"]
             batch["token_states"] = torch.from_numpy(self.encoded[1][memories.numpy()])  # (B, S, L', E)

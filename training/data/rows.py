@@ -1,7 +1,9 @@
 """Rows of tokens in training order, and the collator that makes every objective's batch from them."""
 
+import bisect
 import copy
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,9 +13,11 @@ from torch.utils.data import Dataset
 
 from training.data.documents import pad_rows
 from training.data.encoded import EncodedChunks
-from training.data.objectives import IGNORED, BatchSpec, build_batch
+from training.data.objectives import BatchSpec, build_batch, keep_columns, without_targets
+from training.data.questions import Questions, ask, split_questions
 
 COPIES = ("copy", "blank_copy")
+REMEMBERED = (*COPIES, "recall")  # objectives whose source is the row, not its beginning
 
 
 class TokenRows(Dataset):
@@ -114,9 +118,11 @@ class ObjectiveCollator:
     def __init__(self, objectives: list[str], spec: BatchSpec) -> None:
         self.objectives = objectives
         self.spec = replace(spec, mixed_with_causal="causal" in objectives)
+        self.questions: Questions | None = None
         self.evaluates = False
 
     def __call__(self, items: list[tuple[Any, ...]]) -> dict[str, Any]:
+        items, asked = split_questions(items)
         rows = torch.tensor([item[0] for item in items])
         mask = None
         if self.spec.documents:
@@ -124,10 +130,13 @@ class ObjectiveCollator:
         else:
             tokens = torch.stack([item[1] for item in items])  # (B, n)
         states = torch.stack([item[2] for item in items]) if len(items[0]) > 2 else None  # (B, C, K, E)
-        budget = draw_budget(self.spec.num_memories, rows)
+        budget = draw_budget(self.spec.num_memories, rows, self.spec.num_memories_weights)
         batches: dict[str, Any] = {"rows": rows} if mask is None else {"rows": rows, "num_tokens": mask.sum()}
         for objective in self.objectives:
             step = self.spec.every.get(objective, 1)
+            if self.spec.asked(objective) == "qa":
+                batches[objective] = ask(self.questions, objective, self.spec, asked[::step], rows[::step], budget)
+                continue
             options: dict[str, Any] = {} if mask is None else {"mask": mask[::step]}
             if budget is not None:
                 options["budget"] = budget
@@ -154,24 +163,27 @@ class ObjectiveCollator:
 
         With a `budget` each chunk of the context gets so many memories instead of the model's `memories_per_chunk`.
         """
-        spec, end = self.spec, False
+        spec, end, asked = self.spec, False, self.spec.asked(objective)
         if budget is not None:
             spec = replace(spec, memories_per_chunk=budget)
         if mask is not None:
-            spec, mask = self._padded_sources(objective, spec, mask)
-        if spec.vary_source and objective in COPIES:
+            spec, mask = self._padded_sources(asked, spec, mask)
+        if spec.vary_source and asked in REMEMBERED:
             tokens, mask = self._varied_sources(tokens)
             spec = replace(spec, source_length=None)
         if spec.shortened and rows is not None and objective in (*COPIES, "reconstruction"):
             tokens, mask = self._shortened_sources(objective, tokens, rows)
             spec, end = replace(spec, source_length=None), objective in COPIES
-        batch = build_batch(objective, tokens, spec, attention_mask=mask, end=end)
+        starts = None
+        if asked == "recall":
+            lengths = torch.full(tokens.shape[:1], tokens.shape[1]) if mask is None else mask.sum(1)
+            lengths = lengths if spec.source_length is None else lengths.clamp(max=spec.source_length)
+            starts = draw_starts(torch.arange(len(tokens)) if rows is None else rows, lengths, spec.recall_prompt)
+        batch = build_batch(objective, tokens, spec, attention_mask=mask, starts=starts, end=end)
         if budget is not None:
             batch["context_num_memories"] = budget * batch["context_attention_mask"].any(2).long()
-        for key in ("labels", "shift_labels", "teacher_labels"):
-            if key in batch and rows is not None and (rows < 0).any():
-                absent = (rows < 0).repeat_interleave(batch[key].shape[0] // rows.shape[0])
-                batch[key] = batch[key].masked_fill(absent[:, None], IGNORED)
+        if rows is not None:
+            batch = without_targets(batch, rows < 0)
         if spec.split_windows:
             batch = {name: tensor.reshape(-1, spec.window_length) for name, tensor in batch.items()}
         return keep_columns(batch)
@@ -179,12 +191,12 @@ class ObjectiveCollator:
     def _padded_sources(self, objective: str, spec: BatchSpec, mask: torch.Tensor) -> tuple[BatchSpec, torch.Tensor]:
         """Return the length of the sources of padded rows `(B, n)`, whole windows, and the rows' mask."""
         width, window = mask.shape[1], spec.window_length
-        longest = width if objective in COPIES else (width - 1) // window * window
+        longest = width if objective in REMEMBERED else (width - 1) // window * window
         limit = longest if spec.source_length is None else min(spec.source_length, longest)
-        if objective in COPIES:
+        if objective in REMEMBERED:
             whole = mask.sum(1, keepdim=True) // window * window
             mask = (torch.arange(width, device=mask.device) < whole).long()
-        return replace(spec, source_length=limit if objective in COPIES or limit else None), mask
+        return replace(spec, source_length=limit if objective in REMEMBERED or limit else None), mask
 
     def _shortened_sources(
         self, objective: str, tokens: torch.Tensor, rows: torch.Tensor
@@ -207,19 +219,6 @@ class ObjectiveCollator:
         num_windows = torch.arange(tokens.shape[0], device=tokens.device) % (longest // window) + 1
         columns = torch.arange(longest, device=tokens.device)
         return tokens[:, :longest], (columns < num_windows[:, None] * window).long()
-
-
-def keep_columns(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Name the columns `(n,)` that have a target in some row, if they are few enough to be worth it.
-
-    Half of the output head, and whole source windows, would be computed for nothing in a copy.
-    """
-    if "shift_labels" not in batch:
-        return batch
-    wanted = (batch["shift_labels"] != IGNORED).any(0)
-    if wanted.any() and wanted.sum() <= 0.75 * wanted.numel():
-        return {**batch, "columns": wanted.nonzero()[:, 0]}
-    return batch
 
 
 def draw_lengths(numbers: torch.Tensor, longest: int, share: float) -> torch.Tensor:
@@ -249,20 +248,45 @@ def _uniform(numbers: torch.Tensor) -> torch.Tensor:
     return ((state >> 11) & ((1 << 53) - 1)).double() / 2**53
 
 
-def draw_budget(num_memories: Sequence[int], rows: torch.Tensor) -> int | None:
+def draw_starts(numbers: torch.Tensor, lengths: torch.Tensor, prompt_length: int) -> torch.Tensor:
+    """Draw where in its source each prompt of recall begins, so that at least one token follows it.
+
+    Args:
+        numbers (`torch.LongTensor` of shape `(B,)`): Numbers of the rows; equal numbers draw alike in every batch.
+        lengths (`torch.LongTensor` of shape `(B,)`): Tokens of the rows' sources.
+        prompt_length (`int`): Tokens of a prompt.
+
+    Returns:
+        `torch.LongTensor` of shape `(B,)`: Places; 0 where a source is no longer than a prompt.
+
+    >>> draw_starts(torch.arange(6), torch.tensor([16, 16, 16, 16, 4, 5]), 4).tolist()
+    [10, 0, 1, 2, 0, 0]
+    """
+    return (_uniform(2 * numbers) * (lengths - prompt_length).clamp(min=1)).long()
+
+
+def draw_budget(num_memories: Sequence[int], rows: torch.Tensor, weights: Sequence[float] = ()) -> int | None:
     """Draw the memories per chunk of a batch; the same rows in the same order always draw the same.
 
     Args:
         num_memories (`Sequence[int]`): What there is to draw from; nothing: no budget.
         rows (`torch.LongTensor` of shape `(B,)`): Numbers of the batch's rows.
+        weights (`Sequence[float]`): How often each is drawn, in any unit. Default: equally.
 
     >>> draw_budget([], torch.tensor([3, 4])), draw_budget([7], torch.tensor([3, 4]))
     (None, 7)
+    >>> drawn = [draw_budget([1, 4], torch.tensor([row]), [3, 1]) for row in range(1000)]
+    >>> drawn.count(1), drawn.count(4)
+    (751, 249)
     """
     if not num_memories:
         return None
     digest = hashlib.sha256(rows.numpy().tobytes()).digest()
-    return num_memories[int.from_bytes(digest[:8], "big") % len(num_memories)]
+    drawn = int.from_bytes(digest[:8], "big")
+    if not weights:
+        return num_memories[drawn % len(num_memories)]
+    place = bisect.bisect(list(itertools.accumulate(weights)), drawn / 2**64 * sum(weights))
+    return num_memories[min(place, len(num_memories) - 1)]
 
 
 def with_states(batch: dict[str, torch.Tensor], states: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -23,10 +23,10 @@ from training.recipes.strict_yaml import apply_override, from_mapping, nearest, 
 StageKind = Literal["autoencoder", "causal_lm", "memory"]
 Suite = Literal["retention", "copy", "blank_copy", "clm"]
 
-OBJECTIVES: dict[str, tuple[str, ...]] = {
+STAGE_OBJECTIVES: dict[str, tuple[str, ...]] = {
     "autoencoder": ("reconstruction",),
     "causal_lm": ("causal",),
-    "memory": ("causal", "copy", "blank_copy", "distillation"),
+    "memory": ("causal", "copy", "blank_copy", "recall", "qa", "distillation"),
 }
 FREEZING = {"freeze_encoder", "freeze_decoder", "encoder_trained_from"}
 PACKAGE = "package:"
@@ -59,6 +59,7 @@ class TokenizerRecipe:
     vocab_size: int = 2048
     path: str | None = None
     revision: str | None = None
+    gguf_file: str | None = None
     max_train_bytes: int | None = None
 
 
@@ -66,16 +67,29 @@ class TokenizerRecipe:
 class PretrainedRecipe:
     """A model that was trained elsewhere; stages name it in `from` as they name earlier stages.
 
-    `path` is a Hub id, a folder relative to the current directory or the repository, or `package:MODULE/FOLDER` of an
-    installed package. `tokenizer: own` means that it reads text with the tokenizer beside its weights, `shared` with
-    the run's. `config` is its architecture, from which memory and time are estimated before anything is downloaded;
-    a model that turns out to be another one is refused.
+    `path` is a Hub id, a folder relative to the current directory or the repository, or `package:MODULE` or
+    `package:MODULE/FOLDER` of an installed package. `gguf_file` names a file of quantised weights in it.
+    `tokenizer: own` means that it reads text with the tokenizer beside its weights, `shared` with the run's. `config`
+    is its architecture, from which memory and time are estimated before anything is downloaded; a model that turns
+    out to be another one is refused.
     """
 
     path: str
     revision: str | None = None
+    gguf_file: str | None = None
     tokenizer: Literal["own", "shared"] = "own"
     config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What else `from_pretrained` takes."""
+        given = {"revision": self.revision, "gguf_file": self.gguf_file}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def base(self) -> str:
+        """What `from_encoder_decoder_pretrained` takes: a package by its name, so that it is saved by reference."""
+        return self.path if self.path.startswith(PACKAGE) and "/" not in self.path else self.source
 
     @property
     def source(self) -> str:
@@ -113,7 +127,12 @@ class RowsRecipe:
     With `documents` a row is one document, or a piece of at most `row_length` tokens of a longer one, and rows are
     padded; without it rows of `row_length` tokens cross from one document into the next.
     `num_memories` are memories per chunk, of which each batch draws one number, so that one model serves many
-    budgets; default: always `model.memories_per_chunk`. Slots layout only.
+    budgets; default: always `model.memories_per_chunk`. `num_memories_weights` says how often each is drawn. Slots
+    layout only.
+    `recall_prompt` and `recall_length` are the tokens that the objective recall shows and asks for.
+    `questions` are files for the objective qa (`.jsonl` or `.parquet` with context, question and answer);
+    `validation_questions` those that are asked in validation. Slots layout only.
+    `taught` is the objective whose text distillation compares: causal, copy, recall or qa.
     Where the encoder has a tokenizer of its own, lengths count the encoder's tokens: a row is `row_length` of them,
     the first `source_length` (default: half of the row) become memories, and the decoder reads the rest in its own.
     """
@@ -130,11 +149,21 @@ class RowsRecipe:
     encode_once: bool = False
     documents: bool = False
     num_memories: list[int] = field(default_factory=list)
+    num_memories_weights: list[float] = field(default_factory=list)
+    recall_prompt: int = 8
+    recall_length: int = 32
+    questions: list[str] = field(default_factory=list)
+    validation_questions: list[str] = field(default_factory=list)
+    taught: Literal["causal", "copy", "recall", "qa"] = "causal"
 
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """Optimisation of one stage. `batch_size` counts rows per process and accumulation step."""
+    """Optimisation of one stage. `batch_size` counts rows per process and accumulation step.
+
+    Distillation compares distributions, softened by `distillation_temperature`, and at `distillation_depths` (shares
+    of the decoder's layers, 1 being the last) states, with `distillation_states_weight`.
+    """
 
     max_steps: int
     batch_size: int = 64
@@ -158,6 +187,8 @@ class TrainingRecipe:
     group_by_length: bool = False
     watch_steps: int | None = None
     distillation_temperature: float = 1.0
+    distillation_depths: list[float] = field(default_factory=list)
+    distillation_states_weight: float = 1.0
     num_workers: int = 0
     logging_steps: int = 50
     eval_steps: int | None = None
@@ -380,6 +411,7 @@ def check_recipe(recipe: Recipe) -> None:
         _check_documents(stage, path, streaming=recipe.data.streaming)
         _check_shortened(stage, recipe, path)
         _check_budgets(stage, recipe, path)
+        _check_asked(stage, path)
         earlier[stage.name] = stage
     for key in ("no_memory", "full_context", "autoencoder"):
         kinds = ("autoencoder",) if key == "autoencoder" else ("causal_lm",)
@@ -441,6 +473,12 @@ def _check_budgets(stage: StageRecipe, recipe: Recipe, path: str) -> None:
         )
     for count in rows.num_memories:
         _check_positive(count, f"{path}.data.num_memories")
+    weights = rows.num_memories_weights
+    if weights and (len(weights) != len(rows.num_memories) or min(weights) < 0 or not sum(weights)):
+        raise ValueError(
+            f"{path}.data.num_memories_weights is {weights}; expected a weight of 0 or more for each of the "
+            f"{len(rows.num_memories)} num_memories, not all of them 0"
+        )
     if "distillation" in stage.objectives and (not slots or stage.training.loss_chunk is not None):
         raise ValueError(
             f"{path}.objectives.distillation compares with the decoder on the whole text: it needs data.layout: slots "
@@ -457,8 +495,35 @@ def _check_budgets(stage: StageRecipe, recipe: Recipe, path: str) -> None:
         )
 
 
+def _check_asked(stage: StageRecipe, path: str) -> None:
+    """Check what recall, qa and distillation of them need."""
+    rows, training = stage.data, stage.training
+    for key in ("recall_prompt", "recall_length"):
+        _check_positive(getattr(rows, key), f"{path}.data.{key}")
+    asks = "qa" in stage.objectives or ("distillation" in stage.objectives and rows.taught == "qa")
+    if asks and (not rows.questions or rows.layout != "slots"):
+        raise ValueError(f"{path}.objectives.qa needs files in data.questions, and data.layout: slots")
+    if rows.questions and not asks:
+        raise ValueError(f"{path}.data.questions are for the objective qa, or distillation of it; leave them out")
+    if asks and training.eval_steps and not rows.validation_questions:
+        raise ValueError(
+            f"{path}.data.validation_questions is empty, but training.eval_steps is {training.eval_steps}; name files "
+            "with other questions, or leave eval_steps out"
+        )
+    for depth in training.distillation_depths:
+        if not 0 < depth <= 1:
+            raise ValueError(
+                f"{path}.training.distillation_depths holds {depth}; depths are shares of the decoder's layers, above "
+                "0 and up to 1"
+            )
+    if training.distillation_states_weight < 0:
+        raise ValueError(
+            f"{path}.training.distillation_states_weight is {training.distillation_states_weight}, expected 0 or more"
+        )
+
+
 def _check_objectives(stage: StageRecipe, path: str) -> None:
-    known = OBJECTIVES[stage.kind]
+    known = STAGE_OBJECTIVES[stage.kind]
     if stage.kind == "memory" and not stage.objectives:
         raise ValueError(f"{path}.objectives is empty; name objectives and weights, e.g. {{causal: 1.0, copy: 0.5}}")
     for name, weight in stage.objectives.items():

@@ -23,7 +23,7 @@ from modeling_memory import (
 )
 from modeling_memory.memory_adapters import is_adapter
 from training.data.objectives import SpecialTokens
-from training.recipes.recipe import StageRecipe
+from training.recipes.recipe import PretrainedRecipe, StageRecipe
 from training.recipes.strict_yaml import nearest
 from training.train.warm_start import copy_tables
 
@@ -43,8 +43,8 @@ def build_stage_model(
         stage (`StageRecipe`): The stage.
         special_tokens (`SpecialTokens`): Ids of the run's special tokens.
         vocab_size (`int`): Rows of the token tables; the memory slot's id lies just behind them.
-        load (`Callable`): Gives the trained model of an earlier stage, or a pretrained one; of a pretrained encoder
-            also what it says about pooling, as [`load_encoder`] does.
+        load (`Callable`): Gives the trained model of an earlier stage. Of a pretrained part what the recipe says of
+            it, or the model, of an encoder then also what it says about pooling, as [`load_encoder`] does.
 
     Returns:
         The model, in float32, with what is frozen marked so.
@@ -153,21 +153,52 @@ def _join(stage: StageRecipe, special_tokens: SpecialTokens, load: Loader) -> Me
     path = f"stages.{stage.name}"
     check_fields(MemoryEncoderDecoderConfig, stage.model, f"{path}.model")
     fields: dict[str, Any] = {"memory_token_id": special_tokens.memory}
-    decoder = load(stage.from_["decoder"])
-    rows = decoder.get_input_embeddings().weight.shape[0]
+    parts = {name: load(stage.from_[name]) for name in ("encoder", "decoder")}
+    encoder, decoder = parts["encoder"], parts["decoder"]
+    if isinstance(decoder, PretrainedRecipe):
+        rows = AutoConfig.from_pretrained(decoder.source, **decoder.options).vocab_size
+    else:
+        rows = decoder.get_input_embeddings().weight.shape[0]
     for name in ("copy", "blank"):  # markers are rows of the table; one that has none was not made for them
         index = getattr(special_tokens, name)
         fields[f"{name}_token_id"] = index if index is not None and index < rows else None
-    encoder = load(stage.from_["encoder"])
     if isinstance(encoder, tuple):  # a sentence model says how its vectors are made
         encoder, own = encoder
         fields |= own
     fields |= stage.model
+    # Named rather than given, a base is known to the model, which can then be saved by reference to it.
+    for name, part in parts.items():
+        if isinstance(part, PretrainedRecipe):
+            fields[f"{name}_kwargs"] = {"dtype": torch.float32, **part.options}
+    encoder, decoder = (part.base if isinstance(part, PretrainedRecipe) else part for part in (encoder, decoder))
     try:
         model = MemoryEncoderDecoderForCausalLM.from_encoder_decoder_pretrained(encoder, decoder, **fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    for name, part in parts.items():
+        if isinstance(part, PretrainedRecipe):
+            check_described(part, getattr(model, name).config, stage.from_[name])
     return model
+
+
+def check_described(source: PretrainedRecipe, config: PreTrainedConfig, name: str) -> None:
+    """Check that a pretrained model is the one that a recipe describes.
+
+    Args:
+        source (`PretrainedRecipe`): What the recipe says.
+        config (`PreTrainedConfig`): What the model says.
+        name (`str`): What the recipe calls it.
+
+    Raises:
+        ValueError: Naming the field that differs.
+    """
+    for field, value in source.config.items():
+        own = getattr(config, field, None)
+        if own != value:
+            raise ValueError(
+                f"pretrained.{name}.config.{field} is {value!r}, but {source.path} has {own!r}; correct the recipe, "
+                "or give the model that it describes"
+            )
 
 
 def _with_adapters(model: PreTrainedModel, stage: StageRecipe) -> PreTrainedModel:

@@ -118,8 +118,8 @@ def _tokenizer(
     """Load the run's tokenizer, training it first if the recipe says so and it is not there yet."""
     settings = recipe.tokenizer
     if settings.path is not None:
-        source = PretrainedRecipe(settings.path, settings.revision)
-        return complete_tokenizer(AutoTokenizer.from_pretrained(source.source, revision=settings.revision))
+        source = PretrainedRecipe(settings.path, settings.revision, settings.gguf_file)
+        return complete_tokenizer(AutoTokenizer.from_pretrained(source.source, **source.options))
     asked = {"tokenizer": recipe.to_mapping()["tokenizer"], "files": checksums}
     before = read_json(folder / "asked.json")
     check_same(before, asked, folder)

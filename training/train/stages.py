@@ -8,6 +8,7 @@ import contextlib
 import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,16 @@ from transformers import (
 )
 
 from modeling_memory import MemoryAutoencoder, MemoryEncoderDecoderForCausalLM, MemoryProcessor
-from modeling_memory.memory_parts import load_encoder
 from training.data.documents import DocumentRows
 from training.data.encoded import encode_once
 from training.data.objectives import IGNORED, BatchSpec, targets_of
 from training.data.pairs import PairCollator, PairedRows, PairedText, cached_pairs, encode_pairs
+from training.data.questions import Questions, RowsWithQuestions, read_questions
 from training.data.rows import ObjectiveCollator, TokenRows
 from training.data.token_stream import StreamedRows
-from training.recipes.recipe import OBJECTIVES, Recipe, StageRecipe
+from training.recipes.recipe import STAGE_OBJECTIVES, Recipe, StageRecipe, resolve_files
 from training.records.record import fingerprint, peak_memory_bytes, read_json, write_json
-from training.train.build import build_stage_model, count_parameters, parameter_report, report_lines
+from training.train.build import build_stage_model, check_described, count_parameters, parameter_report, report_lines
 from training.train.checkpoints import check_same, last_complete_checkpoint, replace_folder
 from training.train.inputs import Inputs
 from training.train.stopping import StoppedError
@@ -89,10 +90,17 @@ class StageRunner:
 
     def load(self, name: str) -> Any:
         """Load the model of a finished stage, or a pretrained one."""
-        if name in self.recipe.pretrained:
-            return load_pretrained(self.recipe, name)
+        source = self.recipe.pretrained.get(name)
+        if source is not None:
+            model = AutoModelForCausalLM.from_pretrained(source.source, dtype=torch.float32, **source.options)
+            check_described(source, model.config, name)
+            return model
         kind = self.recipe.stage(name).kind
         return MODEL_CLASSES[kind].from_pretrained(self.folder / name / "model")
+
+    def load_part(self, name: str) -> Any:
+        """Load the model of a finished stage; a pretrained one is named, and loaded by whoever joins it."""
+        return self.recipe.pretrained.get(name) or self.load(name)
 
     def finished(self, stage: StageRecipe) -> dict[str, Any] | None:
         """Return the record entry of a stage that is done, else `None`.
@@ -141,99 +149,135 @@ class StageRunner:
         }
 
     def _train(self, stage: StageRecipe, folder: Path) -> dict[str, Any]:
-        training, rows = stage.training, stage.data
-        objectives = dict(stage.objectives) or {OBJECTIVES[stage.kind][0]: 1.0}
-        index = [other.name for other in self.recipe.stages].index(stage.name)
-        seed = self.recipe.seed + index
+        training = stage.training
+        objectives = dict(stage.objectives) or {STAGE_OBJECTIVES[stage.kind][0]: 1.0}
+        seed = self._seed(stage)
         set_seed(seed)
-        model = build_stage_model(
-            stage, special_tokens=self.special_tokens, vocab_size=self.vocab_size, load=self.load
-        )
+        load = self.load_part if "model" not in stage.from_ else self.load
+        model = build_stage_model(stage, special_tokens=self.special_tokens, vocab_size=self.vocab_size, load=load)
         report = parameter_report(model)
         if self.state.is_main_process:
             print("\n".join(report_lines(report)), flush=True)
-        collator = self._collator(stage, model, list(objectives))
-        batch_rows = training.batch_size * training.gradient_accumulation_steps * self.state.num_processes
-        order = seed if rows.seed is None else rows.seed
-        train_rows = self._train_rows(stage, model, training.max_steps * batch_rows, order, step_rows=batch_rows)
-        if isinstance(collator, PairCollator):
-            collator.encoded = self._encoded_pairs(stage, model, train_rows.text)
+        collator, train_rows, validation_rows = self._data(stage, model, list(objectives))
         if stage.kind == "memory" and "model" not in stage.from_:
-            where = f"stages.{stage.name}.warm_start"
-            sample: list[tuple[Any, ...]] = []
-            if stage.warm_start.projector == "last_token":
-                if isinstance(collator, PairCollator):
-                    raise ValueError(
-                        f"{where}.projector is last_token, but the encoder has a tokenizer of its own, whose last "
-                        "token is none of the decoder's; use default"
-                    )
-                number = -(-FITTED_CHUNKS * model.config.chunk_length // rows.row_length)
-                fitted = self._train_rows(stage, model, number, order)
-                sample = [fitted[i] for i in range(number)]
-            start_projector(model, stage.warm_start, sample, where)
+            self._start_projector(stage, model, collator)
         # Before the first step: a layout that does not fit says so here.
         first_batch = collator([train_rows[i] for i in range(training.batch_size)])
         if training.attention is not None:
             model.set_attn_implementation(training.attention)
+        options: dict[str, Any] = {"seed": seed, "use_cpu": self.recipe.use_cpu, "report_to": self.recipe.report_to}
         trainer = MemoryTrainer(
             model,
-            training_arguments(
-                training,
-                folder / "checkpoints",
-                seed=seed,
-                use_cpu=self.recipe.use_cpu,
-                report_to=self.recipe.report_to,
-            ),
+            training_arguments(training, folder / "checkpoints", **options),
             objectives=objectives,
             training=training,
             train_dataset=train_rows,
-            eval_dataset=self._validation_rows(stage, model) if training.eval_steps else None,
+            eval_dataset=validation_rows,
             data_collator=collator,
             label=stage.name,
         )
-        checkpoint = self._checkpoint(folder / "checkpoints")
-        resumed_at = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-        clock = StageClock(folder / "sessions.json", resumed_at, keeps=self.state.is_main_process)
-        trainer.add_callback(clock)
-        if training.watch_steps is not None:
-            trainer.add_callback(WatchMemories(trainer, self._watched_texts(stage, model), training.watch_steps))
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        clock.keep(trainer.state.global_step)
-        self.stopped = trainer.stopped
-        if trainer.stopped and trainer.state.global_step < training.max_steps:
-            raise StoppedError(
-                f"stopped by SIGTERM in stage {stage.name} after step {trainer.state.global_step} of "
-                f"{training.max_steps}, with a checkpoint; rerun the same command to resume"
-            )
+        clock = self._run_trainer(trainer, stage, folder)
         if self.state.is_main_process:
             self._save(trainer.accelerator.unwrap_model(trainer.model), stage, folder / "model")
-        num_rows = training.max_steps * batch_rows
-        num_targets = {
-            name: int((targets_of(first_batch[name]) != IGNORED).sum()) * num_rows // training.batch_size
-            for name in objectives
-        }
-        documents = isinstance(train_rows, DocumentRows)
-        uneven = documents or rows.shortened > 0
-        num_tokens = train_rows.num_tokens() if documents else num_rows * rows.row_length
         return {
             "kind": stage.kind,
             "objectives": objectives,
             "seed": seed,
             "parameters": count_parameters(model),
             "parameters_by_part": report,
-            "steps": training.max_steps,
+            **self._spent(stage, train_rows, first_batch, list(objectives), clock),
+            "series": [
+                {key: value for key, value in log.items() if isinstance(value, int | float)}
+                for log in trainer.state.log_history
+            ],
+        }
+
+    def _seed(self, stage: StageRecipe) -> int:
+        return self.recipe.seed + [other.name for other in self.recipe.stages].index(stage.name)
+
+    def _step_rows(self, stage: StageRecipe) -> int:
+        """Rows of one optimizer step, on all processes together."""
+        return stage.training.batch_size * stage.training.gradient_accumulation_steps * self.state.num_processes
+
+    def _order(self, stage: StageRecipe) -> int:
+        """Seed of the order in which a stage reads its rows."""
+        return self._seed(stage) if stage.data.seed is None else stage.data.seed
+
+    def _data(self, stage: StageRecipe, model: PreTrainedModel, objectives: list[str]) -> tuple[Any, Any, Any]:
+        """Build a stage's collator, its training rows and, if it is to be evaluated, its validation rows."""
+        collator, rows = self._collator(stage, model, objectives), stage.data
+        step_rows, order = self._step_rows(stage), self._order(stage)
+        train: Any = self._train_rows(stage, model, stage.training.max_steps * step_rows, order, step_rows=step_rows)
+        validation: Any = self._validation_rows(stage, model) if stage.training.eval_steps else None
+        if isinstance(collator, PairCollator):
+            collator.encoded = self._encoded_pairs(stage, model, train.text)
+        if rows.questions:
+            asked, held_out = (
+                read_questions(resolve_files(files, f"stages.{stage.name}.data.{key}")) if files else []
+                for key, files in (("questions", rows.questions), ("validation_questions", rows.validation_questions))
+            )
+            processor = processor_for(model, self.tokenizer, self.encoder_tokenizer(stage))
+            collator.questions = Questions([*asked, *held_out], processor, model.config.max_memories)
+            train = RowsWithQuestions(train, 0, len(asked), order)
+            validation = validation and RowsWithQuestions(validation, len(asked), len(held_out))
+        return collator, train, validation
+
+    def _start_projector(self, stage: StageRecipe, model: PreTrainedModel, collator: Any) -> None:
+        """Let a fresh projector start where the recipe says."""
+        where = f"stages.{stage.name}.warm_start"
+        sample: list[tuple[Any, ...]] = []
+        if stage.warm_start.projector == "last_token":
+            if isinstance(collator, PairCollator):
+                raise ValueError(
+                    f"{where}.projector is last_token, but the encoder has a tokenizer of its own, whose last "
+                    "token is none of the decoder's; use default"
+                )
+            number = -(-FITTED_CHUNKS * model.config.chunk_length // stage.data.row_length)
+            fitted = self._train_rows(stage, model, number, self._order(stage))
+            sample = [fitted[i] for i in range(number)]
+        start_projector(model, stage.warm_start, sample, where)
+
+    def _run_trainer(self, trainer: MemoryTrainer, stage: StageRecipe, folder: Path) -> "StageClock":
+        """Train from the last checkpoint on, if there is one."""
+        checkpoint = self._checkpoint(folder / "checkpoints")
+        resumed_at = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+        clock = StageClock(folder / "sessions.json", resumed_at, keeps=self.state.is_main_process)
+        trainer.add_callback(clock)
+        watch_steps, max_steps = stage.training.watch_steps, stage.training.max_steps
+        if watch_steps is not None:
+            trainer.add_callback(WatchMemories(trainer, self._watched_texts(stage, trainer.model), watch_steps))
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        clock.keep(trainer.state.global_step)
+        self.stopped = trainer.stopped
+        if trainer.stopped and trainer.state.global_step < max_steps:
+            raise StoppedError(
+                f"stopped by SIGTERM in stage {stage.name} after step {trainer.state.global_step} of "
+                f"{max_steps}, with a checkpoint; rerun the same command to resume"
+            )
+        return clock
+
+    def _spent(
+        self, stage: StageRecipe, train_rows: Any, first_batch: Mapping[str, Any], objectives: list[str], clock: Any
+    ) -> dict[str, Any]:
+        """Count what a stage has read and how long it took."""
+        num_rows = stage.training.max_steps * self._step_rows(stage)
+        num_targets = {
+            name: int((targets_of(first_batch[name]) != IGNORED).sum()) * num_rows // stage.training.batch_size
+            for name in objectives
+        }
+        documents = isinstance(train_rows, DocumentRows)
+        uneven = documents or stage.data.shortened > 0 or bool(stage.data.questions)
+        num_tokens = train_rows.num_tokens() if documents else num_rows * train_rows.row_length
+        return {
+            "steps": stage.training.max_steps,
             "rows": num_rows,
             "text_tokens": num_tokens,
             "targets": None if uneven else num_targets,
             "seconds": round(clock.seconds, 2),
             "sessions": clock.sessions,
-            "resumed_at_step": resumed_at,
+            "resumed_at_step": clock.resumed_at,
             "text_tokens_per_second": round(num_tokens / max(clock.seconds, 1e-9), 1),
             "peak_memory_bytes": peak_memory_bytes(),
-            "series": [
-                {key: value for key, value in log.items() if isinstance(value, int | float)}
-                for log in trainer.state.log_history
-            ],
         }
 
     def _checkpoint(self, folder: Path) -> Path | None:
@@ -267,6 +311,10 @@ class StageRunner:
             split_windows=rows.window_length is not None,
             every=rows.every,
             num_memories=rows.num_memories,
+            num_memories_weights=rows.num_memories_weights,
+            recall_prompt=rows.recall_prompt,
+            recall_length=rows.recall_length,
+            taught=rows.taught,
             layout=rows.layout,
             marker=rows.marker,
         )
@@ -288,7 +336,7 @@ class StageRunner:
     def encoder_tokenizer(self, stage: StageRecipe) -> PreTrainedTokenizerBase | None:
         """Load the tokenizer of a stage's encoder, if it is not the run's."""
         source = self.recipe.encoder_of(stage)
-        return None if source is None else AutoTokenizer.from_pretrained(source.source, revision=source.revision)
+        return None if source is None else AutoTokenizer.from_pretrained(source.source, **source.options)
 
     def _encoded_pairs(
         self, stage: StageRecipe, model: PreTrainedModel, text: PairedText
@@ -447,28 +495,6 @@ class StageClock(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the time with each checkpoint."""
         self.keep(state.global_step)
-
-
-def load_pretrained(recipe: Recipe, name: str) -> Any:
-    """Load a model that a recipe names: an encoder with what it says about pooling, or a causal LM.
-
-    Raises:
-        ValueError: If it is not the architecture that the recipe describes.
-        OSError: What the library raises for an id or folder that it cannot load.
-    """
-    source = recipe.pretrained[name]
-    is_encoder = any(stage.from_.get("encoder") == name for stage in recipe.stages)
-    load: Any = load_encoder if is_encoder else AutoModelForCausalLM.from_pretrained
-    found = load(source.source, revision=source.revision, dtype=torch.float32)
-    config = (found[0] if is_encoder else found).config
-    for field, value in source.config.items():
-        own = getattr(config, field, None)
-        if own != value:
-            raise ValueError(
-                f"pretrained.{name}.config.{field} is {value!r}, but {source.path} has {own!r}; correct the recipe, "
-                "or give the model that it describes"
-            )
-    return found
 
 
 def chunk_counts(stage: StageRecipe, chunk_length: int) -> tuple[int, int]:

@@ -9,8 +9,9 @@ same kind of sums, never as means of batch means.
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from transformers import (
 )
 
 from training.data.documents import DocumentRows
-from training.data.objectives import IGNORED, combine_losses, distillation_loss, targets_of
+from training.data.objectives import IGNORED, combine_losses, distillation_loss, states_loss, targets_of
 from training.data.rows import TokenRows
 from training.data.token_stream import StreamedRows
 from training.recipes.recipe import TrainingRecipe
@@ -63,19 +64,43 @@ class NonFiniteLossError(RuntimeError):
     exit_status = 1
 
 
+@dataclass(frozen=True)
+class Teaching:
+    """What distillation compares.
+
+    Attributes:
+        temperature (`float`): Softens the distributions of both sides.
+        depths (`Sequence[float]`): Layers whose states are compared too, as shares of the decoder's depth: 1 is the
+            last one.
+        states_weight (`float`): Weight of the states beside the distributions.
+    """
+
+    temperature: float = 1.0
+    depths: Sequence[float] = ()
+    states_weight: float = 1.0
+
+    def states_of(self, outputs: Any, kept: torch.Tensor) -> list[torch.Tensor]:
+        """Return the states `(N, D)` of a model's outputs at the depths, where `kept` `(B, T)` holds."""
+        if not self.depths:
+            return []
+        layers = len(outputs.hidden_states) - 1  # the first entry is the token embeddings
+        return [outputs.hidden_states[max(1, round(depth * layers))][kept] for depth in self.depths]
+
+
 def run_objective(
-    model: nn.Module, batch: Mapping[str, torch.Tensor], *, temperature: float = 1.0, **kwargs: Any
+    model: nn.Module, batch: Mapping[str, torch.Tensor], *, teaching: Teaching | None = None, **kwargs: Any
 ) -> Any:
     """Run a model on the batch of one objective.
 
     A batch with `teacher_input_ids` is one of distillation: the loss is the divergence from the decoder itself, its
-    adapters off, that reads the whole text in clear. It is in eval mode then and takes no gradient.
+    adapters off, that reads the full text, and at some depths the distance of its states. The teacher is in eval mode
+    and takes no gradient.
 
     Args:
         model (`nn.Module`): The model, possibly wrapped for several processes.
         batch (`Mapping`): As made by the collator; `shift_labels` `(B, T)` or unshifted `labels` `(B, L)`,
             and optionally `columns`, the columns that have a target in some row.
-        temperature (`float`): Of distillation.
+        teaching (`Teaching`, *optional*): What distillation compares.
         kwargs: Further arguments of the model's `forward`.
 
     Returns:
@@ -90,10 +115,18 @@ def run_objective(
     if "columns" in batch:
         targets = targets[:, batch["columns"]]
         kwargs["logits_to_keep"] = batch["columns"]
-    teacher = teacher_logits(own, batch) if "teacher_input_ids" in batch else None
+    if "teacher_input_ids" in batch:
+        teaching = teaching or Teaching()
+        teacher, teacher_states = teacher_says(own, batch, teaching)
+        if teaching.depths:
+            kwargs["output_hidden_states"] = True
+        outputs = model(**inputs, use_cache=False, **kwargs)
+        loss = distillation_loss(outputs.logits[targets != IGNORED], teacher, teaching.temperature)
+        states = teaching.states_of(outputs, batch["shift_labels"] != IGNORED)
+        for own_states, other in zip(states, teacher_states, strict=True):
+            loss = loss + teaching.states_weight / len(states) * states_loss(own_states, other)
+        return loss, outputs.logits, targets
     logits = model(**inputs, use_cache=False, **kwargs).logits
-    if teacher is not None:
-        return distillation_loss(logits[targets != IGNORED], teacher, temperature), logits, targets
     loss = own.loss_function(
         logits=logits, labels=None, vocab_size=logits.shape[-1], shift_labels=targets, num_items_in_batch=1
     )
@@ -101,22 +134,32 @@ def run_objective(
 
 
 @torch.no_grad()
-def teacher_logits(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Return what a memory model's decoder, as it was before its adapters, says of the targets: logits `(N, V)`.
+def teacher_says(
+    model: nn.Module, batch: Mapping[str, torch.Tensor], teaching: Teaching
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Ask a memory model's decoder, as it was before its adapters, about the targets, with the full text before it.
 
     Args:
         model (`MemoryEncoderDecoderForCausalLM`): The model.
         batch (`Mapping`): With `teacher_input_ids`, `teacher_attention_mask` and `teacher_labels`, each `(B, T')`.
+        teaching (`Teaching`): What is compared.
+
+    Returns:
+        Logits `(N, V)`, and states `(N, D)` for each depth.
     """
     was_training = model.decoder.training
     with model.adapters_off():
         model.decoder.eval()
-        logits = model.decoder(
-            input_ids=batch["teacher_input_ids"], attention_mask=batch["teacher_attention_mask"], use_cache=False
-        ).logits
+        outputs = model.decoder(
+            input_ids=batch["teacher_input_ids"],
+            attention_mask=batch["teacher_attention_mask"],
+            use_cache=False,
+            output_hidden_states=bool(teaching.depths),
+        )
     model.decoder.train(was_training)
     model.train(model.training)  # frozen parts and adapters as they belong
-    return logits[batch["teacher_labels"] != IGNORED]
+    asked = batch["teacher_labels"] != IGNORED
+    return outputs.logits[asked], teaching.states_of(outputs, asked)
 
 
 def model_inputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -351,8 +394,11 @@ class MemoryTrainer(Trainer):
         """
         chunk = self.training.loss_chunk
         if chunk is None:
-            temperature = self.training.distillation_temperature
-            loss_sum, logits, targets = run_objective(model, batch, temperature=temperature)
+            settings = self.training
+            teaching = Teaching(
+                settings.distillation_temperature, settings.distillation_depths, settings.distillation_states_weight
+            )
+            loss_sum, logits, targets = run_objective(model, batch, teaching=teaching)
             present = targets != IGNORED
             count = present.sum()
             correct = ((logits.detach().argmax(-1) == targets) & present).sum() if judge else torch.zeros_like(count)
