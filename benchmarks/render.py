@@ -46,7 +46,7 @@ from benchmarks.store_tables import store_faults_lines, store_lines, store_searc
 from training.places import REPOSITORY
 from training.recipes.strict_yaml import nearest
 from training.records.figures import COLOURS, write_ceiling_figure, write_figures, write_probe_figure
-from training.records.record import fingerprint, read_json
+from training.records.record import data_digest, read_json
 from training.records.sample import sample_lines
 
 Record = dict[str, Any]
@@ -537,7 +537,7 @@ def render_figures(root: Path, *, check: bool) -> list[str]:
         record = read_json(root / "benchmarks" / "results" / f"{name}.json")
         if record is None:
             continue
-        stamp = fingerprint(record)
+        stamp = data_digest(record)
         present = sorted(figure_path(root, name, "x").parent.glob(f"{name}_*.png"))
         if present and all(read_stamp(path) == stamp for path in present):
             continue

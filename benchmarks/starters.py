@@ -21,7 +21,7 @@ from huggingface_hub import ModelCard
 
 from benchmarks.measure import describe_run, save_record
 from training.data.texts import load_texts
-from training.evaluate import evaluate
+from training.evaluate import measure_suites
 from training.places import REPOSITORY, portable_path
 from training.publishing.hub_folder import load_checkpoint, load_processor
 from training.records.record import read_json
@@ -84,7 +84,7 @@ def measure_starter(folder: Path, *, limit: int, repetitions: int) -> Record:
         for split in SPLITS:
             documents = load_texts([CORPORA / text / f"{split}.parquet"])
             rows = limit * ROW_LENGTH // (length or config.chunk_length)
-            metrics = evaluate(
+            metrics = measure_suites(
                 model, tokenizer, documents, suites, limit=rows, length=length, batch_size=16, num_generated_rows=0
             )
             found["splits"][f"{text}, {split}"] = {

@@ -38,7 +38,7 @@ from training.data.sources import read_file
 from training.data.texts import tokenise_documents
 from training.data.tokenizer import train_tokenizer
 from training.places import REPOSITORY
-from training.records.record import fingerprint, read_json, write_json
+from training.records.record import data_digest, read_json, write_json
 from training.train.chunked_loss import chunked_cross_entropy
 from training.train.trainer import checkpoint_activations, compile_blocks, run_objective, run_objective_chunked
 
@@ -343,7 +343,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.part is not None and options.part not in known:
         print(f"error: there is no part {options.part!r}; known: {', '.join(known)}", file=sys.stderr)
         return 2
-    key = fingerprint({"code": record["code"], "command": command, "quick": options.quick})
+    key = data_digest({"code": record["code"], "command": command, "quick": options.quick})
     folder = REPOSITORY / options.folder / key[:16]
     for name, measure in known.items():
         if options.part in (None, name) and not (folder / f"{name}.json").exists():

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from training.probe import numbers, read_texts
 from training.records.figures import write_ceiling_figure
 from training.records.record import (
     Measurement,
-    fingerprint,
+    data_digest,
     read_json,
     write_json,
 )
@@ -417,62 +418,66 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _measure_memory_model(
+    options: argparse.Namespace, documents: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Compare a memory model with its ceiling; return settings and metrics."""
+    model, tokenizer, _ = load_model(options.model)
+    settings = {name: getattr(options, name) for name in ("objective", "refine_learning_rate")}
+    spent = {name: getattr(options, name) for name in ("steps", "learning_rate", "seed")}
+    tokens = _spread(tokenizer, documents, model.config.window_length, options.texts)
+    found = against_ceiling(model, special_tokens_of(tokenizer), tokens, **settings, **spent)
+    return settings, {"against_ceiling": found}
+
+
+def _measure_causal_lm(
+    options: argparse.Namespace, documents: Sequence[str], folder: Path, asked: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Measure what fits into vectors of a causal LM, a file for each length; return settings and metrics."""
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    settings = {"lengths": list(options.lengths), "vectors": options.vectors}
+    tokens = _spread(tokenizer, documents, max(options.lengths), options.texts)
+    asked = asked | settings | {"model": portable_path(options.model), "tokens": tokens.tolist()}
+
+    def keep(length: int, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        file = folder / "cells" / f"{data_digest({**asked, 'length': length})}.json"
+        result = read_json(file)
+        if result is None:
+            result = measure()
+            write_json(file, result)
+        print(f"{length} tokens: {result['exact_match']:.0%} of texts without an error, "
+              f"{result['token_accuracy']:.1%} of tokens", flush=True)  # fmt: skip
+        return result
+
+    found = capacity(
+        model,
+        tokens,
+        options.lengths,
+        num_vectors=options.vectors,
+        prefix=special_tokens_around(tokenizer)[0],
+        steps=options.steps,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
+        keep=keep,
+    )
+    return settings, {"capacity": found}
+
+
 def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
     """Measure as the command line says; return the record."""
     measurement, folder = Measurement(command), check_place(options.to)
-    text = options.text or ["training/corpora/books/test.parquet"]
-    documents, held_out, files = read_texts(text, [])
+    documents, held_out, files = read_texts(options.text or ["training/corpora/books/test.parquet"], [])
     documents = documents + held_out
     settings = {name: getattr(options, name) for name in ("texts", "steps", "learning_rate", "seed")}
     model_type = model_config(options.model).model_type
-    if model_type == "memory_encoder_decoder":
-        model, tokenizer, _ = load_model(options.model)
-        settings |= {"objective": options.objective, "refine_learning_rate": options.refine_learning_rate}
-        tokens = _spread(tokenizer, documents, model.config.window_length, options.texts)
-        metrics = {
-            "against_ceiling": against_ceiling(
-                model,
-                special_tokens_of(tokenizer),
-                tokens,
-                objective=options.objective,
-                steps=options.steps,
-                learning_rate=options.learning_rate,
-                refine_learning_rate=options.refine_learning_rate,
-                seed=options.seed,
-            )
-        }
-    elif model_type == "memory_autoencoder":
+    if model_type == "memory_autoencoder":
         raise ValueError(f"{options.model} is an autoencoder; give a memory model or a causal LM")
+    if model_type == "memory_encoder_decoder":
+        own, metrics = _measure_memory_model(options, documents)
     else:
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-        settings |= {"lengths": list(options.lengths), "vectors": options.vectors}
-        tokens = _spread(tokenizer, documents, max(options.lengths), options.texts)
-        asked = settings | {"model": portable_path(options.model), "tokens": tokens.tolist()}
-
-        def keep(length: int, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-            file = folder / "cells" / f"{fingerprint({**asked, 'length': length})}.json"
-            result = read_json(file)
-            if result is None:
-                result = measure()
-                write_json(file, result)
-            print(f"{length} tokens: {result['exact_match']:.0%} of texts without an error, "
-                  f"{result['token_accuracy']:.1%} of tokens", flush=True)  # fmt: skip
-            return result
-
-        metrics = {
-            "capacity": capacity(
-                model,
-                tokens,
-                options.lengths,
-                num_vectors=options.vectors,
-                prefix=special_tokens_around(tokenizer)[0],
-                steps=options.steps,
-                learning_rate=options.learning_rate,
-                seed=options.seed,
-                keep=keep,
-            )
-        }
+        own, metrics = _measure_causal_lm(options, documents, folder, settings)
+    settings |= own
     record = measurement.record(
         torch.device("cpu"),
         inputs={"files": file_checksums(files), "model": portable_path(options.model)},

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from training.command_line import Parser, check_place, named_file, run_command, whole_number
 from training.data.objectives import next_tokens
 from training.data.texts import file_checksums, load_texts, tokenise_documents
-from training.evaluate import evaluate, load_model
+from training.evaluate import load_model, measure_suites
 from training.measure.suites import Scores, results_table, score, spread_rows, summarise_scores
 from training.places import portable_path
 from training.recipes.recipe import resolve_files
@@ -90,7 +90,7 @@ def measure_domains(
     return {
         name: {
             "description": description,
-            "metrics": evaluate(
+            "metrics": measure_suites(
                 model, tokenizer, documents, [suite], limit=limit, length=length, batch_size=batch_size
             )
             if suite is not None
@@ -120,7 +120,7 @@ def next_token(
         batch_size (`int`): Rows per forward call.
 
     Returns:
-        `dict`: Suite -> condition -> metrics, as [`evaluate`] gives them: `clm` and `this_model`.
+        `dict`: Suite -> condition -> metrics, as [`measure_suites`] gives them: `clm` and `this_model`.
 
     Raises:
         ValueError: If a text is too short for a row.

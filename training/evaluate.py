@@ -48,7 +48,7 @@ from training.train.build import count_parameters
 from training.train.inputs import byte_lengths_of
 
 
-def evaluate(
+def measure_suites(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
@@ -246,9 +246,9 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         )
         write_record(path, record)
 
-    evaluate(model, tokenizer, texts[""], options.suite, baselines=baselines, keep=keep, **limits)
+    measure_suites(model, tokenizer, texts[""], options.suite, baselines=baselines, keep=keep, **limits)
     for name in domains:
-        keep(evaluate(model, tokenizer, texts[name], [FIDELITY], **limits), name)
+        keep(measure_suites(model, tokenizer, texts[name], [FIDELITY], **limits), name)
     keep({}, status="success")
     print(results_table(measured))
     for suite, result in measured.items():

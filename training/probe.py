@@ -36,7 +36,7 @@ from training.recipes.recipe import resolve_files
 from training.records.figures import write_probe_figure
 from training.records.record import (
     Measurement,
-    fingerprint,
+    data_digest,
     read_json,
     write_json,
     write_record,
@@ -174,13 +174,13 @@ def _cell(
     }
     texts = {"train": tokens_checksum(train.tokens), "test": tokens_checksum(test.tokens)}
     asked = {"encoder": read_by, "texts": texts, "shuffled": condition == "shuffled", **setting.settings()}
-    file = folder / "cells" / f"{fingerprint(asked)}.json"
+    file = folder / "cells" / f"{data_digest(asked)}.json"
     before = read_json(file)
     if before is not None or setting.only_finished:
         return before and before["result"]
 
     def vectors(rows: TextRows) -> torch.Tensor:
-        kept = folder / "vectors" / f"{fingerprint({**read_by, 'tokens': tokens_checksum(rows.tokens)})}.safetensors"
+        kept = folder / "vectors" / f"{data_digest({**read_by, 'tokens': tokens_checksum(rows.tokens)})}.safetensors"
         if kept.is_file():
             return load_file(kept)["vectors"]
         read = read_all(encoder, rows.tokens)

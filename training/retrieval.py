@@ -41,7 +41,7 @@ from training.places import portable_path
 from training.probe import in_random_order, named_models, read_texts, tokens_checksum, weights_checksum
 from training.records.record import (
     Measurement,
-    fingerprint,
+    data_digest,
     read_json,
     write_json,
     write_record,
@@ -329,7 +329,7 @@ def _measure(
     weights = weights_checksum(encoder.body)
     texts = [tokens_checksum(tokens) for tokens in (train, test)]
     asked = {"weights": weights, "texts": texts, "query": asdict(rule), "budget": budget and asdict(budget)}
-    file = folder / f"result-{fingerprint(asked)}.json"
+    file = folder / f"result-{data_digest(asked)}.json"
     known = read_json(file)
     if known is not None:
         return known

@@ -29,9 +29,9 @@ from training.recipes.grid import run_grid
 from training.recipes.recipe import Recipe, StageRecipe, load_recipe
 from training.records.figures import write_figures
 from training.records.record import (
+    data_digest,
     describe_code,
     describe_hardware,
-    fingerprint,
     peak_memory_bytes,
     read_json,
     write_json,
@@ -70,7 +70,7 @@ class Run:
         """Do what is not done yet; return the record."""
         identity = {"recipe": self.recipe.to_mapping(), "processes": self.state.num_processes}
         finished = read_json(self.folder / "record.json")
-        if finished is not None and finished.get("identity") == fingerprint(identity):
+        if finished is not None and finished.get("identity") == data_digest(identity):
             self.say(f"all done: {self.folder / 'record.json'} (delete {self.folder} to run again)")
             self.report(finished)
             return finished
@@ -86,20 +86,20 @@ class Run:
             stages[stage.name] = done
         record: dict[str, Any] = {}
         if self.is_main:
-            record = self.finish(runner, inputs, stages, fingerprint(identity))
+            record = self.finish(runner, inputs, stages, data_digest(identity))
         self.state.wait_for_everyone()
         return record
 
     def finish(self, runner: StageRunner, inputs: Inputs, stages: dict[str, Any], identity: str) -> dict[str, Any]:
         """Evaluate, record, draw and publish what the stages trained; on one process."""
         with self.phase("evaluation"):
-            metrics = self.evaluate(runner, inputs, stages)
+            metrics = self.measure(runner, inputs, stages)
         published = self.recipe.published_stage
         sample = None
         paired = self.recipe.encoder_of(self.recipe.stage(published)) is not None
         if self.recipe.stage(published).kind == "memory" and not paired:
             sample = regenerate(runner.load(published), inputs.tokenizer, inputs.tokens["test"], inputs.special_tokens)
-        record = self.describe(inputs, stages, metrics, sample)
+        record = self.assemble(inputs, stages, metrics, sample)
         with self.phase("figures"):
             record["figures"] = write_figures(record, self.folder / "figures")
         if self.recipe.stage(published).kind in ("memory", "autoencoder"):
@@ -113,12 +113,12 @@ class Run:
         self.report(record)
         return record
 
-    def evaluate(self, runner: StageRunner, inputs: Inputs, stages: dict[str, Any]) -> dict[str, Any]:
+    def measure(self, runner: StageRunner, inputs: Inputs, stages: dict[str, Any]) -> dict[str, Any]:
         """Run the recipe's suites on the test split; kept in a file of their own, so that a resumed run has them."""
         settings, path = self.recipe.evaluation, self.folder / "evaluation.json"
         asked = {
             "evaluation": self.recipe.to_mapping()["evaluation"],
-            "stages": {name: fingerprint(runner.describe(self.recipe.stage(name))) for name in stages},
+            "stages": {name: data_digest(runner.identity(self.recipe.stage(name))) for name in stages},
         }
         before = read_json(path)
         if before is not None and before["asked"] == asked:
@@ -134,7 +134,7 @@ class Run:
             evaluation = self.evaluation(reader, inputs)
             metrics["autoencoder"] = evaluate_suite(evaluation, "retention", rows)
         if self.recipe.encoder_of(published) is not None:
-            metrics |= self.evaluate_pairs(runner, published, model)
+            metrics |= self.measure_pairs(runner, published, model)
         elif published.kind == "memory":
             evaluation = self.evaluation(model, inputs)
             baselines = {
@@ -150,7 +150,7 @@ class Run:
         write_json(path, {"asked": asked, "metrics": metrics})
         return metrics
 
-    def evaluate_pairs(self, runner: StageRunner, stage: StageRecipe, model: Any) -> dict[str, Any]:
+    def measure_pairs(self, runner: StageRunner, stage: StageRecipe, model: Any) -> dict[str, Any]:
         """Run the suites `clm` and `copy` on a model whose encoder has a tokenizer of its own, at each budget."""
         settings = self.recipe.evaluation
         collator = runner.pair_collator(stage, model, ["causal", "copy"])
@@ -204,7 +204,7 @@ class Run:
         with self.phase("verification"):
             return {"verified": True, **verify_hub_folder(folder, model)}
 
-    def describe(self, inputs: Inputs, stages: dict[str, Any], metrics: dict[str, Any], sample: Any) -> dict[str, Any]:
+    def assemble(self, inputs: Inputs, stages: dict[str, Any], metrics: dict[str, Any], sample: Any) -> dict[str, Any]:
         """Assemble the record, all but what the last steps add."""
         return {
             "run": {

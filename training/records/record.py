@@ -174,10 +174,10 @@ def peak_memory_bytes() -> dict[str, int]:
     return peak
 
 
-def fingerprint(data: Any) -> str:
+def data_digest(data: Any) -> str:
     """Return a short digest of plain data, equal whenever the data are.
 
-    >>> fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
+    >>> data_digest({"a": 1, "b": [2]}) == data_digest({"b": [2], "a": 1})
     True
     """
     text = json.dumps(data, sort_keys=True, ensure_ascii=False)

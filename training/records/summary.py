@@ -1,20 +1,50 @@
 """One page about a run, drawn from its record: `summary.html`, which needs no other file and no network."""
 
 import base64
-from html import escape
 from pathlib import Path
 from typing import Any
+
+import jinja2
 
 from training.measure.suites import results_table
 from training.records.sample import sample_lines
 
-STYLE = """
+FIGURES = ("loss.png", "token_accuracy.png", "accuracy_by_position.png")
+# Autoescape: names and texts of a run may hold what looks like HTML.
+PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
+<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ run.recipe_name }}</title><style>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .2rem .8rem; border-bottom: 1px solid #ddd }
 th { text-align: left } td { text-align: right } td:first-child { text-align: left }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 13px } img { max-width: 100% }
-"""
-FIGURES = ("loss.png", "token_accuracy.png", "accuracy_by_position.png")
+</style></head><body>
+<h1>{{ run.recipe_name }}</h1>
+<p>{{ run.description or "" }}</p>
+<p><code>{{ run.command }}</code><br>{{ run.created_at }}, commit {{ (code.commit ~ "")[:12] }}
+{{- " with changes" if code.dirty }}, {{ hardware.device }}, {{ hardware.processes }}
+process{{ "es" if hardware.processes != 1 }}</p>
+<h2>Measured on the test split</h2>
+<pre>{{ results }}</pre>
+<h2>Stages</h2>
+<table><tr>{% for head in ("stage", "steps", "time", "tokens per second", "peak memory", "last values") %}
+<th>{{ head }}</th>{% endfor %}</tr>
+{% for name, stage in stages.items() %}
+<tr><td>{{ name }}</td><td>{{ "{:,}".format(stage.steps) }}</td><td>{{ "%.1f" % (stage.seconds / 60) }} min</td>
+<td>{{ "{:,.0f}".format(stage.text_tokens_per_second) }}</td>
+<td>{{ "%.1f" % (stage.peak_memory_bytes.process / 2**30) }} GiB</td>
+<td>{% for value in last_values(stage.series or []) %}{{ value }}<br>{% endfor %}</td></tr>
+{% endfor %}
+</table>
+{% if sample %}
+<h2>From text to memories and back</h2>
+<pre>{{ sample }}</pre>
+{% endif %}
+{% for title, data in figures %}
+<h2>{{ title | capitalize }}</h2><img alt="{{ title }}" src="data:image/png;base64,{{ data }}">
+{% endfor %}
+</body></html>
+""")
 
 
 def write_summary(record: dict[str, Any], folder: Path) -> str:
@@ -27,53 +57,21 @@ def write_summary(record: dict[str, Any], folder: Path) -> str:
     Returns:
         `str`: The page's name.
     """
-    run, code, hardware = record["run"], record["code"], record["hardware"]
-    processes = hardware["processes"]
-    parts = [
-        f"<h1>{escape(run['recipe_name'])}</h1>",
-        f"<p>{escape(run.get('description', ''))}</p>",
-        f"<p><code>{escape(run['command'])}</code><br>{escape(run['created_at'])}, commit "
-        f"{escape(str(code['commit'])[:12])}{' with changes' if code['dirty'] else ''}, {escape(hardware['device'])}, "
-        f"{processes} process{'es' if processes != 1 else ''}</p>",
-        "<h2>Measured on the test split</h2>",
-        f"<pre>{escape(results_table(record['metrics']))}</pre>",
-        "<h2>Stages</h2>",
-        stages_table(record["stages"]),
-    ]
-    if record.get("sample") is not None:
-        parts += ["<h2>From text to memories and back</h2>"]
-        parts += [f"<pre>{escape(chr(10).join(sample_lines(record['sample'])))}</pre>"]
-    for name in FIGURES:
-        if (folder / "figures" / name).is_file():
-            data = base64.b64encode((folder / "figures" / name).read_bytes()).decode()
-            title = name.removesuffix(".png").replace("_", " ")
-            parts += [f"<h2>{title.capitalize()}</h2>", f'<img alt="{title}" src="data:image/png;base64,{data}">']
-    head = f'<meta charset="utf-8"><title>{escape(run["recipe_name"])}</title><style>{STYLE}</style>'
-    page = f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+    sample = record.get("sample")
+    files = [folder / "figures" / name for name in FIGURES]
+    page = PAGE.render(
+        **{name: record[name] for name in ("run", "code", "hardware", "stages")},
+        results=results_table(record["metrics"]),
+        sample=None if sample is None else "\n".join(sample_lines(sample)),
+        figures=[
+            (file.stem.replace("_", " "), base64.b64encode(file.read_bytes()).decode())
+            for file in files
+            if file.is_file()
+        ],
+        last_values=last_values,
+    )
     (folder / "summary.html").write_text(page, encoding="utf-8")
     return "summary.html"
-
-
-def stages_table(stages: dict[str, Any]) -> str:
-    """Steps, time, speed, memory and last losses of each stage, and the last look at its memories, as HTML.
-
-    >>> stage = {"steps": 9, "seconds": 61.0, "text_tokens_per_second": 5.0, "peak_memory_bytes": {"process": 2**30}}
-    >>> "<td>9</td><td>1.0 min</td><td>5</td><td>1.0 GiB</td><td></td>" in stages_table({"copy": stage})
-    True
-    """
-    heads = ("stage", "steps", "time", "tokens per second", "peak memory", "last values")
-    rows = ["".join(f"<th>{head}</th>" for head in heads)]
-    for name, stage in stages.items():
-        cells = (
-            escape(name),
-            f"{stage['steps']:,}",
-            f"{stage['seconds'] / 60:.1f} min",
-            f"{stage['text_tokens_per_second']:,.0f}",
-            f"{stage['peak_memory_bytes']['process'] / 2**30:.1f} GiB",
-            "<br>".join(last_values(stage.get("series", []))),
-        )
-        rows.append("".join(f"<td>{cell}</td>" for cell in cells))
-    return "<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
 
 
 def last_values(series: list[dict[str, Any]]) -> list[str]:

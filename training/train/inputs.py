@@ -21,7 +21,7 @@ from training.data.tokenizer import (
     train_tokenizer,
 )
 from training.recipes.recipe import PretrainedRecipe, Recipe, resolve_documents
-from training.records.record import fingerprint, read_json, write_json
+from training.records.record import data_digest, read_json, write_json
 from training.train.checkpoints import check_same, replace_folder
 
 SPLITS = ("train", "validation", "test")
@@ -98,7 +98,7 @@ def prepare_inputs(recipe: Recipe, folder: Path, state: PartialState) -> Inputs:
         tokens,
         byte_lengths_of(tokenizer),
         description,
-        fingerprint(description),
+        data_digest(description),
         stream,
         texts if any(recipe.encoder_of(stage) is not None for stage in recipe.stages) else {},
     )

@@ -36,7 +36,7 @@ from training.data.questions import Questions, RowsWithQuestions, read_questions
 from training.data.rows import ObjectiveCollator, TokenRows
 from training.data.token_stream import StreamedRows
 from training.recipes.recipe import STAGE_OBJECTIVES, Recipe, StageRecipe, resolve_files
-from training.records.record import fingerprint, peak_memory_bytes, read_json, write_json
+from training.records.record import data_digest, peak_memory_bytes, read_json, write_json
 from training.train.build import build_stage_model, check_described, count_parameters, parameter_report, report_lines
 from training.train.checkpoints import check_same, last_complete_checkpoint, replace_folder
 from training.train.inputs import Inputs
@@ -109,14 +109,14 @@ class StageRunner:
             ValueError: If the stage's folder was begun with other settings, text or sources.
         """
         folder = self.folder / stage.name
-        check_same(read_json(folder / "started.json"), self.describe(stage), folder)
+        check_same(read_json(folder / "started.json"), self.identity(stage), folder)
         return read_json(folder / "stage.json")
 
     def run(self, stage: StageRecipe) -> dict[str, Any]:
         """Train a stage, from its last checkpoint if there is one; return its entry for the record."""
         folder = self.folder / stage.name
         if self.state.is_main_process:
-            write_json(folder / "started.json", self.describe(stage))
+            write_json(folder / "started.json", self.identity(stage))
         self.state.wait_for_everyone()
         result = self._train(stage, folder)
         if self.state.is_main_process:
@@ -126,7 +126,7 @@ class StageRunner:
             raise StoppedError(f"stopped by SIGTERM; stage {stage.name} is done; rerun the same command to resume")
         return result
 
-    def describe(self, stage: StageRecipe) -> dict[str, Any]:
+    def identity(self, stage: StageRecipe) -> dict[str, Any]:
         """Everything that decides what a stage's weights become, and nothing else: the rest may change on the way."""
         mapping = self.recipe.to_mapping()
         index = [other.name for other in self.recipe.stages].index(stage.name)
@@ -139,10 +139,10 @@ class StageRunner:
             "inputs": self.inputs.fingerprint,
             "processes": self.state.num_processes,
             "after": {
-                name: fingerprint(
+                name: data_digest(
                     mapping["pretrained"][name]
                     if name in self.recipe.pretrained
-                    else self.describe(self.recipe.stage(name))
+                    else self.identity(self.recipe.stage(name))
                 )
                 for name in sorted(sources)
             },
