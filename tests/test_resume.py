@@ -7,6 +7,7 @@ import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from tests.test_run import assert_same_weights, recipe, short_recipe  # noqa: F4
 from tests.test_trainer import SPECIAL, trainer
 from training.data.objectives import BatchSpec
 from training.data.rows import ObjectiveCollator
+from training.recipes.recipe import load_recipe
 from training.run import main
 from training.train import checkpoints, stages
 from training.train import trainer as trainer_module
@@ -198,3 +200,20 @@ def test_frozen_weights_of_another_model_are_not_linked(tmp_path: Path):
         checkpoints.save_split(network, tmp_path / str(seed), tmp_path)
         loaded = MemoryEncoderDecoderForCausalLM.from_pretrained(tmp_path / str(seed))
         assert torch.equal(next(loaded.encoder.parameters()), next(network.encoder.parameters()))
+
+
+@pytest.mark.parametrize(
+    "name", ["save_steps", "save_total_limit", "logging_steps", "eval_steps", "eval_rows", "num_workers"]
+)
+def test_settings_that_weights_do_not_depend_on_may_change_on_the_way(name: str, tmp_path: Path):
+    """A stage that was killed goes on when its owner saves more often; with another seed it does not."""
+    inputs: Any = SimpleNamespace(tokenizer=None, special_tokens=None, fingerprint="text")
+
+    def identity(*overrides: str) -> dict[str, Any]:
+        given = load_recipe("debug_cpu", overrides)
+        return stages.StageRunner(given, tmp_path, inputs).identity(given.stage("copy"))
+
+    before = identity()
+    for stage in ("copy", "blank_copy", "decoder"):
+        assert identity(f"stages.{stage}.training.{name}=3") == before
+        assert identity(f"stages.{stage}.training.learning_rate=0.5") != before

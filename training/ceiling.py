@@ -178,13 +178,8 @@ def optimise_memories(
         logits = logits_of(units * scale, tokens)
         correct, losses = token_results(logits, tokens)
         with torch.no_grad():
-            now = Written(
-                (units * scale).detach().clone(),
-                losses.detach().clone(),
-                correct,
-                torch.where(correct.all(1), step, -1),
-                [],
-            )
+            written_at = torch.where(correct.all(1), step, -1)
+            now = Written((units * scale).detach().clone(), losses.detach().clone(), correct, written_at, [])
             best = now if best is None else _better(best, now)
         done = until_exact and bool((best.steps >= 0).all())
         if step % log_steps == 0 or step == steps or done:

@@ -19,6 +19,48 @@ In the layout `"self"` the source is plain text that the model folds into memori
 `context_input_ids`, and slot tokens stand for its memories. `build_batch` makes both. `shift_labels[b, t]` is what
 position t must output, -100 where nothing is learnt.
 
+>>> ids = SpecialTokens(pad=0, bos=1, eos=2, memory=99, copy=3, blank=4)
+>>> x = torch.tensor([[5, 6, 7, 8, 9]])
+>>> def show(objective, **options):
+...     batch = build_batch(objective, x, BatchSpec(ids, chunk_length=5, window_length=5, **options))
+...     for name in ("context_input_ids", "input_ids", "shift_labels"):
+...         if name in batch:
+...             print(name, batch[name].tolist())
+>>> show("copy")
+input_ids [[5, 6, 7, 8, 9, 3, 5, 6, 7, 8]]
+shift_labels [[-100, -100, -100, -100, -100, 5, 6, 7, 8, 9]]
+>>> show("blank_copy")
+input_ids [[5, 6, 7, 8, 9, 4, 4, 4, 4, 4]]
+shift_labels [[-100, -100, -100, -100, -100, 5, 6, 7, 8, 9]]
+>>> show("copy", marker="none")
+input_ids [[5, 6, 7, 8, 9, 5, 6, 7, 8, 9]]
+shift_labels [[-100, -100, -100, -100, 5, 6, 7, 8, 9, -100]]
+>>> show("blank_copy", marker="none", mixed_with_causal=True)
+input_ids [[5, 6, 7, 8, 9, 4, 4, 4, 4, 4]]
+shift_labels [[-100, -100, -100, -100, -100, 6, 7, 8, 9, -100]]
+>>> show("copy", layout="slots", memories_per_chunk=2)
+context_input_ids [[[5, 6, 7, 8, 9]]]
+input_ids [[99, 99, 3, 5, 6, 7, 8]]
+shift_labels [[-100, -100, 5, 6, 7, 8, 9]]
+
+The last token of a window predicts the first of the next. In the slots layout the last *slot* stands there; it
+predicts nothing, so the first token of the text (here 9) is shown and not asked for:
+
+>>> x = torch.tensor([[5, 6, 7, 8, 9, 10]])
+>>> batch = build_batch("causal", x, BatchSpec(ids, chunk_length=2, window_length=4, layout="slots"))
+>>> batch["context_input_ids"].tolist(), batch["input_ids"].tolist(), batch["shift_labels"].tolist()
+([[[5, 6], [7, 8]]], [[99, 99, 9, 10]], [[-100, -100, 10, -100]])
+
+Distillation has the same inputs, and beside them the whole text for the teacher:
+
+>>> x = torch.tensor([[5, 6, 7, 8, 9]])
+>>> spec = BatchSpec(ids, chunk_length=2, window_length=2, layout="slots", source_length=2)
+>>> batch = build_batch("distillation", x, spec)
+>>> batch["input_ids"].tolist(), batch["shift_labels"].tolist()
+([[99, 7, 8, 9]], [[-100, 8, 9, -100]])
+>>> batch["teacher_input_ids"].tolist(), batch["teacher_labels"].tolist()
+([[5, 6, 7, 8, 9]], [[-100, -100, 8, 9, -100]])
+
 B batch, n tokens of a row, H tokens of a source, T columns of a batch, C chunks, L chunk length, K memories per chunk.
 
 Source: Badger 2026, arXiv 2602.13466, copy and blank copy objectives and curriculum. There the copy has no marker
@@ -392,62 +434,18 @@ def build_batch(
         context (`ReadyContext`, *optional*): The source, for an encoder with its own tokenizer.
         starts (`torch.LongTensor` of shape `(B,)`, *optional*): For recall: where in its source each prompt begins.
         turns (`Turns`, *optional*): For qa: the conversations.
-        end (`bool`): For the copies in the slots layout: sources may end anywhere, with a short last chunk, and where
-            a row leaves room the end token is asked for after its last token.
+        end (`bool`): For copies in slots: sources may end anywhere, and their end is asked for where a row has room.
 
     Returns:
         `dict`: `input_ids`, `attention_mask` and `shift_labels`, each `(B, T)`; in the slots layout also
-        `context_input_ids` and `context_attention_mask`, each `(B, C, L)`. For distillation also what the teacher
-        reads and outputs, `teacher_input_ids`, `teacher_attention_mask` and `teacher_labels`, each `(B, T')`: its
-        targets are those of `shift_labels`, row by row in the same order. For reconstruction `input_ids`,
-        `attention_mask` and `labels`, each `(chunks, L)`. All but the teacher's are arguments of the models'
-        `forward`.
+        `context_input_ids` and `context_attention_mask`, each `(B, C, L)`. For distillation also
+        `teacher_input_ids`, `teacher_attention_mask` and `teacher_labels`, each `(B, T')`, with the targets of
+        `shift_labels` in the same order. For reconstruction `input_ids`, `attention_mask` and `labels`, each
+        `(chunks, L)`. All but the teacher's are arguments of the models' `forward`.
 
     Raises:
         ValueError: If a name is unknown, a shape does not fit, a row is empty, a source is not a whole number of
             windows, or an id that is needed is not set.
-
-    >>> ids = SpecialTokens(pad=0, bos=1, eos=2, memory=99, copy=3, blank=4)
-    >>> x = torch.tensor([[5, 6, 7, 8, 9]])
-    >>> def show(objective, **options):
-    ...     batch = build_batch(objective, x, BatchSpec(ids, chunk_length=5, window_length=5, **options))
-    ...     for name in ("context_input_ids", "input_ids", "shift_labels"):
-    ...         if name in batch:
-    ...             print(name, batch[name].tolist())
-    >>> show("copy")
-    input_ids [[5, 6, 7, 8, 9, 3, 5, 6, 7, 8]]
-    shift_labels [[-100, -100, -100, -100, -100, 5, 6, 7, 8, 9]]
-    >>> show("blank_copy")
-    input_ids [[5, 6, 7, 8, 9, 4, 4, 4, 4, 4]]
-    shift_labels [[-100, -100, -100, -100, -100, 5, 6, 7, 8, 9]]
-    >>> show("copy", marker="none")
-    input_ids [[5, 6, 7, 8, 9, 5, 6, 7, 8, 9]]
-    shift_labels [[-100, -100, -100, -100, 5, 6, 7, 8, 9, -100]]
-    >>> show("blank_copy", marker="none", mixed_with_causal=True)
-    input_ids [[5, 6, 7, 8, 9, 4, 4, 4, 4, 4]]
-    shift_labels [[-100, -100, -100, -100, -100, 6, 7, 8, 9, -100]]
-    >>> show("copy", layout="slots", memories_per_chunk=2)
-    context_input_ids [[[5, 6, 7, 8, 9]]]
-    input_ids [[99, 99, 3, 5, 6, 7, 8]]
-    shift_labels [[-100, -100, 5, 6, 7, 8, 9]]
-
-    The last token of a window predicts the first of the next. In the slots layout the last *slot* stands there; it
-    predicts nothing, so the first token of the text (here 9) is shown and not asked for:
-
-    >>> x = torch.tensor([[5, 6, 7, 8, 9, 10]])
-    >>> batch = build_batch("causal", x, BatchSpec(ids, chunk_length=2, window_length=4, layout="slots"))
-    >>> batch["context_input_ids"].tolist(), batch["input_ids"].tolist(), batch["shift_labels"].tolist()
-    ([[[5, 6], [7, 8]]], [[99, 99, 9, 10]], [[-100, -100, 10, -100]])
-
-    Distillation has the same inputs, and beside them the whole text for the teacher:
-
-    >>> x = torch.tensor([[5, 6, 7, 8, 9]])
-    >>> spec = BatchSpec(ids, chunk_length=2, window_length=2, layout="slots", source_length=2)
-    >>> batch = build_batch("distillation", x, spec)
-    >>> batch["input_ids"].tolist(), batch["shift_labels"].tolist()
-    ([[99, 7, 8, 9]], [[-100, 8, 9, -100]])
-    >>> batch["teacher_input_ids"].tolist(), batch["teacher_labels"].tolist()
-    ([[5, 6, 7, 8, 9]], [[-100, -100, 8, 9, -100]])
     """
     _check_options(objective, spec)
     _check_context(objective, spec, context, end)
@@ -466,20 +464,19 @@ def build_batch(
     if spec.layout == "self":
         return _batch([source, text], pad)
     chunks, chunks_mask = _chunks_of(source, spec) if context is None else _ready_chunks(context, len(tokens))
-    slots = _slot_columns(
-        chunks_mask, spec.memories_per_chunk, spec.special_tokens.require("memory", "the slots layout")
-    )
+    slot = spec.special_tokens.require("memory", "the slots layout")
+    slots = _slot_columns(chunks_mask, spec.memories_per_chunk, slot)
     batch = {**_batch([slots, text], pad), "context_input_ids": chunks, "context_attention_mask": chunks_mask}
-    if objective != "distillation":
-        return batch
+    return {**batch, **_for_teacher(source, text, context, pad)} if objective == "distillation" else batch
+
+
+def _for_teacher(source: Columns, text: Columns, context: ReadyContext | None, pad: int) -> dict[str, torch.Tensor]:
+    """Return what distillation's teacher reads: the full source, then the text."""
     if context is not None and context.tokens is not None:
-        source_mask = _check_rows("the source", context.tokens, context.tokens_mask)
-        own, source_mask = _pack_left(source_mask, context.tokens, source_mask)
-        source = Columns(own, torch.full_like(own, IGNORED), source_mask)
-    return {
-        **batch,
-        **{f"teacher_{name.removeprefix('shift_')}": part for name, part in _batch([source, text], pad).items()},
-    }
+        mask = _check_rows("the source", context.tokens, context.tokens_mask)
+        own, mask = _pack_left(mask, context.tokens, mask)
+        source = Columns(own, torch.full_like(own, IGNORED), mask)
+    return {f"teacher_{name.removeprefix('shift_')}": part for name, part in _batch([source, text], pad).items()}
 
 
 def _source_and_text(

@@ -54,17 +54,7 @@ def train_tokenizer(
         )
     if isinstance(texts, str):
         raise ValueError("texts is a single string; expected a list of documents. Wrap it: [text].")
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in TABLE_SPECIALS],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    sample = texts if max_bytes is None else _evenly(list(texts), max_bytes)
-    backend.train_from_iterator(sample, trainer=trainer)
+    backend = _trained(texts if max_bytes is None else _evenly(list(texts), max_bytes), vocab_size)
     reached = backend.get_vocab_size()
     if reached != vocab_size:
         raise ValueError(
@@ -81,6 +71,20 @@ def train_tokenizer(
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+
+
+def _trained(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in TABLE_SPECIALS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer=trainer)
+    return backend
 
 
 def special_tokens_of(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:

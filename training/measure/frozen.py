@@ -205,12 +205,7 @@ def load_encoder(
             "config.json and weights"
         ) from error
     body, bottleneck = _body(place, config, trust_remote_code, fresh, seed)
-    try:
-        loaded = AutoTokenizer.from_pretrained(tokenizer or place, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{tokenizer or place} has no tokenizer; name one with --tokenizer") from error
-    if not getattr(loaded, "is_fast", False):
-        raise ValueError(f"{tokenizer or place} has no fast tokenizer (tokenizer.json); name one with --tokenizer")
+    loaded = _fast_tokenizer(tokenizer or place, trust_remote_code)
     prefix, suffix = special_tokens_around(loaded)
     own = config.model_type in OWN_TYPES
     pooling = build_pooling(config.pooling, config.memories_per_chunk) if own and position is None else None
@@ -232,6 +227,16 @@ def load_encoder(
     )
     check_encoder(encoder)
     return encoder
+
+
+def _fast_tokenizer(place: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        loaded = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{place} has no tokenizer; name one with --tokenizer") from error
+    if not getattr(loaded, "is_fast", False):
+        raise ValueError(f"{place} has no fast tokenizer (tokenizer.json); name one with --tokenizer")
+    return loaded
 
 
 def _body(

@@ -229,17 +229,7 @@ def invert(
         raise ValueError("the shuffled control needs two texts or more in training and in the test; give longer text")
     device = device or encoder.body.device
     length = train.tokens.shape[1]
-    num_vectors = encoder.num_vectors(length)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(budget.seed)
-        decoder = VectorDecoder(
-            size,
-            num_vectors=num_vectors,
-            width=encoder.width,
-            length=length,
-            vocab_size=encoder.vocab_size,
-            known_ids=repeated_ids(train.tokens),
-        )
+    decoder = _fresh_decoder(encoder, train, size, budget.seed)
     model = Inverter(encoder.to(device), decoder).to(device)
     read = vectors or (lambda rows: read_all(encoder, rows.tokens))
     known = None if model.trains_table else read(train)
@@ -259,26 +249,55 @@ def invert(
         return nn.functional.cross_entropy(logits.float().flatten(0, 1), rows.flatten())
 
     losses = fit(model, loss_of_step, budget, checkpoint=checkpoint, label=label)
-    with torch.no_grad():
-        known = None if model.trains_table else read(test)
-        parts = []
-        for index in torch.arange(len(test)).split(max(1, 8192 // length)):
-            targets = test.tokens[index].to(device)
-            logits = decoder(vectors_of(test, index, known))
-            correct, nats = decoder.token_results(logits, targets)
-            parts.append(Scores(nats.cpu(), correct.cpu(), targets.cpu()))
-    result = summarise_scores(Scores.join(parts), encoder.vocab_size, period=length)
-    num_bytes, num_numbers = int(test.num_bytes.sum()), num_vectors * encoder.width
-    bits = num_numbers * 32 * len(test)  # float32, as they are read
-    return result | {
-        "num_bytes": num_bytes,
-        "bits_per_byte": bits_per_byte(result["loss"], result["num_tokens"], num_bytes),
-        "bits_per_byte_with_memory": bits_per_byte(result["loss"], result["num_tokens"], num_bytes, memory_bits=bits),
+    known = None if model.trains_table else read(test)
+    scores = _score(decoder, test, device, lambda index: vectors_of(test, index, known))
+    num_vectors = encoder.num_vectors(length)
+    result = summarise_scores(scores, encoder.vocab_size, period=length)
+    return _with_bytes(result, test, num_vectors * encoder.width) | {
         "num_vectors": num_vectors,
-        "numbers_per_text": num_numbers,
         "final_train_loss": sum(losses[-20:]) / len(losses[-20:]),
         "train_texts": len(train),
         "train_tokens_read": order.rows(0).numel() * length * budget.steps,
         "unknown_test_tokens": int(decoder.is_unknown(test.tokens.to(device)).sum()),
         "decoder_parameters": sum(p.numel() for p in decoder.parameters()),
+    }
+
+
+def _fresh_decoder(encoder: FrozenEncoder, train: TextRows, size: DecoderSize, seed: int) -> VectorDecoder:
+    """Build the decoder for an encoder's vectors of such texts; no random number of the caller is used up."""
+    length = train.tokens.shape[1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return VectorDecoder(
+            size,
+            num_vectors=encoder.num_vectors(length),
+            width=encoder.width,
+            length=length,
+            vocab_size=encoder.vocab_size,
+            known_ids=repeated_ids(train.tokens),
+        )
+
+
+@torch.no_grad()
+def _score(
+    decoder: VectorDecoder, test: TextRows, device: torch.device, vectors: Callable[[torch.Tensor], torch.Tensor]
+) -> Scores:
+    """Score what a decoder writes of texts from their vectors."""
+    parts = []
+    for index in torch.arange(len(test)).split(max(1, 8192 // test.tokens.shape[1])):
+        targets = test.tokens[index].to(device)
+        correct, nats = decoder.token_results(decoder(vectors(index)), targets)
+        parts.append(Scores(nats.cpu(), correct.cpu(), targets.cpu()))
+    return Scores.join(parts)
+
+
+def _with_bytes(result: dict[str, Any], test: TextRows, num_numbers: int) -> dict[str, Any]:
+    """Add bits per byte, with and without the vectors' own bits, to the metrics of texts."""
+    loss, total, num_bytes = result["loss"], result["num_tokens"], int(test.num_bytes.sum())
+    bits = num_numbers * 32 * len(test)  # float32, as they are read
+    return result | {
+        "num_bytes": num_bytes,
+        "bits_per_byte": bits_per_byte(loss, total, num_bytes),
+        "bits_per_byte_with_memory": bits_per_byte(loss, total, num_bytes, memory_bits=bits),
+        "numbers_per_text": num_numbers,
     }

@@ -94,7 +94,7 @@ def fit(
         loss_of_step (`Callable`): Number of the step -> loss, a scalar. It must depend on nothing but the number and
             the module, so that a run that was interrupted repeats nothing and skips nothing.
         budget (`Budget`): Steps and rates.
-        checkpoint (`Path`, *optional*): File that the state is kept in; a second call goes on from there.
+        checkpoint (`Path`, *optional*): File that the state is kept in; a second call resumes from it.
         save_steps (`int`): Steps between two savings.
         label (`str`): What the progress bar is headed by.
 
@@ -104,19 +104,7 @@ def fit(
     Raises:
         ValueError: If the loss is not finite.
     """
-    optimizer = build_optimizer(
-        module,
-        optimizer=budget.optimizer,
-        learning_rate=budget.learning_rate,
-        muon_learning_rate=budget.muon_learning_rate,
-    )
-    scheduler = get_scheduler(
-        "warmup_stable_decay",
-        optimizer,
-        num_warmup_steps=round(budget.warmup * budget.steps),
-        num_training_steps=budget.steps,
-        scheduler_specific_kwargs={"num_decay_steps": round(budget.decay * budget.steps), "decay_type": "linear"},
-    )
+    optimizer, scheduler = _optimizer_and_schedule(module, budget)
     device = next(module.parameters()).device
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     losses: list[float] = []
@@ -127,9 +115,8 @@ def fit(
             part.load_state_dict(state[name])
         losses = state["losses"]
     module.train()
-    bar = tqdm(
-        total=budget.steps, initial=len(losses), desc=label, leave=False, disable=None, file=sys.stderr, mininterval=1
-    )
+    shown: dict[str, Any] = {"leave": False, "disable": None, "file": sys.stderr, "mininterval": 1}
+    bar = tqdm(total=budget.steps, initial=len(losses), desc=label, **shown)
     for step in range(len(losses), budget.steps):
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=budget.bf16):
             loss = loss_of_step(step)
@@ -151,3 +138,20 @@ def fit(
     bar.close()
     module.eval()
     return losses
+
+
+def _optimizer_and_schedule(module: nn.Module, budget: Budget) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = build_optimizer(
+        module,
+        optimizer=budget.optimizer,
+        learning_rate=budget.learning_rate,
+        muon_learning_rate=budget.muon_learning_rate,
+    )
+    scheduler = get_scheduler(
+        "warmup_stable_decay",
+        optimizer,
+        num_warmup_steps=round(budget.warmup * budget.steps),
+        num_training_steps=budget.steps,
+        scheduler_specific_kwargs={"num_decay_steps": round(budget.decay * budget.steps), "decay_type": "linear"},
+    )
+    return optimizer, scheduler
