@@ -10,7 +10,7 @@ from matplotlib.ticker import PercentFormatter
 from benchmarks.cost_tables import PATHS, by_length, measured_shapes
 from benchmarks.quality_tables import READERS, document_losses
 from benchmarks.table import Record, pick
-from training.figures import COLOURS, write_ceiling_figure, write_figures, write_probe_figure
+from training.records.figures import COLOURS, write_ceiling_figure, write_figures, write_probe_figure
 
 
 def draw_quickstart(record: Record, folder: Path) -> list[str]:

@@ -16,8 +16,15 @@ import torch
 import transformers
 
 from training.command_line import run_command
-from training.record import FORMAT_VERSION, describe_code, describe_hardware, read_json, write_json, write_record
-from training.strict_yaml import REPOSITORY, portable_path, portable_paths, portable_word
+from training.places import REPOSITORY, portable_path, portable_paths, portable_word
+from training.records.record import (
+    FORMAT_VERSION,
+    describe_code,
+    describe_hardware,
+    read_json,
+    write_json,
+    write_record,
+)
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 

@@ -4,7 +4,7 @@ import statistics
 from typing import Any
 
 from benchmarks.table import TOKENS, Record, Table, count, percent, pick
-from training.sample import sample_lines
+from training.records.sample import sample_lines
 
 MINUTE, GIBIBYTE = 60, 2**30
 

@@ -24,13 +24,14 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-import training.figures
+import training.records.figures
 from benchmarks import cost_tables, drawings, quality_tables
 from benchmarks.drawings import DRAWINGS
 from benchmarks.store_tables import store_faults_lines, store_lines, store_search_lines
 from benchmarks.table import Record, Table, print_table, source
-from training.record import fingerprint, read_json
-from training.strict_yaml import REPOSITORY, nearest
+from training.places import REPOSITORY
+from training.recipes.strict_yaml import nearest
+from training.records.record import data_digest, read_json
 
 PAGES = ("README.md", "docs/*.md", "benchmarks/README.md", "configuration/README.md")
 BLOCK = re.compile(
@@ -169,12 +170,12 @@ def stamp_of(record: Record) -> str:
     """
     lines = [
         line.strip()
-        for module in (drawings, training.figures)
+        for module in (drawings, training.records.figures)
         for line in inspect.getsource(module).splitlines()
         if line.strip() and not line.startswith(("import ", "from ", "#"))
     ]
     code = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    return f"{fingerprint(record)} {code[:16]}"
+    return f"{data_digest(record)} {code[:16]}"
 
 
 def figure_path(root: Path, record: str, name: str) -> Path:

@@ -42,8 +42,8 @@ from modeling_memory import (
     MemoryEncoderDecoderForCausalLM,
     MemoryEncoderDecoderModel,
 )
-from training.record import describe_code, peak_memory_bytes, read_json, write_json
-from training.strict_yaml import REPOSITORY
+from training.places import REPOSITORY
+from training.records.record import describe_code, peak_memory_bytes, read_json, write_json
 
 PROMPT = 64
 TARGETS = {"exponent": 1.1, "cache_share": 1 / 14, "tokens": 16384}

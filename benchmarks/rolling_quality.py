@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM
-from training.data import load_texts
-from training.record import read_json
-from training.strict_yaml import REPOSITORY
+from training.data.texts import load_texts
+from training.places import REPOSITORY
+from training.records.record import read_json
 
 ROWS = 512
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import describe_run, save_record
-from training.record import read_json
-from training.strict_yaml import REPOSITORY, portable_path
+from training.places import REPOSITORY, portable_path
+from training.records.record import read_json
 
 # Of a run whose models a snippet loads: what tells which run it was.
 RUN_RECORD = "model_cards/starter-tiny/record.json"

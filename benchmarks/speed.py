@@ -31,7 +31,7 @@ from benchmarks.measure import (
 )
 from modeling_memory import MaskedMixerConfig, MemoryEncoderDecoderConfig, MemoryEncoderDecoderForCausalLM
 from tests.reference import memory_loop
-from training.record import peak_memory_bytes
+from training.records.record import peak_memory_bytes
 
 # float32 sums in another order: 4e-6 of the largest value measured, gradients included.
 TOLERANCE = 1e-4

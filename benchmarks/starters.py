@@ -20,11 +20,11 @@ from huggingface_hub import ModelCard
 from benchmarks.measure import benchmark_parser, describe_run, run_benchmark
 from benchmarks.quality_tables import starters as starters_table
 from benchmarks.table import print_table
-from training.data import load_texts
-from training.evaluate import evaluate
-from training.hub_folder import load_checkpoint, load_processor
-from training.record import read_json
-from training.strict_yaml import REPOSITORY
+from training.data.texts import load_texts
+from training.evaluate import measure_suites
+from training.places import REPOSITORY
+from training.publishing.hub_folder import load_checkpoint, load_processor
+from training.records.record import read_json
 
 Record = dict[str, Any]
 
@@ -87,7 +87,7 @@ def measure_starter(folder: Path, *, limit: int, repetitions: int) -> Record:
         for split in SPLITS:
             documents = load_texts([CORPORA / text / f"{split}.parquet"])
             rows = limit * ROW_LENGTH // (length or config.chunk_length)
-            metrics = evaluate(model, tokenizer, documents, suites, limit=rows, length=length, batch_size=16)
+            metrics = measure_suites(model, tokenizer, documents, suites, limit=rows, length=length, batch_size=16)
             found["splits"][f"{text}, {split}"] = {
                 suite: {
                     condition: {name: values[name] for name in KEPT if name in values}

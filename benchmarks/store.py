@@ -25,13 +25,13 @@ from benchmarks.measure import compare, describe_run, interleave, save_record, s
 from modeling_memory import MemoryStore, quantization_report
 from modeling_memory.memory_codec import DTYPES
 from modeling_memory.memory_fingerprint import fingerprint
-from training.data import file_checksums, load_texts
-from training.objectives import IGNORED, SpecialTokens
-from training.recipe import resolve_files
+from training.data.objectives import IGNORED, SpecialTokens
+from training.data.texts import file_checksums, load_texts
+from training.data.tokenizer import special_tokens_of
+from training.measure.suites import spread_rows
+from training.places import REPOSITORY, portable_path
+from training.recipes.recipe import resolve_files
 from training.remember import load_memory_model
-from training.strict_yaml import REPOSITORY, portable_path
-from training.suites import spread_rows
-from training.tokenizer import special_tokens_of
 
 BATCH = 256
 TEXT = "training/corpora/books/test.parquet"

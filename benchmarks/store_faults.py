@@ -40,7 +40,7 @@ import torch
 from benchmarks.measure import describe_run, save_record
 from modeling_memory import MemoryStore, MemoryStoreError, StoredText
 from modeling_memory.memory_shard import text_digest
-from training.strict_yaml import REPOSITORY
+from training.places import REPOSITORY
 
 WIDTH = 8
 PARTS = ("encoder", "projector", "tokenizer", "cut")

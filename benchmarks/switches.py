@@ -30,17 +30,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.measure import UnequalPathsError, benchmark_parser, describe_run, interleave, run_benchmark, spread
 from benchmarks.speed import QUICK, Sizes, build_model, random_tokens
-from training.chunked_loss import chunked_cross_entropy
-from training.data import tokenise_documents
-from training.documents import DocumentRows
-from training.encoded import encode_once
-from training.objectives import SpecialTokens
-from training.record import fingerprint, read_json, write_json
-from training.rows import ObjectiveCollator, TokenRows
-from training.sources import read_file
-from training.strict_yaml import REPOSITORY
-from training.tokenizer import train_tokenizer
-from training.trainer import checkpoint_activations, compile_blocks, run_objective, run_objective_chunked
+from training.data.documents import DocumentRows
+from training.data.encoded import encode_once
+from training.data.objectives import BatchSpec, SpecialTokens
+from training.data.rows import ObjectiveCollator, TokenRows
+from training.data.sources import read_file
+from training.data.texts import tokenise_documents
+from training.data.tokenizer import train_tokenizer
+from training.places import REPOSITORY
+from training.records.record import data_digest, read_json, write_json
+from training.train.chunked_loss import chunked_cross_entropy
+from training.train.trainer import checkpoint_activations, compile_blocks, run_objective, run_objective_chunked
 
 SEED, ROWS, CHUNK_OF_LOSS = 0, 16, 256
 TOLERANCE = {"bf16": 2e-2, "all three": 2e-2, "compiled, all three": 2e-2}
@@ -78,11 +78,13 @@ def batches(sizes: Sizes, model: Any, folder: Path) -> dict[str, dict[str, torch
     encoded = encode_once(model, tokens, folder, bf16=False, device=torch.device("cpu"))
     collator = ObjectiveCollator(
         ["blank_copy"],
-        special_tokens(sizes),
-        chunk_length=sizes.chunk_length,
-        window_length=sizes.window_length,
-        memories_per_chunk=sizes.memories_per_chunk,
-        layout="slots",
+        BatchSpec(
+            special_tokens(sizes),
+            chunk_length=sizes.chunk_length,
+            window_length=sizes.window_length,
+            memories_per_chunk=sizes.memories_per_chunk,
+            layout="slots",
+        ),
     )
     rows = TokenRows(tokens, row_length=source, num_items=ROWS, seed=SEED, encoded=encoded)
     items = [rows[i] for i in range(ROWS)]
@@ -163,10 +165,9 @@ def measure_lengths(sizes: Sizes, repetitions: int, num_steps: int, row_length: 
     model = build_model(replace(sizes, max_position_embeddings=2 * row_length), SEED).train()
     collator = ObjectiveCollator(
         ["causal"],
-        special_tokens(sizes),
-        chunk_length=sizes.chunk_length,
-        window_length=sizes.window_length,
-        padded=True,
+        BatchSpec(
+            special_tokens(sizes), chunk_length=sizes.chunk_length, window_length=sizes.window_length, documents=True
+        ),
     )
     passes, paddings, losses = {}, {}, {}
     for name, grouped in (("rows of any length", False), ("rows grouped by length", True)):
@@ -218,7 +219,8 @@ def process(rank: int, port: int, sizes: Sizes, repetitions: int, results: Any) 
     length = sizes.window_length * sizes.train_windows
     texts = random_tokens(sizes, ROWS, length, seed=SEED)
     collator = ObjectiveCollator(
-        ["causal"], special_tokens(sizes), chunk_length=sizes.chunk_length, window_length=sizes.window_length
+        ["causal"],
+        BatchSpec(special_tokens(sizes), chunk_length=sizes.chunk_length, window_length=sizes.window_length),
     )
     batch = collator(list(enumerate(texts)))["causal"]
     share = collator(list(enumerate(texts))[rank::2])["causal"]
@@ -326,7 +328,7 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any] | None:
     if options.part is not None and options.part not in known:
         raise ValueError(f"there is no part {options.part!r}; known: {', '.join(known)}")
     given = {"threads": torch.get_num_threads(), "repetitions": options.repetitions, "quick": options.quick}
-    folder = REPOSITORY / options.folder / fingerprint({"code": record["code"], **given})[:16]
+    folder = REPOSITORY / options.folder / data_digest({"code": record["code"], **given})[:16]
     for name, measure in known.items():
         if options.part in (None, name) and not (folder / f"{name}.json").exists():
             write_json(folder / f"{name}.json", measure())

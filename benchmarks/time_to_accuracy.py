@@ -37,13 +37,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from benchmarks.measure import assert_equal, benchmark_parser, describe_run, load_average, run_benchmark
 from modeling_memory import MemoryAutoencoder
 from tests.reference.plain_autoencoder import plain_autoencoder
-from training.build import build_stage_model, count_parameters
-from training.inputs import Inputs, prepare_inputs
-from training.recipe import Recipe, StageRecipe, load_recipe
-from training.record import peak_memory_bytes
-from training.rows import ObjectiveCollator, TokenRows
-from training.suites import spread_rows
-from training.trainer import MemoryTrainer, training_arguments
+from training.data.objectives import BatchSpec
+from training.data.rows import ObjectiveCollator, TokenRows
+from training.measure.suites import spread_rows
+from training.recipes.recipe import Recipe, StageRecipe, load_recipe
+from training.records.record import peak_memory_bytes
+from training.train.build import build_stage_model, count_parameters
+from training.train.inputs import Inputs, prepare_inputs
+from training.train.trainer import MemoryTrainer, training_arguments
 
 BASELINE_LEARNING_RATE = 5e-4
 BASELINE_CLIP = 1.0
@@ -166,10 +167,12 @@ def prepare(recipe: Recipe, stage_name: str | None, folder: Path, *, eval_steps:
     model = build_stage_model(stage, special_tokens=inputs.special_tokens, vocab_size=vocab_size, load=_no_stage)
     collator = ObjectiveCollator(
         ["reconstruction"],
-        inputs.special_tokens,
-        chunk_length=model.config.chunk_length,
-        window_length=model.config.chunk_length,
-        memories_per_chunk=model.config.memories_per_chunk,
+        BatchSpec(
+            inputs.special_tokens,
+            chunk_length=model.config.chunk_length,
+            window_length=model.config.chunk_length,
+            memories_per_chunk=model.config.memories_per_chunk,
+        ),
     )
     rows = spread_rows(inputs.tokens["validation"], row_length=stage.data.row_length, limit=eval_rows)
     return Task(stage, seed, model, collator, inputs.tokens["train"], rows, eval_steps)

@@ -18,7 +18,7 @@ from tests.conftest import build_tiny_tokenizer, tiny_decoder_config, tiny_encod
 from tests.loopback_hub import LoopbackHub, Repository
 from tests.memory_models import BLANK, CHUNK, COPY, SLOT, WINDOW, build_model, random_ids
 from training import publish
-from training.hub_folder import REPOSITORY
+from training.publishing.hub_folder import REPOSITORY
 
 COMMIT = "0" * 39 + "1"
 USER = """

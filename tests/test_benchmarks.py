@@ -15,7 +15,7 @@ from benchmarks.measure import UnequalPathsError, assert_equal, compare, fit_exp
 from modeling_memory import MemoryAutoencoder, MemoryAutoencoderConfig
 from tests.reference import memory_loop
 from tests.reference.plain_autoencoder import plain_autoencoder
-from training.record import describe_code
+from training.records.record import describe_code
 
 WORDS = ["the", "old", "house", "stood", "by", "a", "river", "where", "boats", "went", "down", "to", "sea"]
 SPREAD = {"median", "min", "max", "first_quartile", "third_quartile"}

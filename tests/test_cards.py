@@ -14,7 +14,8 @@ from modeling_memory import MaskedMixerForCausalLM, MemoryAutoencoder, MemoryAut
 from tests.conftest import build_tiny_tokenizer, tiny_decoder_config, tiny_encoder_config
 from tests.memory_models import CHUNK, WINDOW, build_model
 from tests.records import RECORD
-from training.cards import (
+from training.places import REPOSITORY
+from training.publishing.cards import (
     SECTIONS,
     check_card,
     copied_length,
@@ -24,10 +25,9 @@ from training.cards import (
     result_table,
     stage_record,
 )
-from training.hub_folder import write_hub_folder
-from training.provenance import recorded_bases, training_sources
-from training.record import read_json
-from training.strict_yaml import REPOSITORY
+from training.publishing.hub_folder import write_hub_folder
+from training.publishing.provenance import recorded_bases, training_sources
+from training.records.record import read_json
 
 MODELS = ("memory", "autoencoder", "mixer", "decoder")
 

@@ -11,9 +11,9 @@ from modeling_memory import MemoryProcessor
 from tests.conftest import build_tiny_tokenizer, tiny_decoder_config
 from tests.memory_models import CHUNK, WINDOW, build_model
 from training import domains, publish
-from training.data import tokenise_documents
+from training.data.texts import tokenise_documents
 from training.domains import DESCRIPTIONS, LETTERS, made_up_texts
-from training.suites import Scores, spread_rows
+from training.measure.suites import Scores, spread_rows
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_a_causal_lm_is_asked_for_the_next_token(tmp_path):
     [
         (["--text", "sea"], "expected NAME=FILE"),
         (["--text", "sea=nowhere.txt"], "no file matches 'nowhere.txt'"),
-        (["--limit", "0"], "--limit must be 2 or more"),
+        (["--limit", "0"], "expected a whole number of 2 or more"),
     ],
 )
 def test_mistakes_are_named(checkpoint, tmp_path, capsys, arguments, message):

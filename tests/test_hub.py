@@ -12,9 +12,9 @@ from modeling_memory import MemoryProcessor
 from tests.conftest import build_tiny_tokenizer
 from tests.loopback_hub import TOKEN, LoopbackHub
 from tests.memory_models import CHUNK, WINDOW, build_model, random_ids
-from training import hub_folder
-from training.hub_folder import ALLOWED_FILES, REPOSITORY, write_hub_folder
-from training.push import push_folder
+from training.publishing import hub_folder
+from training.publishing.hub_folder import ALLOWED_FILES, REPOSITORY, write_hub_folder
+from training.publishing.push import push_folder
 
 # What a user runs: nothing of this repository, nothing of the package, only the name and the revision.
 USER = """
@@ -154,7 +154,7 @@ def push_in_process(hub, folder):
 
 def test_a_folder_that_does_not_load_is_never_pushed(hub, tmp_path, monkeypatch, capsys):
     from training import publish
-    from training.hub_folder import PublishError
+    from training.publishing.hub_folder import PublishError
 
     checkpoint = tmp_path / "checkpoint"
     build_model().save_pretrained(checkpoint)

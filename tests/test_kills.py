@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from training.recipe import load_recipe
+from training.recipes.recipe import load_recipe
 from training.run import main as run
 
 RECIPE, SAVE_STEPS = "debug_cpu", 4

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.measure import gather_runs
 from benchmarks.pairs import main, show
 from benchmarks.quality_tables import decoder_sizes, pairs
-from training.record import read_json, write_json
+from training.records.record import read_json, write_json
 
 
 def condition(loss: float, gain: float | None = None) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from tests.conftest import build_tiny_tokenizer, tiny_decoder_config
 from tests.memory_models import CHUNK, WINDOW, build_model
 from tests.records import RECORD
 from training import publish
-from training.cards import CARDS, render_card
-from training.hub_folder import write_hub_folder
-from training.provenance import base_licence, licence_table, training_sources, weights_licence
-from training.strict_yaml import parse_yaml
+from training.publishing.cards import CARDS, render_card
+from training.publishing.hub_folder import write_hub_folder
+from training.publishing.provenance import base_licence, licence_table, training_sources, weights_licence
+from training.recipes.strict_yaml import parse_yaml
 
 
 @pytest.fixture(scope="module")

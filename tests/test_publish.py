@@ -29,8 +29,8 @@ from tests.conftest import (
 from tests.memory_models import CHUNK, WINDOW, build_model
 from tests.records import RECORD
 from training import domains, hub_folder, publish
-from training.hub_folder import PublishError, check_files, load_checkpoint, write_hub_folder
-from training.verification import verify_hub_folder
+from training.publishing.hub_folder import PublishError, check_files, load_checkpoint, write_hub_folder
+from training.publishing.verification import verify_hub_folder
 
 PACKAGE = hub_folder.REPOSITORY / "modeling_memory"
 HUB_FILES = sorted(path for path in PACKAGE.glob("*.py") if path.name != "__init__.py")

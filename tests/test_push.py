@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 
 from tests.loopback_hub import READER, TOKEN, LoopbackHub
 from training.publish import ALLOWED_FILES
-from training.push import PushError, push_folder
+from training.publishing.push import PushError, push_folder
 
 NAME = "me/model"
 

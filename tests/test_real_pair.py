@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from modeling_memory import MemoryEncoderDecoderForCausalLM, MemoryProcessor
 from tests.conftest import build_tiny_tokenizer
 from tests.memory_models import build_model
-from training.tokenizer import complete_tokenizer
+from training.data.tokenizer import complete_tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 

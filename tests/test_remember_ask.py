@@ -14,7 +14,7 @@ from modeling_memory import MemoryProcessor, MemoryStore
 from tests.conftest import build_tiny_tokenizer
 from tests.memory_models import BLANK, CHUNK, WINDOW, build_model
 from training import ask, remember
-from training.strict_yaml import REPOSITORY
+from training.places import REPOSITORY
 
 LETTERS = {"a.txt": "the cat sat on the mat.", "deep/b.txt": "over the hills and over the sea.", "c.md": "no text"}
 ROWS = ["in the end", "another ring here", "here and there"]

@@ -13,8 +13,8 @@ import pytest
 
 from benchmarks import cost_tables, drawings, quality_tables, render, snippet, speed, table
 from benchmarks.table import Table
-from training.record import read_json
-from training.strict_yaml import REPOSITORY
+from training.places import REPOSITORY
+from training.records.record import read_json
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 PAGE = "\n".join(f"Before {name}.\n\n<!-- table:{name} -->\nold\n<!-- end -->\n" for name in render.TABLES)

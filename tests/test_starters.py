@@ -19,8 +19,9 @@ from transformers import AutoModel
 from benchmarks.snippet import find_snippet, run_snippet
 from modeling_memory import MemoryAutoencoder
 from training import hub_folder, run
-from training.cards import check_card
-from training.hub_folder import (
+from training.places import REPOSITORY
+from training.publishing.cards import check_card
+from training.publishing.hub_folder import (
     check_complete,
     check_files,
     code_files,
@@ -28,10 +29,9 @@ from training.hub_folder import (
     load_processor,
     write_hub_folder,
 )
-from training.recipe import load_recipe
-from training.record import read_json
-from training.strict_yaml import REPOSITORY
-from training.verification import verify_hub_folder
+from training.publishing.verification import verify_hub_folder
+from training.recipes.recipe import load_recipe
+from training.records.record import read_json
 
 RECIPES = sorted(path.stem for path in (REPOSITORY / "configuration" / "recipes").glob("starter_*.yaml"))
 CARDS = REPOSITORY / "model_cards"
@@ -199,7 +199,7 @@ def test_the_autoencoder_reaches_what_its_card_says():
     folder = folder_named("starter-autoencoder-64")
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     tokenizer = load_processor(folder)
-    from training.data import load_texts
+    from training.data.texts import load_texts
 
     text = "\n".join(load_texts([SMALL / "books" / "test.parquet"])[:2])
     tokens = torch.tensor(tokenizer(text).input_ids)

@@ -8,9 +8,9 @@ from modeling_memory import MemoryProcessor
 from modeling_memory.memory_codec import DTYPES
 from tests.conftest import build_tiny_tokenizer
 from tests.memory_models import CHUNK, WINDOW, build_model, random_ids
-from training.objectives import IGNORED, build_batch
-from training.record import read_json
-from training.tokenizer import special_tokens_of
+from training.data.objectives import IGNORED, BatchSpec, build_batch
+from training.data.tokenizer import special_tokens_of
+from training.records.record import read_json
 
 TEXT = "the cat sat on the mat, and in the end the ring was there. " * 40
 
@@ -25,7 +25,7 @@ def test_stored_memories_are_asked_what_the_model_is_asked(model, objective):
     """Window by window behind ready memories: the logits and targets of the objective in the model's own layout."""
     rows, special = random_ids(3, 3 * WINDOW), special_tokens_of(build_tiny_tokenizer())
     source = rows[:, : 2 * WINDOW] if objective == "blank_copy" else rows
-    batch = build_batch(objective, source, window_length=WINDOW, chunk_length=CHUNK, tokens_ids=special)
+    batch = build_batch(objective, source, BatchSpec(special, window_length=WINDOW, chunk_length=CHUNK))
     targets = batch.pop("shift_labels")
     with torch.no_grad():
         whole = model(**batch).logits

@@ -11,25 +11,20 @@ and every token of the vocabulary is tried in random order. The card shows it.
 
 import argparse
 import random
-import shlex
 import string
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from training.data import file_checksums, load_texts, tokenise_documents
-from training.evaluate import evaluate, load_model
-from training.objectives import next_tokens
-from training.recipe import resolve_files
-from training.record import describe_code, describe_hardware, write_record
-from training.strict_yaml import portable_path
-from training.suites import (
+from training.command_line import Parser, check_place, named_file, run_command, whole_number
+from training.data.objectives import next_tokens
+from training.data.texts import file_checksums, load_texts, tokenise_documents
+from training.data.tokenizer import special_tokens_of
+from training.evaluate import load_model, measure_suites
+from training.measure.suites import (
     Evaluation,
     Scores,
     default_length,
@@ -38,7 +33,9 @@ from training.suites import (
     spread_rows,
     summarise_scores,
 )
-from training.tokenizer import special_tokens_of
+from training.places import portable_path
+from training.recipes.recipe import resolve_files
+from training.records.record import Measurement, write_record
 
 LETTERS = string.ascii_letters + string.digits + string.punctuation
 CAUSAL_LENGTH = 256
@@ -105,7 +102,9 @@ def measure_domains(
     measured: dict[str, dict[str, Any]] = {
         name: {
             "description": description,
-            "metrics": evaluate(model, tokenizer, documents, suites, limit=limit, length=length, batch_size=batch_size)
+            "metrics": measure_suites(
+                model, tokenizer, documents, suites, limit=limit, length=length, batch_size=batch_size
+            )
             if suites is not None
             else next_token(model, tokenizer, documents, limit=limit, length=row, batch_size=batch_size),
         }
@@ -187,7 +186,7 @@ def next_token(
         batch_size (`int`): Rows per forward call.
 
     Returns:
-        `dict`: Suite -> condition -> metrics, as [`evaluate`] gives them: `clm` and `this_model`.
+        `dict`: Suite -> condition -> metrics, as [`measure_suites`] gives them: `clm` and `this_model`.
 
     Raises:
         ValueError: If a text is too short for a row.
@@ -203,7 +202,7 @@ def next_token(
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m training.domains", description="Measure what a model holds of text unlike its training text."
     )
     parser.add_argument(
@@ -211,25 +210,27 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--to", required=True, metavar="FILE", help="where the record goes")
     parser.add_argument(
-        "--text", action="append", default=[], metavar="NAME=FILE", help="other text to ask about; several are fine"
+        "--text",
+        action="append",
+        default=[],
+        type=named_file,
+        metavar="NAME=FILE",
+        help="other text to ask about; several are fine",
     )
-    parser.add_argument("--limit", type=int, default=256, metavar="N", help="most rows of a domain (default 256)")
-    parser.add_argument("--length", type=int, metavar="N", help="tokens of a row (default: by suite)")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows at a time (default 32)")
+    parser.add_argument(
+        "--limit", type=whole_number(2), default=256, metavar="N", help="most rows of a domain (default 256)"
+    )
+    parser.add_argument("--length", type=whole_number(), metavar="N", help="tokens of a row (default: by suite)")
+    parser.add_argument(
+        "--batch-size", type=whole_number(), default=32, metavar="N", help="rows at a time (default 32)"
+    )
     return parser
 
 
 def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
     """Measure as the command line says; return the record."""
-    created_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    named = {}
-    for given in options.text:
-        name, equals, pattern = given.partition("=")
-        if not (name and equals and pattern):
-            raise ValueError(f"--text is {given!r}; expected NAME=FILE, for example encyclopedia=wikipedia.parquet")
-        named[name] = resolve_files([pattern], f"--text {name}")
-    if options.limit < 2 or options.batch_size < 1 or (options.length is not None and options.length < 1):
-        raise ValueError("--limit must be 2 or more, --length and --batch-size 1 or more")
+    measurement, place = Measurement(command), check_place(options.to)
+    named = {name: resolve_files([pattern], f"--text {name}") for name, pattern in options.text}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, _ = load_model(options.model)
     domains = measure_domains(
@@ -240,46 +241,26 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         length=options.length,
         batch_size=options.batch_size,
     )
-    record = {
-        "run": {"recipe_name": None, "command": command, "created_at": created_at, "status": "success"},
-        "code": describe_code(),
-        "hardware": describe_hardware(device),
-        "inputs": {
+    record = measurement.record(
+        device,
+        inputs={
             "model": portable_path(options.model),
             "files": {name: file_checksums(files) for name, files in named.items()},
         },
-        "recipe": {"limit": options.limit, "length": options.length, "batch_size": options.batch_size},
-        "metrics": {},
-        "domains": domains,
-    }
-    write_record(Path(options.to).expanduser(), record)
+        recipe={"limit": options.limit, "length": options.length, "batch_size": options.batch_size},
+        metrics={},
+        domains=domains,
+    )
+    write_record(place, record)
     for name, domain in domains.items():
         print(f"{name}: {domain['description']}\n{results_table(domain['metrics'])}\n")
     print(f"record: {options.to}")
     return record
 
 
-def _portable(word: str) -> str:
-    """Write an argument without an absolute path, for the record.
-
-    >>> _portable("news=/somewhere/else/news.txt")
-    'news=news.txt'
-    """
-    name, equals, path = word.rpartition("=")
-    return f"{name}{equals}{portable_path(path)}"
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    words = sys.argv[1:] if arguments is None else arguments
-    options = build_parser().parse_args(arguments)
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        run(options, shlex.join(["python", "-m", "training.domains", *map(_portable, words)]))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(build_parser(), run, arguments)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from training.bases import Base, check_bases_on_hub, find_bases
-from training.cards import card_licence, stage_record
-from training.hub_folder import (
+from training.publishing.bases import Base, check_bases_on_hub, find_bases
+from training.publishing.cards import card_licence, stage_record
+from training.publishing.hub_folder import (
     ALLOWED_FILES,
     PublishError,
     check_complete,
@@ -29,10 +29,10 @@ from training.hub_folder import (
     refresh_hub_folder,
     write_hub_folder,
 )
-from training.provenance import NOTHING_RECORDED
-from training.push import PushError, check_target, push_folder
-from training.record import read_json
-from training.verification import verify_hub_folder
+from training.publishing.provenance import NOTHING_RECORDED
+from training.publishing.push import PushError, check_target, push_folder
+from training.publishing.verification import verify_hub_folder
+from training.records.record import read_json
 
 __all__ = ["PublishError", "load_checkpoint", "main", "verify_hub_folder", "write_hub_folder"]
 

@@ -29,9 +29,9 @@ from transformers import PreTrainedModel
 from modeling_memory import MemoryProcessor, MemoryStore
 from modeling_memory.memory_codec import DTYPES
 from modeling_memory.memory_shard import text_digest
+from training.data.sources import HUB, SUFFIXES, HubDataset, read_file
 from training.evaluate import find_model
-from training.hub_folder import load_checkpoint
-from training.sources import HUB, SUFFIXES, HubDataset, read_file
+from training.publishing.hub_folder import load_checkpoint
 
 COMMIT_CHARACTERS = 1_000_000
 """Characters of text that are stored by one change: what an interruption may cost."""
