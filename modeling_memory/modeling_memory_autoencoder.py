@@ -22,6 +22,7 @@ V vocabulary.
 Source: Badger 2026, arXiv 2602.13466, information-retention autoencoder.
 """
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +32,12 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
 # Unused names: transformers before 5.8 copies from a local folder only the files that this one imports itself.
+from .configuration_checks import POOLINGS  # noqa: F401
 from .configuration_masked_mixer import MaskedMixerConfig  # noqa: F401
-from .configuration_memory import POOLINGS  # noqa: F401
 from .configuration_memory_autoencoder import MemoryAutoencoderConfig
-from .memory_encoder import build_encoder, encode_chunks
-from .memory_parts import load_whole
-from .memory_pooling import PooledQueryPooling, QueryPooling, build_pooling
+from .memory_checkpoint import load_whole, refuse_a_missing_part, save_whole
+from .memory_encoder import build_encoder, build_pooling, encode_chunks, initialize_leaf
+from .memory_parts import check_text_encoder  # noqa: F401
 from .modeling_masked_mixer import check_attention_mask
 
 
@@ -198,8 +199,8 @@ class MemoryAutoencoder(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (QueryPooling, PooledQueryPooling)):
-            module.initialize()
+        if any(module is leaf for leaf in self.pooling.modules()):
+            initialize_leaf(module)
         else:
             super()._init_weights(module)
 
@@ -237,17 +238,27 @@ class MemoryAutoencoder(PreTrainedModel):
         """Load a model as `PreTrainedModel.from_pretrained` does, and freeze what its config says is frozen.
 
         Raises:
-            ValueError: If weights are missing, unless `output_loading_info` asks for their names.
+            ValueError: If weights are missing or do not fit, unless `output_loading_info` asks for their names.
         """
         loaded = load_whole(super().from_pretrained, *args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).apply_freezing()
         return loaded
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Save as `PreTrainedModel.save_pretrained` does, without the places that the parts came from."""
+    def _move_missing_keys_from_meta_to_device(self, missing_keys: Any, *args: Any, **kwargs: Any) -> None:
+        refuse_a_missing_part(self, missing_keys, ("encoder", "decoder"))
+        super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save as `PreTrainedModel.save_pretrained` does, whole or not at all, without the places the parts came from.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder.
+            args: As in the library.
+            kwargs: As in the library.
+        """
         for child in (self.config.encoder, self.config.decoder):
             child._name_or_path = ""
-        super().save_pretrained(*args, **kwargs)
+        save_whole(super().save_pretrained, save_directory, *args, **kwargs)
 
     def encode(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None) -> torch.FloatTensor:
         """Turn each chunk into its memory.

@@ -22,8 +22,8 @@ from transformers import (
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM
 from modeling_memory.configuration_memory import allot_memories
+from modeling_memory.memory_encoder import build_pooling
 from modeling_memory.memory_parts import check_decoder_config
-from modeling_memory.memory_pooling import build_pooling
 from tests.conftest import VOCAB_SIZE, tiny_encoder_config
 from tests.memory_models import BLANK, COPY, SLOT, ragged_batch, random_ids
 

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from transformers import BartConfig, BertConfig, GPT2Config, LlamaConfig
 
 from modeling_memory.configuration_masked_mixer import MaskedMixerConfig
-from modeling_memory.memory_encoder import build_encoder, encode_chunks
-from modeling_memory.memory_pooling import build_pooling
+from modeling_memory.memory_encoder import build_encoder, build_pooling, encode_chunks
 from modeling_memory.modeling_masked_mixer import MaskedMixerModel
 from tests.reference.llama_loop import llama_loop
 
@@ -171,7 +170,7 @@ def test_encoding_keeps_no_cache():
 
 def test_build_encoder_dispatches_on_the_model_type():
     # As `trust_remote_code` does with a folder: the same file imported again under another name.
-    spec = importlib.util.spec_from_file_location("another_copy", inspect.getfile(MaskedMixerConfig))
+    spec = importlib.util.spec_from_file_location("modeling_memory.another_copy", inspect.getfile(MaskedMixerConfig))
     another_copy = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(another_copy)
     config = another_copy.MaskedMixerConfig(**SIZES)
