@@ -40,6 +40,15 @@ def load_whole(load: Callable[..., Any], *args: Any, output_loading_info: bool =
         model, report = load(*args, output_loading_info=True, **kwargs)
     except SafetensorError as error:
         raise ValueError(f"The weights of {args[0] if args else 'the checkpoint'} are damaged: {error}.") from error
+    except RuntimeError as error:
+        if isinstance(error.__context__, ValueError):  # ours: the library reports shapes on its way out
+            raise error.__context__ from None
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"{args[0] if args else 'The checkpoint'} has weights of another shape than its config says; the report "
+            "above names them. Load a checkpoint with its own config."
+        ) from error
     if output_loading_info:
         return model, report
     mismatched = [entry if isinstance(entry, str) else entry[0] for entry in report["mismatched_keys"]]

@@ -277,9 +277,8 @@ def test_checkpointing_computes_the_same_rows_again(reentrant):
     calls += [(input_ids, False), (input_ids, True)]
     expected = gradients(model, calls)
     model.decoder.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    functions = [
-        m._gradient_checkpointing_func for m in model.decoder.modules() if hasattr(m, "gradient_checkpointing")
-    ]
+    layers = [module for module in model.decoder.modules() if getattr(module, "gradient_checkpointing", False)]
+    functions = [layer._gradient_checkpointing_func for layer in layers]
     found = gradients(model, calls)
     assert found.keys() == expected.keys() and any("lora_A" in name for name in found)
     for name, gradient in expected.items():
@@ -327,9 +326,7 @@ def test_an_adapter_of_a_fresh_model_begins_as_nothing():
 
 def test_wrong_rows_are_refused():
     model, input_ids = adapted()
-    with pytest.raises(
-        ValueError, match=r"is torch.int64 of shape \(3,\); expected one boolean a row"
-    ):
+    with pytest.raises(ValueError, match=r"is torch.int64 of shape \(3,\); expected one boolean a row"):
         decoder_logits(model, input_ids, torch.ones(3, dtype=torch.long))
     with pytest.raises(ValueError, match="gives 3 rows for 2 texts"):
         decoder_logits(model, input_ids, torch.tensor([True, False]))
