@@ -103,15 +103,19 @@ def load_encoder(source: str | os.PathLike | PreTrainedModel, **kwargs: Any) -> 
         subfolder, fields = sentence
         if subfolder:
             kwargs = {**kwargs, "subfolder": subfolder}
-    config = AutoConfig.from_pretrained(source, **_config_options(kwargs))
-    if config.is_encoder_decoder:
+    config = _config_before(source, kwargs)
+    if config is not None and config.is_encoder_decoder:
         check_text_encoder(config)
         return _plain(AutoModelForTextEncoding.from_pretrained(source, **kwargs)), fields
     return _body(_plain(AutoModel.from_pretrained(source, **kwargs))), fields
 
 
-def _config_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: kwargs[name] for name in (*HUB_OPTIONS, "subfolder", "gguf_file") if name in kwargs}
+def _config_before(source: str, kwargs: dict[str, Any]) -> PreTrainedConfig | None:
+    """Read the config before weights are fetched, but of a GGUF file: its header takes as long to read as weights."""
+    if kwargs.get("gguf_file") is not None:
+        return None
+    options = {name: kwargs[name] for name in (*HUB_OPTIONS, "subfolder") if name in kwargs}
+    return AutoConfig.from_pretrained(source, **options)
 
 
 def load_parts(
@@ -301,7 +305,9 @@ def load_decoder(source: str | os.PathLike | PreTrainedModel, **kwargs: Any) -> 
     """
     if not isinstance(source, PreTrainedModel):
         source, kwargs = _place(source, kwargs)
-        check_decoder_config(AutoConfig.from_pretrained(source, **_config_options(kwargs)))
+        config = _config_before(source, kwargs)
+        if config is not None:
+            check_decoder_config(config)
         source = _plain(AutoModelForCausalLM.from_pretrained(source, **kwargs))
     check_decoder_config(source.config)
     if source.get_output_embeddings() is None:
