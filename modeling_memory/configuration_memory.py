@@ -184,34 +184,22 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         max_position_embeddings: int | None = None,
         **kwargs: Any,
     ):
-        self.encoder = build_child_config(encoder)
-        self.decoder = build_child_config(decoder)
-        self.chunk_length = chunk_length
+        self.encoder, self.decoder = build_child_config(encoder), build_child_config(decoder)
+        self.chunk_length, self.memories_per_chunk = chunk_length, memories_per_chunk
         self.window_length = chunk_length if window_length is None else window_length
-        self.memories_per_chunk = memories_per_chunk
         self.pooling = pooling
-        self.projector_type = projector_type
-        self.projector_hidden_size = projector_hidden_size
+        self.projector_type, self.projector_hidden_size = projector_type, projector_hidden_size
         self.projector_norm = projector_type == "mlp" if projector_norm is None else projector_norm
-        self.projector_noise = projector_noise
-        self.projector_start = projector_start
+        self.projector_noise, self.projector_start = projector_noise, projector_start
         if max_group is None and pooling == "concat" and at_least(1)(chunk_length) and at_least(1)(memories_per_chunk):
             max_group = -(-chunk_length // memories_per_chunk)
-        self.max_group = max_group
-        self.encoder_layers = encoder_layers
-        self.memory_token_id = memory_token_id
-        self.copy_token_id = copy_token_id
-        self.blank_token_id = blank_token_id
-        self.window_positions = window_positions
-        self.memory_positions = memory_positions
-        self.absent_memories = absent_memories
-        self.max_memories = max_memories
-        self.memory_policy = memory_policy
-        self.self_memory = self_memory
-        self.freeze_encoder = freeze_encoder
-        self.freeze_decoder = freeze_decoder
-        self.encoder_trained_from = encoder_trained_from
-        self.initializer_range = initializer_range
+        self.max_group, self.encoder_layers = max_group, encoder_layers
+        self.memory_token_id, self.copy_token_id, self.blank_token_id = memory_token_id, copy_token_id, blank_token_id
+        self.memory_positions, self.absent_memories = memory_positions, absent_memories
+        self.max_memories, self.memory_policy = max_memories, memory_policy
+        self.self_memory, self.window_positions = self_memory, window_positions
+        self.freeze_encoder, self.freeze_decoder = freeze_encoder, freeze_decoder
+        self.encoder_trained_from, self.initializer_range = encoder_trained_from, initializer_range
         self.adapters = {} if adapters is None else adapters
         self.references = {} if references is None else references
         self.format_version = format_version

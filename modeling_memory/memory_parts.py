@@ -10,6 +10,7 @@ import inspect
 import itertools
 import json
 import os
+import re
 from typing import Any
 
 import torch
@@ -412,3 +413,12 @@ def identity_gain(encoder: PreTrainedModel, norm: torch.nn.Module, decoder: PreT
     ids = ids[: len(ids) // 8 * 8 or None].reshape(-1, 8 if len(ids) >= 8 else len(ids))
     states = norm(encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state)
     return (table(ids).float().std() / states.float().std()).item()
+
+
+def keep_existing_plans(model: PreTrainedModel) -> None:
+    """Take out of a model's plans for parallel runs what names a module that it lacks, such as a table left out."""
+    names = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in model.named_modules()}
+    for plan in ("_tp_plan", "_pp_plan"):
+        known = getattr(model, plan, None)
+        if isinstance(known, dict):
+            setattr(model, plan, {name: rule for name, rule in known.items() if name in names})

@@ -46,7 +46,15 @@ from .memory_checkpoint import TRAINED, load_whole, refuse_a_missing_part, save_
 from .memory_decoding import MemoryDecodingMixin, row_groups  # noqa: F401
 from .memory_encoder import MemoryProjector, build_encoder, build_pooling, encode_chunks, initialize_leaf
 from .memory_merging import MemoryMergingMixin  # noqa: F401
-from .memory_parts import HUB_OPTIONS, check_decoder, embedding_scale, identity_gain, layers_from, load_parts
+from .memory_parts import (
+    HUB_OPTIONS,
+    check_decoder,
+    embedding_scale,
+    identity_gain,
+    keep_existing_plans,
+    layers_from,
+    load_parts,
+)
 from .memory_reading import MemoryReadingMixin
 from .memory_rolling import MemoryRollingMixin  # noqa: F401
 from .memory_saving import PARTS, check_older_weights, is_quantized, load_by_reference, trained_state
@@ -269,6 +277,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
         check_decoder(self.decoder)
         self._bases: dict[str, Any] = {}  # where encoder and decoder came from
         self.post_init()
+        keep_existing_plans(self)
         inject_adapters(self, config.adapters)  # after it, since peft draws adapters by its own rule, one half zeros
         self.apply_freezing()
 
@@ -371,13 +380,9 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
             ValueError: If the parts do not fit each other, or one of them cannot be such a part.
             OSError: What the library raises for an id or folder that it cannot load.
         """
-        bases = {
-            part: (source, kwargs or {})
-            for part, source, kwargs in (("encoder", encoder, encoder_kwargs), ("decoder", decoder, decoder_kwargs))
-            if not isinstance(source, PreTrainedModel)
-        }
+        sources = {"encoder": (encoder, encoder_kwargs or {}), "decoder": (decoder, decoder_kwargs or {})}
         encoder, decoder, fields = load_parts(
-            encoder, decoder, encoder_kwargs or {}, decoder_kwargs or {}, encoder_layers
+            encoder, decoder, sources["encoder"][1], sources["decoder"][1], encoder_layers
         )
         autoencoder = encoder if encoder.config.model_type == "memory_autoencoder" else None
         if autoencoder is not None:
@@ -389,12 +394,9 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
         config.setdefault("memory_token_id", decoder.config.vocab_size)  # just after the table: no text uses it
         config.setdefault("self_memory", vocabularies[0] is not None and vocabularies[0] >= vocabularies[1])
         encoder.requires_grad_(True)  # an autoencoder may have frozen it; here the joined config decides
-        model = cls(
-            cls.config_class(encoder=encoder.config, decoder=decoder.config, **config),
-            encoder=encoder,
-            decoder=decoder,
-        )
-        model._bases = bases
+        joined = cls.config_class(encoder=encoder.config, decoder=decoder.config, **config)
+        model = cls(joined, encoder=encoder, decoder=decoder)
+        model._bases = {part: base for part, base in sources.items() if not isinstance(base[0], PreTrainedModel)}
         model.eval()._start_between(autoencoder)
         if model.can_generate():
             model.generation_config = copy.deepcopy(decoder.generation_config)

@@ -37,7 +37,7 @@ from .configuration_masked_mixer import MaskedMixerConfig  # noqa: F401
 from .configuration_memory_autoencoder import MemoryAutoencoderConfig
 from .memory_checkpoint import load_whole, refuse_a_missing_part, save_whole
 from .memory_encoder import build_encoder, build_pooling, encode_chunks, initialize_leaf
-from .memory_parts import check_text_encoder  # noqa: F401
+from .memory_parts import keep_existing_plans
 from .modeling_masked_mixer import check_attention_mask
 
 
@@ -49,11 +49,14 @@ class MemoryAutoencoderOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `()`, *optional*): Nats per target token.
         logits (`torch.FloatTensor` of shape `(B, T, V)`): Scores of the token that stands in each column.
         memories (`torch.FloatTensor` of shape `(B, K, E)`, *optional*): What the chunk was written from.
+        hidden_states (`tuple` of `torch.FloatTensor` of shape `(B, T, D)`, *optional*): The decoder's states, before
+            and after every layer, in the columns of the logits.
     """
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     memories: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
 
 
 class Bottleneck(nn.Module):
@@ -138,7 +141,7 @@ class UnrollExpansion(RepeatExpansion):
     def forward(self, memories: torch.Tensor) -> torch.Tensor:
         """Expand `(B, K, D)` to `(B, L, D)`."""
         each = -(-self.length // self.num_memories)
-        # With the vector laid end to end behind itself, windows that wrap are plain ones: one strided view, one copy.
+        # With the vector laid end to end after itself, windows that wrap are plain ones: one strided view, one copy.
         needed = (each - 1) * self.stride + self.window
         laid = memories.repeat(1, 1, -(-needed // memories.shape[2]))[:, :, :needed]
         return self.projection(
@@ -195,6 +198,7 @@ class MemoryAutoencoder(PreTrainedModel):
             self.expansion = RepeatExpansion(num_memories, length)
         self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
         self.post_init()
+        keep_existing_plans(self)
         self.apply_freezing()
 
     @torch.no_grad()
@@ -268,7 +272,7 @@ class MemoryAutoencoder(PreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 for tokens, 0 for padding, anywhere.
 
         Returns:
-            `torch.FloatTensor` of shape `(B, K, E)`: K vectors a chunk, in encoder width, behind the bottleneck if
+            `torch.FloatTensor` of shape `(B, K, E)`: K vectors a chunk, in encoder width, after the bottleneck if
             there is one.
 
         Raises:
@@ -295,6 +299,12 @@ class MemoryAutoencoder(PreTrainedModel):
         Raises:
             ValueError: If the shape is another.
         """
+        return self._decode(memories, output_hidden_states=False)[0]
+
+    def _decode(
+        self, memories: torch.Tensor, output_hidden_states: bool
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+        """Give logits `(B, L, V)`, and the decoder's states `(B, L, D)` if they are asked for."""
         expected = self.config.memories_per_chunk, self.config.encoder.hidden_size
         if memories.dim() != 3 or memories.shape[0] == 0 or memories.shape[1:] != expected:
             raise ValueError(
@@ -302,8 +312,10 @@ class MemoryAutoencoder(PreTrainedModel):
                 "memories per chunk, encoder width. `encode` gives them."
             )
         inputs_embeds = self.expansion(self.bridge(memories.to(self.lm_head.weight.dtype)))  # (B, L, D)
-        states = self.decoder(inputs_embeds=inputs_embeds, use_cache=False, return_dict=True).last_hidden_state
-        return self.lm_head(states)
+        outputs = self.decoder(
+            inputs_embeds=inputs_embeds, use_cache=False, return_dict=True, output_hidden_states=output_hidden_states
+        )
+        return self.lm_head(outputs.last_hidden_state), outputs.hidden_states
 
     @torch.no_grad()
     def reconstruct(
@@ -336,6 +348,7 @@ class MemoryAutoencoder(PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         memories: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> MemoryAutoencoderOutput:
         """Encode chunks and write them back.
@@ -346,6 +359,8 @@ class MemoryAutoencoder(PreTrainedModel):
             memories (`torch.FloatTensor` of shape `(B, K, E)`, *optional*): Memories instead of `input_ids`.
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*): The token that each column must give, usually
                 `input_ids`: there is no shift. -100 and padding have no loss.
+            output_hidden_states (`bool`, *optional*): Whether to return the decoder's states. Default: as the config
+                says.
             kwargs: `num_items_in_batch` reaches the loss.
 
         Returns:
@@ -360,11 +375,14 @@ class MemoryAutoencoder(PreTrainedModel):
         memories_given = memories is not None
         self._check_length(given)
         memories = self._memories(input_ids, attention_mask, memories)
-        logits = self.decode(memories)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        logits, states = self._decode(memories, bool(output_hidden_states))
         if given is not None:
             if memories_given:
                 check_attention_mask("attention_mask", attention_mask, *given.shape)
             logits = self._lay_back(logits, attention_mask, given.shape[1])
+            states = states and tuple(self._lay_back(state, attention_mask, given.shape[1]) for state in states)
 
         loss = None
         if labels is not None:
@@ -378,7 +396,7 @@ class MemoryAutoencoder(PreTrainedModel):
             loss = self.loss_function(
                 logits, None, vocab_size=self.config.vocab_size, shift_labels=labels.contiguous(), **kwargs
             )
-        return MemoryAutoencoderOutput(loss=loss, logits=logits, memories=memories)
+        return MemoryAutoencoderOutput(loss=loss, logits=logits, memories=memories, hidden_states=states)
 
     def _check_length(self, token_ids: torch.Tensor | None) -> None:
         if token_ids is not None and token_ids.dim() == 2 and token_ids.shape[1] > self.config.chunk_length:
