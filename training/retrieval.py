@@ -31,8 +31,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from modeling_memory.memory_encoder import encode_chunks
-from modeling_memory.memory_pooling import LastPooling
+from modeling_memory.memory_encoder import LastPooling, encode_chunks
 from training.command_line import Parser, check_place, positive_number, run_command, whole_number
 from training.data.texts import file_checksums
 from training.measure.frozen import FrozenEncoder, cut_rows, load_encoder

@@ -17,8 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from modeling_memory.memory_encoder import build_encoder, encode_chunks
-from modeling_memory.memory_pooling import LastPooling
+from modeling_memory.memory_encoder import LastPooling, build_encoder, encode_chunks
 from modeling_memory.modeling_memory_autoencoder import Bottleneck
 from training.measure.metrics import token_results
 from training.measure.suites import Scores
