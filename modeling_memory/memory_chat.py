@@ -6,7 +6,7 @@ again before tokenising.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -32,6 +32,13 @@ class RenderedChat:
     def text(self) -> str:
         """The conversation as one string."""
         return self.marked.replace(self.mark, "")
+
+
+def as_batch(conversation: Any) -> tuple[list[Any], bool]:
+    """Return one conversation or several as a list, and whether they were several."""
+    first = conversation[0] if isinstance(conversation, (list, tuple)) and conversation else None
+    batched = isinstance(first, (list, tuple)) or hasattr(first, "messages")
+    return (list(conversation), True) if batched else ([conversation], False)
 
 
 def choose_template(own: str | dict[str, str] | None, given: str | None, has_tools: bool) -> str:
@@ -100,20 +107,12 @@ def render_chats(
         )
     turns = [_messages(chat, row) for row, chat in enumerate(chats)]
     mark = _free_character([template, *_strings([turns, kwargs])])
-    begin = re.compile(f"(?={_alternatives(control)})(.)", re.DOTALL)
-
-    def mark_text(value: Any) -> Any:
-        if isinstance(value, str):
-            # At every place where a token begins, also where two overlap: after `a|b|` without `|`, `b|c` may be left.
-            return begin.sub(rf"\g<1>{mark}", value)
-        if isinstance(value, Mapping):
-            return {key: mark_text(one) for key, one in value.items()}
-        return [mark_text(one) for one in value] if isinstance(value, (list, tuple)) else value
+    mark_text = _marker(mark, control)
 
     def is_data(message: Mapping) -> bool:
         return message.get("role") not in TRUSTED_ROLES if split_special_tokens is None else split_special_tokens
 
-    has_parts = any(isinstance(message.get("content"), list) for chat in turns for message in chat)
+    has_parts = any(not isinstance(message.get("content", ""), str) for chat in turns for message in chat)
     in_parts = has_parts and _takes_parts(tokenizer, template)
     turns = [
         [_with_memories(mark_text(one) if is_data(one) else one, memory_token, in_parts) for one in chat]
@@ -178,6 +177,20 @@ def answer_mask(pieces: Pieces, answers: Spans) -> list[int]:
     return [int(any(start < end and s < end and start < e for start, end in answers)) for s, e in pieces.spans]
 
 
+def _marker(mark: str, control: Iterable[str]) -> Callable[[Any], Any]:
+    begin = re.compile(f"(?={_alternatives(control)})(.)", re.DOTALL)
+
+    def mark_text(value: Any) -> Any:
+        if isinstance(value, str):
+            # After the first character of each token, so that none is whole, also where two of them overlap.
+            return begin.sub(rf"\g<1>{mark}", value)
+        if isinstance(value, Mapping):
+            return {key: mark_text(one) for key, one in value.items()}
+        return [mark_text(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+    return mark_text
+
+
 def _messages(chat: Any, row: int) -> list[dict]:
     chat = getattr(chat, "messages", chat)  # the library's pipelines wrap conversations
     if not isinstance(chat, (list, tuple)) or not chat or not all(isinstance(message, Mapping) for message in chat):
@@ -192,10 +205,10 @@ def _messages(chat: Any, row: int) -> list[dict]:
 def _with_memories(message: dict, memory_token: str, in_parts: bool) -> dict:
     """Write the memory token where a content holds `{"type": "memory"}`."""
     content = message.get("content")
-    if not isinstance(content, list):
+    if content is None or isinstance(content, str):
         return message
     texts = []
-    for part in content:
+    for part in content if isinstance(content, (list, tuple)) else [content]:
         if isinstance(part, Mapping) and part.get("type") == "memory":
             texts.append(memory_token)
         elif isinstance(part, Mapping) and isinstance(part.get("text"), str):

@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from .memory_chunking import encode_prompt, encode_text, special_frame
+
 
 @dataclass(frozen=True)
 class Row:
@@ -56,6 +58,28 @@ class Row:
         if not row.ids:
             raise ValueError(f"A text has no tokens and no memories (row {number}); expected at least one of either.")
         return row
+
+
+def row_of(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | list[str | int],
+    control: Mapping[str, int],
+    split_special_tokens: bool | None,
+    add_special_tokens: bool,
+) -> Row:
+    """Tokenise one prompt: a string, which is data only if told so, or parts, which are data unless told otherwise."""
+    if isinstance(prompt, str) and not split_special_tokens:
+        return Row(encode_prompt(tokenizer, prompt, add_special_tokens).ids)
+    before, after = special_frame(tokenizer) if add_special_tokens else ([], [])
+    ids = list(before)
+    for part in [prompt] if isinstance(prompt, str) else prompt:
+        if isinstance(part, int):
+            ids.append(part)
+        elif split_special_tokens is False:
+            ids += encode_prompt(tokenizer, part, add_special_tokens=False).ids
+        else:
+            ids += encode_text(tokenizer, part, control.values()).ids
+    return Row([*ids, *after])
 
 
 def prompts_of(text: Any, memory_token: str) -> list[str | list[str | int]] | None:
@@ -163,14 +187,14 @@ def ready_counts(num_memories: Any, num_texts: int | None) -> list[list[int]]:
     return counts
 
 
-def pad_chunks(rows: list[list[list[int]]], tokenizer: PreTrainedTokenizerBase, length: int) -> tuple[list, list]:
+def pad_chunks(rows: list[list[list[int]]], tokenizer: PreTrainedTokenizerBase, length: int) -> dict[str, list]:
     """Chunks of all rows as `(B, C, L)` ids and mask, padded at the end of a chunk and of a row."""
     pad = pad_value(tokenizer)
     num_chunks = max(len(row) for row in rows)
     filled = [row + [[]] * (num_chunks - len(row)) for row in rows]
     ids = [[chunk + [pad] * (length - len(chunk)) for chunk in row] for row in filled]
     mask = [[[1] * len(chunk) + [0] * (length - len(chunk)) for chunk in row] for row in filled]
-    return ids, mask
+    return {"context_input_ids": ids, "context_attention_mask": mask}
 
 
 def pad_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> dict[str, list]:

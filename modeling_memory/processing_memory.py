@@ -14,7 +14,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .memory_chat import answer_mask, chat_control_tokens, choose_template, render_chats, tokenise_chat
+from .memory_chat import answer_mask, as_batch, chat_control_tokens, choose_template, render_chats, tokenise_chat
 from .memory_chunking import CutText, control_tokens, cut_pieces, encode_prompt, encode_text, special_frame
 from .memory_slots import (
     CALL_OPTIONS,
@@ -26,6 +26,7 @@ from .memory_slots import (
     prompts_of,
     ready_counts,
     resolve_options,
+    row_of,
 )
 
 ENCODER_TOKENIZER_FOLDER = "encoder_tokenizer"
@@ -58,10 +59,10 @@ class MemoryProcessor(ProcessorMixin):
 
     Without a context it is the decoder's tokenizer with padding: plain text needs no slots.
 
-    **A document is data.** `<eos>`, `[SEP]`, `<memory>` and the like that are written in a context, or typed in a
-    turn of a chat, are text. A plain `text` is the application's, so control tokens in it are control tokens; for
-    text that somebody else wrote there is `split_special_tokens=True`, or a list of parts, whose strings are data and
-    whose integers are ids: `[["They ask: ", question, copy_token_id]]`.
+    **A document is data.** `<eos>`, `[SEP]` or `<memory>` written in a context, or typed in a turn of a chat, is text.
+    A plain `text` is the application's, so control tokens in it are control tokens; text that somebody else wrote goes
+    with `split_special_tokens=True`, or in a list of parts, whose strings are data and whose integers are ids:
+    `text=[["They ask: ", question, copy_token_id]]`.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
@@ -249,18 +250,17 @@ class MemoryProcessor(ProcessorMixin):
 
         Args:
             text (`str`, list of `str`, or list of lists of parts, *optional*):
-                Prompts for the decoder. The memory token may stand in each, once for each of its contexts, where
-                their slots shall be; otherwise they are put in front. A prompt may be a list of parts: strings that
-                are data, and ids (`processor.memory_token_id`, say). Without a text, only the context is prepared,
-                as `encode_memories` takes it.
+                Prompts for the decoder. The memory token stands in each once for each of its contexts, where their
+                slots shall be, or not at all, for slots in front. A list of parts is one prompt: strings that are
+                data, and ids (`processor.memory_token_id`, say). Without a text, only the context is prepared, as
+                `encode_memories` takes it.
             context (`str`, list of `str`, or list of lists of `str`, *optional*):
                 One context for each text, or a list of them; `None` in the list for a row without one.
             num_memories (`int`, list of `int`, or list of lists of `int`, *optional*):
                 Instead of a context: how many slots each row gets, or each memory token of each row, for memories
                 that are ready (`memory_embeds`).
             context_num_memories (`int` or `(B, C)` lists of `int`, *optional*):
-                Memories of each chunk where they shall be fewer than `memories_per_chunk`; slots follow. It is
-                returned for the model, which takes an argument of this name.
+                Memories of each chunk, if fewer than `memories_per_chunk`; slots follow, and the model gets it.
             kwargs: Options, as they are or in `text_kwargs=`:
 
                 - `add_special_tokens` (`bool`, default `True`): Whether the decoder's tokenizer adds its own (a
@@ -295,27 +295,8 @@ class MemoryProcessor(ProcessorMixin):
         rows = None
         if prompts is not None:
             control = self._control(self.tokenizer)
-            rows = [self._row(one, control, split, options["add_special_tokens"]) for one in prompts]
+            rows = [row_of(self.tokenizer, one, control, split, options["add_special_tokens"]) for one in prompts]
         return self._prepare(rows, context, num_memories, context_num_memories, options)
-
-    def _row(
-        self, prompt: str | list[str | int], control: dict[str, int], split: bool | None, add_special_tokens: bool
-    ) -> Row:
-        """Tokenise one prompt."""
-        parts = [prompt] if isinstance(prompt, str) else prompt
-        is_data = not isinstance(prompt, str) if split is None else split
-        if not is_data and isinstance(prompt, str):
-            return Row(encode_prompt(self.tokenizer, prompt, add_special_tokens).ids)
-        before, after = special_frame(self.tokenizer) if add_special_tokens else ([], [])
-        ids = list(before)
-        for part in parts:
-            if isinstance(part, int):
-                ids.append(part)
-            elif is_data:
-                ids += encode_text(self.tokenizer, part, control.values()).ids
-            else:
-                ids += encode_prompt(self.tokenizer, part, add_special_tokens=False).ids
-        return Row([*ids, *after])
 
     def _prepare(
         self,
@@ -334,6 +315,8 @@ class MemoryProcessor(ProcessorMixin):
                 "`context` and `num_memories` were both given; give a context to be encoded (with "
                 "`context_num_memories` for fewer memories of each chunk), or the number of memories that are ready."
             )
+        if documents is None and context_num_memories is not None:
+            raise ValueError("`context_num_memories` is about chunks, but no `context` was given. Give the context.")
         if rows is not None and documents is not None and len(rows) != len(documents):
             raise ValueError(
                 f"{len(rows)} texts and {len(documents)} contexts were given; expected one context for each text, "
@@ -344,16 +327,15 @@ class MemoryProcessor(ProcessorMixin):
         counts: list[list[int]] | None = None
         if documents is not None:
             cuts = self._cut_all(documents)
-            chunks = [[chunk for cut in row for chunk in cut.chunks] for row in cuts]
-            if any(chunks):
-                length = sum(map(len, self._frame)) + self.chunk_length
-                data["context_input_ids"], data["context_attention_mask"] = pad_chunks(chunks, self._reader, length)
-            elif rows is None:
-                raise ValueError("Every context is `None` and no text was given; nothing is left to prepare.")
             sizes = [[len(cut.chunks) for cut in row] for row in cuts]
             budgets, counts = chunk_budgets(sizes, self.memories_per_chunk, context_num_memories)
-            if context_num_memories is not None and any(chunks):
-                data["context_num_memories"] = budgets
+            if any(map(sum, sizes)):
+                chunks = [[chunk for cut in row for chunk in cut.chunks] for row in cuts]
+                data = pad_chunks(chunks, self._reader, sum(map(len, self._frame)) + self.chunk_length)
+                if context_num_memories is not None:
+                    data["context_num_memories"] = budgets
+            elif rows is None:
+                raise ValueError("Every context is `None` and no text was given; nothing is left to prepare.")
         elif num_memories is not None:
             counts = ready_counts(num_memories, None if rows is None else len(rows))
         if rows is not None:
@@ -398,31 +380,27 @@ class MemoryProcessor(ProcessorMixin):
     ) -> Any:
         """Render a conversation; with `tokenize=True`, lay the slots of its context as a call does.
 
-        What stands in a turn is data: a `<memory>` or `<|im_end|>` that somebody typed is text. The application
-        places memories by a part `{"type": "memory"}` in a turn's content (`[{"type": "memory"}, {"type": "text",
-        "text": question}]`), one for each context, in the template, or in its own turns (`system` and `developer`),
-        in which control tokens are control tokens. Roles are the application's as well. Without a place, memories
-        stand in front.
-
-        A rendered string (`tokenize=False`) does not tell what was typed from what the template wrote; let this
-        method tokenise where that matters.
+        What stands in a turn is data: a `<memory>` or `<|im_end|>` that somebody typed is text. The application places
+        memories by a part `{"type": "memory"}` in a turn's content, one for each context, in the template, or in its
+        own turns (`system`, `developer`), whose control tokens are control tokens; otherwise they stand in front.
+        Roles are the application's as well. In a rendered string (`tokenize=False`) nobody can tell what was typed
+        from what the template wrote.
 
         Args:
-            conversation (list of `dict`, or list of such lists): Messages with `role` and `content`.
+            conversation (list of `dict`, or list of such lists): Messages with `role` and `content`; a content is a
+                string or a list of `{"type": "text", "text": ...}` and `{"type": "memory"}`.
             chat_template (`str`, *optional*): Another template than the processor's own, or the name of one.
             context (`str`, list of `str` or list of lists, *optional*): One context for each conversation, or a list
                 of them. For a single conversation a list of strings is its contexts.
-            num_memories (`int`, list of `int` or list of lists, *optional*): Slots, for memories that are ready, as
-                in a call.
+            num_memories (`int`, list of `int` or list of lists, *optional*): As in a call.
             context_num_memories (`int` or lists of `int`, *optional*): As in a call.
             tokenize (`bool`): Whether to return model inputs instead of the rendered text.
             return_dict (`bool`): With `tokenize=True`, whether to return all inputs or `input_ids` alone.
             return_assistant_tokens_mask (`bool`): Whether to add `assistant_masks` `(B, T)`, 1 at tokens that the
                 template has between `{% generation %}` and `{% endgeneration %}`; slots are 0.
             processor_kwargs (`dict`, *optional*): Options of a call; they may also stand among `kwargs`.
-            kwargs: Options of a call (`padding`, `max_length`, `return_tensors` and so on; `split_special_tokens`:
-                `True`: every turn is data, `False`: none), `tools`, `documents`, `add_generation_prompt`,
-                `continue_final_message`, and further arguments of the template.
+            kwargs: Options of a call (with `split_special_tokens=True` every turn is data, with `False` none),
+                `tools`, `documents`, `add_generation_prompt`, `continue_final_message`, the template's variables.
 
         Raises:
             ValueError: If there is no chat template, or as a call.
@@ -436,24 +414,18 @@ class MemoryProcessor(ProcessorMixin):
         options = resolve_options({**(processor_kwargs or {}), **named})
         own = self.chat_template or getattr(self.tokenizer, "chat_template", None)
         template = choose_template(own, chat_template, bool(kwargs.get("tools")))
-        first = conversation[0] if isinstance(conversation, (list, tuple)) and conversation else None
-        batched = isinstance(first, (list, tuple)) or hasattr(first, "messages")
-        control = chat_control_tokens(self.tokenizer, self.memory_token, template)
-        chats = render_chats(
-            self.tokenizer,
-            template,
-            list(conversation) if batched else [conversation],
-            self.memory_token,
-            control,
-            options["split_special_tokens"],
-            return_assistant_tokens_mask,
-            **kwargs,
+        tokenizer = self.tokenizer
+        control = chat_control_tokens(tokenizer, self.memory_token, template)
+        chats, batched = as_batch(conversation)
+        split = options["split_special_tokens"]
+        rendered = render_chats(
+            tokenizer, template, chats, self.memory_token, control, split, return_assistant_tokens_mask, **kwargs
         )
         if not tokenize:
-            return [chat.text for chat in chats] if batched else chats[0].text
+            return [chat.text for chat in rendered] if batched else rendered[0].text
         rows = []
-        for chat in chats:
-            pieces = tokenise_chat(self.tokenizer, chat, control)
+        for chat in rendered:
+            pieces = tokenise_chat(tokenizer, chat, control)
             rows.append(Row(pieces.ids, answer_mask(pieces, chat.answers) if return_assistant_tokens_mask else None))
         if not batched:
             context, num_memories = _of_one_chat(context, str), _of_one_chat(num_memories, int)
@@ -462,14 +434,14 @@ class MemoryProcessor(ProcessorMixin):
 
     def _without_slots(self, token_ids: Any) -> list:
         """Nested lists of ids without slots, and without ids that are no token (-100 in labels)."""
-        if hasattr(token_ids, "tolist"):
-            token_ids = token_ids.tolist()
-        rows = [token_ids] if isinstance(token_ids, int) else token_ids
+        rows = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
+        rows = [rows] if isinstance(rows, int) else rows
         if isinstance(rows, (list, tuple)):
-            if all(isinstance(token_id, int) for token_id in rows):
+            rows = [one.tolist() if hasattr(one, "tolist") else one for one in rows]
+            if all(isinstance(one, int) for one in rows):
                 slot = self.memory_token_id
                 return [token_id for token_id in rows if token_id >= 0 and token_id != slot]
-            if not any(isinstance(row, (str, int, float)) for row in rows):
+            if all(isinstance(row, (list, tuple)) for row in rows):
                 return [self._without_slots(row) for row in rows]
         raise ValueError(f"The ids to decode are {token_ids!r:.80}; expected integers, lists of them or a tensor.")
 
@@ -545,7 +517,10 @@ class MemoryProcessor(ProcessorMixin):
                 pretrained_model_name_or_path, subfolder=inner, config=PreTrainedConfig(), **hub
             )
         own = {name: settings[name] for name in (*SETTINGS, "chat_template") if name in settings}
-        return cls(tokenizer, encoder_tokenizer, **own)
+        processor = cls(tokenizer, encoder_tokenizer, **own)
+        if "auto_map" in settings:
+            processor.auto_map = settings["auto_map"]  # so that a loaded processor equals the one that was saved
+        return processor
 
 
 def _of_one_chat(value: Any, kind: type) -> Any:
