@@ -15,6 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .memory_chunking import Pieces, Spans, control_tokens, encode_prompt, encode_text, join_pieces
+from .memory_slots import Row
 
 TRUSTED_ROLES = ("system", "developer")
 PROBE = "probe"
@@ -167,14 +168,25 @@ def tokenise_chat(tokenizer: PreTrainedTokenizerBase, chat: RenderedChat, contro
     return join_pieces(parts, starts)
 
 
-def answer_mask(pieces: Pieces, answers: Spans) -> list[int]:
-    """Return 1 for each token that an answer of the assistant holds, in whole or in part, else 0."""
+def chat_row(
+    tokenizer: PreTrainedTokenizerBase, chat: RenderedChat, control: Mapping[str, int], with_answers: bool
+) -> Row:
+    """Tokenise a rendered conversation; `with_answers`, with 1 for each token of which an answer holds a part."""
+    pieces = tokenise_chat(tokenizer, chat, control)
+    if not with_answers:
+        return Row(pieces.ids)
     if pieces.spans is None:
         raise ValueError(
             "`return_assistant_tokens_mask` needs the characters that tokens stand for, which a slow tokenizer does "
             "not know. Use a fast one (`AutoTokenizer` loads one by default)."
         )
-    return [int(any(start < end and s < end and start < e for start, end in answers)) for s, e in pieces.spans]
+    return Row(pieces.ids, [int(any(s < end and start < e for start, end in chat.answers)) for s, e in pieces.spans])
+
+
+def of_one_chat(value: Any, kind: type) -> Any:
+    """Let a flat list belong to the one conversation, not to several."""
+    flat = isinstance(value, (list, tuple)) and bool(value) and all(isinstance(one, kind) for one in value)
+    return [list(value)] if flat else value
 
 
 def _marker(mark: str, control: Iterable[str]) -> Callable[[Any], Any]:

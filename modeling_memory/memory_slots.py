@@ -60,6 +60,25 @@ class Row:
         return row
 
 
+def check_call(rows: Any, documents: Any, num_memories: Any, context_num_memories: Any) -> None:
+    """Refuse arguments of a call that do not go together."""
+    if rows is None and documents is None:
+        raise ValueError("Neither `text` nor `context` was given; give at least one of them.")
+    if documents is not None and num_memories is not None:
+        raise ValueError(
+            "`context` and `num_memories` were both given; give a context to be encoded (with "
+            "`context_num_memories` for fewer memories of each chunk), or the number of memories that are ready."
+        )
+    if documents is None and context_num_memories is not None:
+        raise ValueError("`context_num_memories` is about chunks, but no `context` was given. Give the context.")
+    if rows is not None and documents is not None and len(rows) != len(documents):
+        raise ValueError(
+            f"{len(rows)} texts and {len(documents)} contexts were given; expected one context for each text, "
+            "or a list of them (`context=[[first, second]]` for one text). Repeat a context that several texts "
+            "share, or encode it once and pass `memory_embeds`."
+        )
+
+
 def row_of(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str | list[str | int],
@@ -223,6 +242,19 @@ def pad_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase, options: Mappi
     if all(row.answers is not None for row in rows):
         data["assistant_masks"] = [pad(row.answers or [], 0) for row in rows]
     return data
+
+
+def without_slots(token_ids: Any, slot: int) -> list:
+    """Nested lists of ids without slots, and without ids that are no token (-100 in labels)."""
+    rows = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
+    rows = [rows] if isinstance(rows, int) else rows
+    if isinstance(rows, (list, tuple)):
+        rows = [one.tolist() if hasattr(one, "tolist") else one for one in rows]
+        if all(isinstance(one, int) for one in rows):
+            return [token_id for token_id in rows if token_id >= 0 and token_id != slot]
+        if all(isinstance(row, (list, tuple)) for row in rows):
+            return [without_slots(row, slot) for row in rows]
+    raise ValueError(f"The ids to decode are {token_ids!r:.80}; expected integers, lists of them or a tensor.")
 
 
 def pad_value(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -14,11 +14,12 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .memory_chat import answer_mask, as_batch, chat_control_tokens, choose_template, render_chats, tokenise_chat
+from .memory_chat import as_batch, chat_control_tokens, chat_row, choose_template, of_one_chat, render_chats
 from .memory_chunking import CutText, control_tokens, cut_pieces, encode_prompt, encode_text, special_frame
 from .memory_slots import (
     CALL_OPTIONS,
     Row,
+    check_call,
     chunk_budgets,
     documents_of,
     pad_chunks,
@@ -27,6 +28,7 @@ from .memory_slots import (
     ready_counts,
     resolve_options,
     row_of,
+    without_slots,
 )
 
 ENCODER_TOKENIZER_FOLDER = "encoder_tokenizer"
@@ -112,6 +114,7 @@ class MemoryProcessor(ProcessorMixin):
         self.window_length = chunk_length if window_length is None else window_length
         self.memories_per_chunk = memories_per_chunk
         self.memory_token = memory_token
+        self._control_tokens: dict[bool, tuple[Any, int, dict[str, int]]] = {}
         self._validate_settings()
         self._set_encoder_tokenizer(encoder_tokenizer)
 
@@ -166,7 +169,13 @@ class MemoryProcessor(ProcessorMixin):
         return self.encoder_tokenizer or self.tokenizer
 
     def _control(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-        return control_tokens(tokenizer, [self.memory_token] if tokenizer is self.tokenizer else [])
+        own = tokenizer is self.tokenizer
+        known, size, control = self._control_tokens.get(own, (None, 0, {}))
+        if known is not tokenizer or size != len(tokenizer):
+            # Some vocabularies have thousands of added tokens, too many to look through for each text.
+            control = control_tokens(tokenizer, [self.memory_token] if own else [])
+            self._control_tokens[own] = tokenizer, len(tokenizer), control
+        return control
 
     def cut_context(self, context: str) -> CutText:
         """Cut a context into chunks; the text is data, whatever it writes.
@@ -308,21 +317,7 @@ class MemoryProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Lay the slots of the contexts into tokenised prompts, and pad both."""
         documents = documents_of(context)
-        if rows is None and documents is None:
-            raise ValueError("Neither `text` nor `context` was given; give at least one of them.")
-        if documents is not None and num_memories is not None:
-            raise ValueError(
-                "`context` and `num_memories` were both given; give a context to be encoded (with "
-                "`context_num_memories` for fewer memories of each chunk), or the number of memories that are ready."
-            )
-        if documents is None and context_num_memories is not None:
-            raise ValueError("`context_num_memories` is about chunks, but no `context` was given. Give the context.")
-        if rows is not None and documents is not None and len(rows) != len(documents):
-            raise ValueError(
-                f"{len(rows)} texts and {len(documents)} contexts were given; expected one context for each text, "
-                "or a list of them (`context=[[first, second]]` for one text). Repeat a context that several texts "
-                "share, or encode it once and pass `memory_embeds`."
-            )
+        check_call(rows, documents, num_memories, context_num_memories)
         data: dict[str, list] = {}
         counts: list[list[int]] | None = None
         if documents is not None:
@@ -382,16 +377,15 @@ class MemoryProcessor(ProcessorMixin):
 
         What stands in a turn is data: a `<memory>` or `<|im_end|>` that somebody typed is text. The application places
         memories by a part `{"type": "memory"}` in a turn's content, one for each context, in the template, or in its
-        own turns (`system`, `developer`), whose control tokens are control tokens; otherwise they stand in front.
-        Roles are the application's as well. In a rendered string (`tokenize=False`) nobody can tell what was typed
-        from what the template wrote.
+        own turns (`system`, `developer`), whose control tokens are control tokens; otherwise they stand in front. In
+        a rendered string (`tokenize=False`) nobody can tell what was typed from what the template wrote.
 
         Args:
             conversation (list of `dict`, or list of such lists): Messages with `role` and `content`; a content is a
                 string or a list of `{"type": "text", "text": ...}` and `{"type": "memory"}`.
             chat_template (`str`, *optional*): Another template than the processor's own, or the name of one.
-            context (`str`, list of `str` or list of lists, *optional*): One context for each conversation, or a list
-                of them. For a single conversation a list of strings is its contexts.
+            context (`str`, list of `str` or list of lists, *optional*): As in a call; for a single conversation, a
+                list of strings is its contexts.
             num_memories (`int`, list of `int` or list of lists, *optional*): As in a call.
             context_num_memories (`int` or lists of `int`, *optional*): As in a call.
             tokenize (`bool`): Whether to return model inputs instead of the rendered text.
@@ -406,44 +400,24 @@ class MemoryProcessor(ProcessorMixin):
             ValueError: If there is no chat template, or as a call.
         """
         if return_assistant_tokens_mask and not (tokenize and return_dict):
-            raise ValueError(
-                "`return_assistant_tokens_mask=True` says which tokens are answers; it needs `tokenize=True` and "
-                "`return_dict=True`."
-            )
+            raise ValueError("`return_assistant_tokens_mask=True` needs `tokenize=True` and `return_dict=True`.")
         named = {name: kwargs.pop(name) for name in list(kwargs) if name in CALL_OPTIONS}
         options = resolve_options({**(processor_kwargs or {}), **named})
-        own = self.chat_template or getattr(self.tokenizer, "chat_template", None)
+        tokenizer, split = self.tokenizer, options["split_special_tokens"]
+        own = self.chat_template or getattr(tokenizer, "chat_template", None)
         template = choose_template(own, chat_template, bool(kwargs.get("tools")))
-        tokenizer = self.tokenizer
         control = chat_control_tokens(tokenizer, self.memory_token, template)
         chats, batched = as_batch(conversation)
-        split = options["split_special_tokens"]
         rendered = render_chats(
             tokenizer, template, chats, self.memory_token, control, split, return_assistant_tokens_mask, **kwargs
         )
         if not tokenize:
             return [chat.text for chat in rendered] if batched else rendered[0].text
-        rows = []
-        for chat in rendered:
-            pieces = tokenise_chat(tokenizer, chat, control)
-            rows.append(Row(pieces.ids, answer_mask(pieces, chat.answers) if return_assistant_tokens_mask else None))
+        rows = [chat_row(tokenizer, chat, control, return_assistant_tokens_mask) for chat in rendered]
         if not batched:
-            context, num_memories = _of_one_chat(context, str), _of_one_chat(num_memories, int)
+            context, num_memories = of_one_chat(context, str), of_one_chat(num_memories, int)
         inputs = self._prepare(rows, context, num_memories, context_num_memories, options)
         return inputs if return_dict else inputs["input_ids"]
-
-    def _without_slots(self, token_ids: Any) -> list:
-        """Nested lists of ids without slots, and without ids that are no token (-100 in labels)."""
-        rows = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
-        rows = [rows] if isinstance(rows, int) else rows
-        if isinstance(rows, (list, tuple)):
-            rows = [one.tolist() if hasattr(one, "tolist") else one for one in rows]
-            if all(isinstance(one, int) for one in rows):
-                slot = self.memory_token_id
-                return [token_id for token_id in rows if token_id >= 0 and token_id != slot]
-            if all(isinstance(row, (list, tuple)) for row in rows):
-                return [self._without_slots(row) for row in rows]
-        raise ValueError(f"The ids to decode are {token_ids!r:.80}; expected integers, lists of them or a tensor.")
 
     def decode(self, token_ids: Any, **kwargs: Any) -> str | list[str]:
         """Text of a row of ids, slots left out; of a batch, a list of texts.
@@ -453,7 +427,7 @@ class MemoryProcessor(ProcessorMixin):
                 or labels.
             kwargs: Arguments of the tokenizer's `decode`, `skip_special_tokens` for example.
         """
-        kept = self._without_slots(token_ids)
+        kept = without_slots(token_ids, self.memory_token_id)
         if kept and isinstance(kept[0], list):
             return [self.tokenizer.decode(row, **kwargs) for row in kept]
         return self.tokenizer.decode(kept, **kwargs)
@@ -465,7 +439,7 @@ class MemoryProcessor(ProcessorMixin):
             sequences (`torch.Tensor` or list of rows): Ids of the decoder, generated ones or labels.
             kwargs: Arguments of the tokenizer's `decode`, `skip_special_tokens` for example.
         """
-        return [self.tokenizer.decode(self._without_slots(row), **kwargs) for row in sequences]
+        return [self.tokenizer.decode(without_slots(row, self.memory_token_id), **kwargs) for row in sequences]
 
     def to_dict(self) -> dict:
         """The settings as they are saved; tokenizers and the chat template have files of their own."""
@@ -521,9 +495,3 @@ class MemoryProcessor(ProcessorMixin):
         if "auto_map" in settings:
             processor.auto_map = settings["auto_map"]  # so that a loaded processor equals the one that was saved
         return processor
-
-
-def _of_one_chat(value: Any, kind: type) -> Any:
-    """Let a flat list belong to the one conversation, not to several."""
-    flat = isinstance(value, (list, tuple)) and bool(value) and all(isinstance(one, kind) for one in value)
-    return [list(value)] if flat else value
