@@ -446,8 +446,11 @@ class MemoryProcessor(ProcessorMixin):
         output = {name: getattr(self, name) for name in SETTINGS}
         output["has_encoder_tokenizer"] = self.encoder_tokenizer is not None
         output["processor_class"] = type(self).__name__
-        if getattr(self, "auto_map", None):
-            output["auto_map"] = dict(self.auto_map)
+        if self._auto_class is not None:
+            # Saving writes the entry in any case; written here, a processor equals itself before and after.
+            output["auto_map"] = {
+                self._auto_class: f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
+            }
         return output
 
     def save_pretrained(
@@ -491,7 +494,4 @@ class MemoryProcessor(ProcessorMixin):
                 pretrained_model_name_or_path, subfolder=inner, config=PreTrainedConfig(), **hub
             )
         own = {name: settings[name] for name in (*SETTINGS, "chat_template") if name in settings}
-        processor = cls(tokenizer, encoder_tokenizer, **own)
-        if "auto_map" in settings:
-            processor.auto_map = settings["auto_map"]  # so that a loaded processor equals the one that was saved
-        return processor
+        return cls(tokenizer, encoder_tokenizer, **own)
