@@ -14,7 +14,7 @@ from typing import Any
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .memory_chunking import Pieces, Spans, control_tokens, encode_prompt, encode_text, join_pieces
+from .memory_chunking import Pieces, Spans, control_ids, control_tokens, encode_prompt, encode_text, join_pieces
 from .memory_slots import Row
 
 TRUSTED_ROLES = ("system", "developer")
@@ -140,10 +140,11 @@ def tokenise_chat(tokenizer: PreTrainedTokenizerBase, chat: RenderedChat, contro
     Without any, this is what the tokenizer makes of the rendered string.
     """
     written = list(re.finditer(f"{_alternatives(control)}(?!{chat.mark})", chat.marked))
-    ids = frozenset(control.values())
+    ids = control_ids(tokenizer, control)
     whole = encode_prompt(tokenizer, chat.text, add_special_tokens=False)
     # More control tokens than were written come from text that a normaliser turned into one (full-width letters, say).
-    if chat.mark not in chat.marked and sum(token in ids for token in whole.ids) <= len(written):
+    most = sum(control[match[0]] in ids for match in written)
+    if chat.mark not in chat.marked and sum(token in ids for token in whole.ids) <= most:
         return whole
     added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
     parts: list[Pieces] = []

@@ -1,6 +1,6 @@
 """Text as data: token ids in which no control token can stand, and their cut into chunks."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -48,13 +48,18 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, extra: Iterable[str] = ()
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     names = dict.fromkeys([*added, *tokenizer.all_special_tokens, *extra])
     known = {name: tokenizer.convert_tokens_to_ids(name) for name in names}
+    return {name: i for name, i in known.items() if i is not None}
+
+
+def control_ids(tokenizer: PreTrainedTokenizerBase, control: Mapping[str, int]) -> frozenset[int]:
+    """Return the ids that no text may become; `control` are the tokens, those of [`control_tokens`]."""
     roles = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.sep_token_id]
-    unknown = tokenizer.unk_token_id
     # The unknown token is what unreadable text becomes, so it steers nothing, unless it is the end token as well.
-    return {name: i for name, i in known.items() if i is not None and (i != unknown or i in roles)}
+    harmless = {tokenizer.unk_token_id}.difference(roles)
+    return frozenset(control.values()) - harmless
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, control: Iterable[int]) -> Pieces:
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, control: frozenset[int]) -> Pieces:
     """Tokenise a text as data: what it writes is text, also where it writes `<eos>` or `[SEP]`.
 
     The tokenizer's own truncation and padding settings are put aside, and no special tokens are put around.
@@ -62,9 +67,8 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, control: Iterable
     Args:
         tokenizer (`PreTrainedTokenizerBase`): Fast or slow.
         text (`str`): The text.
-        control (`Iterable[int]`): Ids that must not come out, those of [`control_tokens`].
+        control (`frozenset[int]`): Ids that must not come out, those of [`control_ids`].
     """
-    control = frozenset(control)
     encoded = _call(tokenizer, text, split_special_tokens=True, return_offsets_mapping=tokenizer.is_fast)
     pieces = Pieces(list(encoded["input_ids"]), list(encoded["offset_mapping"]) if tokenizer.is_fast else None)
     # Tokenizers split only the tokens that they call special, and unigram models find these in their vocabulary again.

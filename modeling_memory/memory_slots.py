@@ -82,7 +82,7 @@ def check_call(rows: Any, documents: Any, num_memories: Any, context_num_memorie
 def row_of(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str | list[str | int],
-    control: Mapping[str, int],
+    control: frozenset[int],
     split_special_tokens: bool | None,
     add_special_tokens: bool,
 ) -> Row:
@@ -97,7 +97,7 @@ def row_of(
         elif split_special_tokens is False:
             ids += encode_prompt(tokenizer, part, add_special_tokens=False).ids
         else:
-            ids += encode_text(tokenizer, part, control.values()).ids
+            ids += encode_text(tokenizer, part, control).ids
     return Row([*ids, *after])
 
 

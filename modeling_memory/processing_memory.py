@@ -15,7 +15,15 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Text
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .memory_chat import as_batch, chat_control_tokens, chat_row, choose_template, of_one_chat, render_chats
-from .memory_chunking import CutText, control_tokens, cut_pieces, encode_prompt, encode_text, special_frame
+from .memory_chunking import (
+    CutText,
+    control_ids,
+    control_tokens,
+    cut_pieces,
+    encode_prompt,
+    encode_text,
+    special_frame,
+)
 from .memory_slots import (
     CALL_OPTIONS,
     Row,
@@ -114,7 +122,7 @@ class MemoryProcessor(ProcessorMixin):
         self.window_length = chunk_length if window_length is None else window_length
         self.memories_per_chunk = memories_per_chunk
         self.memory_token = memory_token
-        self._control_tokens: dict[bool, tuple[Any, int, dict[str, int]]] = {}
+        self._control_ids: dict[bool, tuple[Any, int, frozenset[int]]] = {}
         self._validate_settings()
         self._set_encoder_tokenizer(encoder_tokenizer)
 
@@ -168,13 +176,13 @@ class MemoryProcessor(ProcessorMixin):
     def _reader(self) -> PreTrainedTokenizerBase:
         return self.encoder_tokenizer or self.tokenizer
 
-    def _control(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    def _control(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
         own = tokenizer is self.tokenizer
-        known, size, control = self._control_tokens.get(own, (None, 0, {}))
+        known, size, control = self._control_ids.get(own, (None, 0, frozenset()))
         if known is not tokenizer or size != len(tokenizer):
             # Some vocabularies have thousands of added tokens, too many to look through for each text.
-            control = control_tokens(tokenizer, [self.memory_token] if own else [])
-            self._control_tokens[own] = tokenizer, len(tokenizer), control
+            control = control_ids(tokenizer, control_tokens(tokenizer, [self.memory_token] if own else []))
+            self._control_ids[own] = tokenizer, len(tokenizer), control
         return control
 
     def cut_context(self, context: str) -> CutText:
@@ -192,7 +200,7 @@ class MemoryProcessor(ProcessorMixin):
         if not isinstance(context, str):
             raise ValueError(f"A context is a {type(context).__name__}; expected a string.")
         tokenizer = self._reader
-        pieces = encode_text(tokenizer, context, self._control(tokenizer).values())
+        pieces = encode_text(tokenizer, context, self._control(tokenizer))
         if not pieces.ids:
             raise ValueError(
                 "A context is empty; expected text of one token or more. Give `None` for a row without a context."

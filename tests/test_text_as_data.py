@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from modeling_memory import MemoryProcessor
-from modeling_memory.memory_chunking import control_tokens, encode_text
+from modeling_memory.memory_chunking import control_ids, control_tokens, encode_text
 from tests.conftest import build_tiny_encoder_tokenizer, build_tiny_tokenizer
 
 LETTERS = [chr(code) for code in range(33, 127)]
@@ -128,8 +128,9 @@ EXACT = [byte_level, memory_not_special, unigram, byte_fallback, SlowTokenizer]
 ENCODERS = [None, build_tiny_encoder_tokenizer, word_piece, byte_fallback, unigram]
 
 
-def forbidden(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    return set(control_tokens(tokenizer, ["<memory>"] if "<memory>" in tokenizer.get_vocab() else []).values())
+def forbidden(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    extra = ["<memory>"] if "<memory>" in tokenizer.get_vocab() else []
+    return control_ids(tokenizer, control_tokens(tokenizer, extra))
 
 
 @pytest.mark.parametrize("build", [*DECODERS, word_piece])
@@ -177,7 +178,7 @@ def test_an_end_token_that_is_the_unknown_token_as_well_is_kept_out():
     backend = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<end>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<end>", eos_token="<end>")
-    assert encode_text(tokenizer, "a b <end> a", control_tokens(tokenizer).values()).ids == [1, 1]
+    assert encode_text(tokenizer, "a b <end> a", forbidden(tokenizer)).ids == [1, 1]
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -218,7 +219,9 @@ def test_an_untrusted_prompt_has_neither_slots_nor_markers(decoder: Callable):
     assert [token for token in row if token in forbidden(tokenizer)] == [slot, copy] and row[-1] == copy
     trusted = processor(text=[["a", slot, "</s>"]], num_memories=2, split_special_tokens=False)["input_ids"][0]
     assert trusted.count(slot) == 2
-    end = encode_text(tokenizer, "</s>", []).ids if tokenizer.eos_token != "</s>" else [tokenizer.eos_token_id]
+    end = (
+        encode_text(tokenizer, "</s>", frozenset()).ids if tokenizer.eos_token != "</s>" else [tokenizer.eos_token_id]
+    )
     assert trusted[-len(end) :] == end
 
 
