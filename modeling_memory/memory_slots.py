@@ -83,18 +83,18 @@ def row_of(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str | list[str | int],
     control: frozenset[int],
-    split_special_tokens: bool | None,
-    add_special_tokens: bool,
+    options: Mapping[str, Any],
 ) -> Row:
     """Tokenise one prompt: a string, which is data only if told so, or parts, which are data unless told otherwise."""
-    if isinstance(prompt, str) and not split_special_tokens:
+    split, add_special_tokens = options["split_special_tokens"], options["add_special_tokens"]
+    if isinstance(prompt, str) and not split:
         return Row(encode_prompt(tokenizer, prompt, add_special_tokens).ids)
     before, after = special_frame(tokenizer) if add_special_tokens else ([], [])
     ids = list(before)
     for part in [prompt] if isinstance(prompt, str) else prompt:
         if isinstance(part, int):
             ids.append(part)
-        elif split_special_tokens is False:
+        elif split is False:
             ids += encode_prompt(tokenizer, part, add_special_tokens=False).ids
         else:
             ids += encode_text(tokenizer, part, control).ids

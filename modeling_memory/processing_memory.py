@@ -216,17 +216,14 @@ class MemoryProcessor(ProcessorMixin):
         Returns:
             `list` of `list` of `int`: Chunks in reading order, each of `chunk_length` text tokens but for the
             last one, which may be shorter.
-
-        Raises:
-            ValueError: If the context is no string or empty.
         """
         return self.cut_context(context).chunks
 
     def chunk_spans(self, context: str) -> list[tuple[int, int]]:
         """Say which characters of a context each of its chunks stands for.
 
-        White space between two chunks counts with the later one, as decoders' tokenizers put it in front of words. A
-        character of several tokens counts where its first token stands.
+        White space between two chunks counts with the later one. A character of several tokens counts where its first
+        token stands.
 
         Args:
             context (`str`): The text to be remembered.
@@ -236,7 +233,7 @@ class MemoryProcessor(ProcessorMixin):
             together they are the whole context, each character once.
 
         Raises:
-            ValueError: As [`split_context`], and if the tokenizer is not a fast one, which knows no characters.
+            ValueError: As [`cut_context`], and if the tokenizer is not a fast one, which knows no characters.
         """
         spans = self.cut_context(context).spans
         if spans is None:
@@ -302,17 +299,13 @@ class MemoryProcessor(ProcessorMixin):
             - `context_num_memories` of shape `(B, C)` if it was given.
 
         Raises:
-            ValueError: If a text or a batch is empty, texts and contexts differ in number, contexts and memory
-                tokens of a row do, a memory token stands there without anything to remember, or an option is
-                unknown or cannot be had.
+            ValueError: If a text or a batch is empty, texts and contexts (or contexts and memory tokens of a row)
+                differ in number, there is nothing to remember, or an option is unknown or cannot be had.
         """
         options = resolve_options(kwargs)
-        split = options["split_special_tokens"]
         prompts = prompts_of(text, self.memory_token)
-        rows = None
-        if prompts is not None:
-            control = self._control(self.tokenizer)
-            rows = [row_of(self.tokenizer, one, control, split, options["add_special_tokens"]) for one in prompts]
+        control = self._control(self.tokenizer)
+        rows = None if prompts is None else [row_of(self.tokenizer, one, control, options) for one in prompts]
         return self._prepare(rows, context, num_memories, context_num_memories, options)
 
     def _prepare(
