@@ -23,8 +23,8 @@ import torch
 
 from benchmarks.measure import compare, describe_run, interleave, save_record, spread
 from modeling_memory import MemoryStore, quantization_report
-from modeling_memory.memory_codec import DTYPES
-from modeling_memory.memory_fingerprint import fingerprint
+from modeling_memory.store.codec import DTYPES
+from modeling_memory.store.fingerprint import fingerprint
 from training.data import file_checksums, load_texts
 from training.objectives import IGNORED, SpecialTokens
 from training.recipe import resolve_files
