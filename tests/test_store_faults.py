@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -117,7 +118,7 @@ def test_a_reader_keeps_what_it_opened_through_delete_and_vacuum(tmp_path, caplo
     reader.reload()
     assert state_of(reader) == {one: before[one] for one in ("a0", "a1", "a2")}
     caplog.clear()
-    assert store.vacuum() > freed and not caplog.text
+    assert store.vacuum() > max(freed, 0) and not caplog.text
 
 
 def test_a_store_is_read_by_a_forked_process_and_by_threads(tmp_path):
@@ -359,9 +360,7 @@ def test_a_change_that_does_nothing_writes_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_costs_grow_with_what_is_done_and_not_with_its_square(tmp_path):
-    """CPU seconds of vacuum after a small and after a large deletion, in stores of which one is four times the other."""
-    import time
-
+    """CPU seconds of a vacuum, in stores of which one is four times the other."""
     seconds = {}
     for texts in (2000, 8000):
         store = build(tmp_path / str(texts), "a", texts=texts)

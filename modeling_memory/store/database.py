@@ -39,16 +39,23 @@ SCHEMA = (
     "CREATE VIRTUAL TABLE words USING fts5(content, content='', tokenize='porter unicode61 remove_diacritics 2')",
 )
 STATE = {"generation": 1, "next": 1, "texts": 0, "chunks": 0, "tokens": 0, "unknown": 0, "stale": 0, "repairing": 0}
-"""Counts of what is stored; the key of the next text; whether the index holds words of deleted texts."""
+"""Counts of what is stored; the key of the next text; the chunks deleted since the last vacuum."""
 
 
 class MemoryStoreError(ValueError):
     """A store that cannot be used as asked: damaged, of another model, or being written by someone else."""
 
 
-def checksum(content: bytes, *numbers: int) -> bytes:
-    """Return eight bytes that a change of the content, or of at most two numbers that name its place, changes."""
-    return hashlib.blake2b(content, digest_size=8, salt=struct.pack(f">{len(numbers)}q", *numbers)).digest()
+def checksum(content: Any, *numbers: int) -> bytes:
+    """Return eight bytes that a change of text or bytes, or of at most two numbers that name their place, changes."""
+    kind = b"text" if isinstance(content, str) else b""
+    if isinstance(content, str):
+        content = content.encode("utf-8", "surrogatepass")
+    elif not isinstance(content, bytes):
+        return os.urandom(8)  # what a store never writes agrees with nothing
+    return hashlib.blake2b(
+        content, digest_size=8, salt=struct.pack(f">{len(numbers)}q", *numbers), person=kind
+    ).digest()
 
 
 def explain(path: Path, error: sqlite3.Error) -> Exception:
@@ -147,7 +154,7 @@ def sync_folder(folder: Path) -> None:
 def write_setting(database: sqlite3.Connection, name: str, value: dict[str, Any]) -> None:
     """Write one of the two settings with its checksum."""
     content = json.dumps(value, sort_keys=True)
-    row = (name, content, checksum(f"{name} {content}".encode()))
+    row = (name, content, checksum(f"{name} {content}"))
     database.execute("INSERT OR REPLACE INTO settings VALUES (?, ?, ?)", row)
 
 
@@ -259,17 +266,20 @@ class Database:
         rows = self.connection.execute("SELECT name, value, checksum FROM settings").fetchall()
         found = {}
         for name, value, digest in rows:
-            if digest != checksum(f"{name} {value}".encode()):
+            if digest != checksum(f"{name} {value}"):
                 raise damaged(self.path, f"its settings ({name}) do not agree with their checksum")
             found[name] = json.loads(value)
+        if not all(isinstance(value, dict) for value in found.values()):
+            raise damaged(self.path, "its settings are none")
         version = found.get("store", {}).get("format_version")
         if version != FORMAT_VERSION:
             raise MemoryStoreError(
                 f"{self.path.parent.name} has format version {version}; this version of modeling-memory reads "
                 f"{FORMAT_VERSION}. Update the package."
             )
-        if set(found.get("state", {})) != set(STATE):
-            raise damaged(self.path, "its counts are missing")
+        counts = found.get("state", {})
+        if set(counts) != set(STATE) or not all(type(count) is int and count >= 0 for count in counts.values()):
+            raise damaged(self.path, "its counts are missing, or none")
         self.settings, self.state = found["store"], found["state"]
 
     def end(self) -> None:
@@ -286,6 +296,11 @@ class Database:
                 check_place(self.path.parent)
                 self._open()
                 return
+            if not self.is_fixed:
+                with suppress(sqlite3.OperationalError):
+                    # What was written comes from the log into the file, so that this reader needs no log and another
+                    # may empty it.
+                    self.connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
             self._begin()
             self._check_schema()
 
@@ -337,19 +352,26 @@ class Database:
     def _read_counts(self, database: sqlite3.Connection) -> None:
         """Read the counts again under the lock: whoever was waited for has changed them."""
         ((value, digest),) = database.execute("SELECT value, checksum FROM settings WHERE name = 'state'").fetchall()
-        if digest != checksum(f"state {value}".encode()):
+        if digest != checksum(f"state {value}"):
             raise damaged(self.path, "its settings (state) do not agree with their checksum")
         self.state = json.loads(value)
 
-    def shrink(self) -> bool:
-        """Cut free pages off the file, in steps that need little room; whether nothing of them is left on the disk."""
+    def shrink(self, anew: bool) -> bool:
+        """Cut free pages off the file, in steps that need little room; whether nothing of them is left on the disk.
+
+        Args:
+            anew (`bool`): Whether to write the whole file anew first, unless the disk has no room for that.
+        """
         with self.lock, explained(self.path):
             database = self.connection
             self.end()
             try:
+                if anew:
+                    with suppress(sqlite3.OperationalError):
+                        database.execute("VACUUM")
                 left, is_clean = 1, False
                 while left:
-                    database.execute("PRAGMA incremental_vacuum(1000)").fetchall()
+                    database.execute("PRAGMA incremental_vacuum(4096)").fetchall()
                     # Not waited for: a reader may hold its moment for as long as it likes.
                     database.execute("PRAGMA busy_timeout=0").fetchall()
                     is_clean = not database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]

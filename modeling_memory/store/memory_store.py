@@ -48,6 +48,7 @@ from .texts import (
     check_id,
     check_stored_text,
     cut_passages,
+    is_writable,
     pack_places,
     text_digest,
     unpack_places,
@@ -114,7 +115,8 @@ class MemoryStore:
         self.keeps_text = bool(settings.get("keeps_text"))
         cut = self.fingerprint["cut"]
         self._shape = (cut["memories_per_chunk"], cut["hidden_size"])
-        self._checked = -1
+        self._checked = self._known_at = -1
+        self._known: dict[str, tuple[int, Entry]] = {}
         self.model, self.processor = model, processor
         if model is not None:
             check_same_fingerprint(self.fingerprint, fingerprint(model, processor), "this model")
@@ -211,7 +213,7 @@ class MemoryStore:
     @property
     def created_with(self) -> dict[str, str]:
         """Versions of this package, torch and transformers that began the store."""
-        return self._database.settings["created_with"]
+        return self._database.settings.get("created_with", {})
 
     @property
     def generation(self) -> int:
@@ -246,7 +248,7 @@ class MemoryStore:
     def text_ids(self) -> list[str]:
         """Ids of the texts, in the order in which they were stored."""
         found = [text_id for (text_id,) in self._read("SELECT id FROM texts ORDER BY key")]
-        if len(found) != len(self):
+        if len(found) != len(self) or not all(map(is_writable, found)):
             raise damaged(self.folder / FILE, f"it holds {len(found)} texts, but {len(self)} were stored")
         return found
 
@@ -643,22 +645,23 @@ class MemoryStore:
     def vacuum(self) -> int:
         """Take deleted and replaced texts, and what killed writers left behind, off the disk.
 
-        Costs grow with what was deleted, and with the kept text; little room is needed. While a reader still holds an
+        Costs grow with what was deleted, and with the kept text. While a reader still holds an
         earlier state, the bytes stay in the write-ahead log, of which a warning tells.
 
         Returns:
             `int`: Bytes that were freed; below 0 if a reader keeps them from it.
         """
-        before = self.num_bytes
+        before, gone = self.num_bytes, self._database.state["stale"]
+        if self._database.is_fixed:
+            raise MemoryStoreError(f"{self.folder} cannot be written. Copy the store with `backup(path)`.")
         for path in self.folder.glob(f"{FILE}.*{PART}*"):
             path.unlink(missing_ok=True)
-        if self._database.state["stale"]:
+        if gone:
             with self._database.changing() as database:
                 database.execute("INSERT INTO words(words) VALUES ('optimize')")  # words of deleted texts leave it
                 self._database.state["stale"] = 0
-        if self._database.is_fixed:
-            raise MemoryStoreError(f"{self.folder} cannot be written. Copy the store with `backup(path)`.")
-        if not self._database.shrink():
+        # Built anew only where that costs no more than what was deleted took.
+        if not self._database.shrink(anew=gone > self.num_chunks // 4):
             logger.warning(
                 f"{self.folder.name} is being read as it was before: deleted bytes stay in its write-ahead log until "
                 "these readers reload or close, and `vacuum` is called again."
@@ -722,12 +725,17 @@ class MemoryStore:
     def _find(self, text_id: str) -> tuple[int, Entry]:
         """Key and row of a text."""
         check_id(text_id)
+        if self._known_at != self.generation or len(self._known) > 1000:
+            self._known, self._known_at = {}, self.generation
+        if text_id in self._known:
+            return self._known[text_id]
         found = self._read("SELECT * FROM texts WHERE id = ?", text_id)
         if not found:
             raise MemoryStoreError(
                 f"{self.folder.name} has no text {text_id!r}. `store.text_ids` lists the {len(self)} that it has."
             )
-        return self._entry(found[0])
+        self._known[text_id] = self._entry(found[0])
+        return self._known[text_id]
 
     def _entries(self, size: int = 1000) -> Iterator[tuple[int, Entry]]:
         """All texts, some at a time, so that a change in between does no harm."""
@@ -741,7 +749,9 @@ class MemoryStore:
 
     def _entry(self, row: tuple) -> tuple[int, Entry]:
         key, text_id, digest, unknown, passages, places, stored = row
-        if stored != _text_checksum(key, text_id, digest, unknown, passages, places):
+        is_sound = is_writable(text_id) and isinstance(places, bytes) and places and len(places) % 12 == 0
+        is_sound = is_sound and isinstance(passages, int) and isinstance(unknown, int)
+        if not is_sound or stored != _text_checksum(key, text_id, digest, unknown, passages, places):
             raise damaged(self.folder / FILE, f"the row of the text {text_id!r:.60} does not agree with its checksum")
         return key, Entry(text_id, digest, unknown, passages, tuple(unpack_places(places)))
 
@@ -799,7 +809,7 @@ class MemoryStore:
         first = key << SHIFT
         found = self._read("SELECT * FROM passages WHERE row BETWEEN ? AND ?", first, first + (1 << SHIFT) - 1)
         whole = len(found) == entry.passages and found[0][0] == first
-        if not whole or any(stored != checksum(content.encode(), row) for row, content, stored in found):
+        if not whole or any(stored != checksum(content, row) for row, content, stored in found):
             raise damaged(self.folder / FILE, f"the kept text of {entry.text_id!r} does not agree with its checksum")
         return [(row - first, content) for row, content, _ in found]
 
@@ -808,7 +818,7 @@ class MemoryStore:
         found = self._read("SELECT * FROM texts WHERE key = ?", key)
         content = self._read("SELECT content, checksum FROM passages WHERE row = ?", row)
         after = self._read("SELECT min(row) FROM passages WHERE row BETWEEN ? AND ?", row + 1, (key + 1 << SHIFT) - 1)
-        if not found or not content or content[0][1] != checksum(content[0][0].encode(), row):
+        if not found or not content or content[0][1] != checksum(content[0][0], row):
             raise damaged(self.folder / FILE, f"the kept text of {self._name(row)} does not agree with its checksum")
         _, entry = self._entry(found[0])
         stop = len(entry.places) if after[0][0] is None else after[0][0] - (key << SHIFT)
@@ -889,7 +899,7 @@ class MemoryStore:
         first = key << SHIFT
         chunks = ((first + i, blob, checksum(blob, first + i)) for i, blob in enumerate(record.memories))
         database.executemany("INSERT INTO chunks VALUES (?, ?, ?)", chunks)
-        passages = ((first + i, content, checksum(content.encode(), first + i)) for i, content in kept)
+        passages = ((first + i, content, checksum(content, first + i)) for i, content in kept)
         database.executemany("INSERT INTO passages VALUES (?, ?, ?)", passages)
         words = ((first + i, content) for i, content in kept)
         database.executemany("INSERT INTO words(rowid, content) VALUES (?, ?)", words)
@@ -903,11 +913,11 @@ class MemoryStore:
         if entry.passages:
             words = [(first + number, content) for number, content in self._passages(key, entry)]
             database.executemany("INSERT INTO words(words, rowid, content) VALUES ('delete', ?, ?)", words)
-            self._database.state["stale"] = 1
         for table in ("passages", "chunks"):
             rows = (first, first + (1 << SHIFT) - 1)
             database.execute(f"DELETE FROM {table} WHERE row BETWEEN ? AND ?", rows)
         database.execute("DELETE FROM texts WHERE key = ?", (key,))
+        self._database.state["stale"] += len(entry.places)
         self._count(entry.places, entry.unknown, -1)
 
     def _count(self, places: Sequence[Place], unknown: int, sign: int) -> None:
@@ -918,8 +928,8 @@ class MemoryStore:
         state["unknown"] += sign * unknown
 
 
-def _text_checksum(key: int, text_id: str, digest: str | None, unknown: int, passages: int, places: bytes) -> bytes:
-    return checksum(repr((text_id, digest, unknown, passages)).encode("utf-8", "replace") + places, key)
+def _text_checksum(key: int, *fields: Any) -> bytes:
+    return checksum(repr(fields), key)
 
 
 def _chunks(entry: Entry) -> list[Chunk]:
