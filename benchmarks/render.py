@@ -42,7 +42,6 @@ from benchmarks.rolling_tables import (
     reading_lines,
 )
 from benchmarks.starters import starters_lines
-from benchmarks.store_tables import store_faults_lines, store_lines, store_search_lines
 from training.figures import COLOURS, write_ceiling_figure, write_figures, write_probe_figure
 from training.record import fingerprint, read_json
 from training.sample import sample_lines
@@ -325,9 +324,6 @@ TABLES = {
     "fidelity": Table("fidelity", _sourced(fidelity_lines), "python -m training.evaluate runs/quickstart/hub"),
     "fidelity_curve": Table("fidelity_curve", _sourced(fidelity_curve_lines), "python -m benchmarks.fidelity_curve"),
     "starters": Table("starters", _sourced(starters_lines), "python -m benchmarks.starters"),
-    "store": Table("store", _sourced(store_lines), "python -m benchmarks.store"),
-    "store_search": Table("store", _sourced(store_search_lines), "python -m benchmarks.store"),
-    "store_faults": Table("store_faults", _sourced(store_faults_lines), "python -m benchmarks.store_faults"),
     "claims_headline": Table("claims", headline_lines, _CLAIMS),
     "claims_scale": Table("claims", _sourced(scale_lines), _CLAIMS),
     "claims_overview": Table("claims", _sourced(overview_lines), _CLAIMS),

@@ -157,58 +157,6 @@ def probe_record() -> dict[str, Any]:
     }
 
 
-def store_record() -> dict[str, Any]:
-    def kept(loss: float, increase: float) -> dict[str, Any]:
-        return {"loss": loss, "token_accuracy": 0.99, "num_tokens": 2048, "loss_increase": increase}
-
-    formats = {
-        "float16": {"bytes_per_token": 33.25, "blank_copy": kept(0.03, 0.0), "causal": kept(4.0, 0.0)},
-        "int8": {"bytes_per_token": 17.5, "blank_copy": kept(0.0302, 0.008), "causal": kept(4.0, 0.0001)},
-    }
-    seconds = {"open": 0.001, "search": 0.02}
-    return {
-        "run": RUN,
-        "code": CODE,
-        "hardware": HARDWARE,
-        "repetitions": 3,
-        "given": {"tokens_per_memory": 16},
-        "metrics": {
-            "speed": {
-                "target": 4.0,
-                "given": {"texts": 4, "tokens": 1000, "chunks": 63, "batch_size": 256},
-                "tokens_per_second": {"fast": 5000.0, "plain": 1000.0},
-                "ratio": spread([5.0, 4.5, 5.5]),
-            },
-            "formats": {
-                "target_loss_increase": 0.01,
-                "tokens": 1000,
-                "chunks": 63,
-                "text_bytes_per_token": 3.2,
-                "encoded": {"blank_copy": kept(0.03, 0.0), "causal": kept(4.0, 0.0)},
-                "formats": formats,
-            },
-            "search": {"chunks": 63, "seconds": {name: spread([value]) for name, value in seconds.items()}},
-        },
-    }
-
-
-def store_faults_record() -> dict[str, Any]:
-    disturbed = {"append": {"faults": 34, "before": 17, "after": 17}, "vacuum": {"faults": 6, "before": 6, "after": 0}}
-    return {
-        "run": RUN,
-        "code": CODE,
-        "hardware": HARDWARE,
-        "metrics": {
-            "faults": 1064,
-            "texts_lost": 0,
-            "at_every_call": {"crash": disturbed},
-            "files": {"flip": {"faults": 1000, "refused": 300, "healed": 700}},
-            "kills": {"faults": 24, "acknowledged": 50, "lost": 0, "in_flight": 20, "arrived": 3},
-            "writers": {"with the lock": {"acknowledged": 100, "lost": 0, "refused": 0}},
-        },
-    }
-
-
 def written(gain: float) -> dict[str, Any]:
     return condition(0.9, gain_nats=gain, gain_nats_interval=[gain - 1, gain + 1], exact_match=0.5, num_texts=4,
                      curve=[{"step": step, "loss": 1 / (step + 1)} for step in (0, 10)])  # fmt: skip
@@ -265,8 +213,6 @@ RECORDS = {
     "capacity": capacity_record,
     "retrieval": retrieval_record,
     "fidelity": fidelity_record,
-    "store": store_record,
-    "store_faults": store_faults_record,
 }
 
 
@@ -338,13 +284,6 @@ def test_pages_and_figures_are_made_from_the_records_and_checked(root: Path, cap
         "| | books | news |",
         "| digits kept | 80.0% (70.0 to 90.0) of 5 | 80.0% (70.0 to 90.0) of 5 |",
         "| dates kept | none there | none there |",
-        "| float16 | 33.2 | 99.00% | 0.0300 | 0.00% | 4.0000 | 0.00% |",
-        "| int8 | 17.5 | 99.00% | 0.0302 | [0.80%](benchmarks/results/store.json) (at most 1%) | 4.0000 | "
-        "[0.01%](benchmarks/results/store.json) (at most 1%) |",
-        "| open | 1.00 ms |",
-        "| crash, in append | 34 | 17 as before, 17 as after | 0 |",
-        "| flip, any file | 1,000 | 300 refused by name, 700 told and without effect | 0 |",
-        "| SIGKILL at random | 24 | 50 changes acknowledged, 3 of 20 in flight arrived | 0 |",
         "  the[ dog]",
         "the output",
         "Before speed.",
@@ -353,8 +292,6 @@ def test_pages_and_figures_are_made_from_the_records_and_checked(root: Path, cap
         assert line in readme.splitlines() or any(one.endswith(line) for one in readme.splitlines()), line
     assert "reaches [90.0 %](benchmarks/results/ceiling.json) (88.0 to 92.0) of the ceiling's gain" in readme
     assert "More than [10.5 times](benchmarks/results/time_to_accuracy.json) faster to 90% of the" in readme
-    assert "[5.0 times](benchmarks/results/store.json) (at least 4) the tokens" in readme
-    assert "[1,064 faults](benchmarks/results/store_faults.json), [0 texts lost](" in readme
     assert "old" not in readme.split("\n") and "missed" not in readme
     assert "(../benchmarks/results/speed.json)" in (root / "docs" / "page.md").read_text()
 
