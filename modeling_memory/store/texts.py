@@ -192,7 +192,7 @@ def pack_places(places: Sequence[Place]) -> bytes:
 
 def unpack_places(content: bytes) -> list[Place]:
     """Read what [`pack_places`] wrote."""
-    return list(struct.iter_unpack("<3i", content))  # type: ignore[arg-type]
+    return list(struct.iter_unpack("<3i", content))
 
 
 def cut_passages(places: Sequence[Place], text: str) -> list[tuple[int, str]]:
