@@ -27,7 +27,6 @@ from PIL.PngImagePlugin import PngInfo
 import training.records.figures
 from benchmarks import cost_tables, drawings, quality_tables
 from benchmarks.drawings import DRAWINGS
-from benchmarks.store_tables import store_faults_lines, store_lines, store_search_lines
 from benchmarks.table import Record, Table, print_table, source
 from training.places import REPOSITORY
 from training.recipes.strict_yaml import nearest
@@ -66,7 +65,6 @@ def _entries(record: str, command: str, *tables: Callable[..., Table]) -> dict[s
 
 
 _QUICKSTART = "python -m training.run configuration/recipes/quickstart.yaml"
-_STORE = "python -m benchmarks.store"
 TABLES: dict[str, Entry] = {
     **_entries(
         "quickstart",
@@ -101,9 +99,6 @@ TABLES: dict[str, Entry] = {
         cost_tables.rolling_reading,
         quality_tables.rolling_quality,
     ),
-    "store": Entry(("store",), None, _STORE, store_lines),
-    "store_search": Entry(("store",), None, _STORE, store_search_lines),
-    "store_faults": Entry(("store_faults",), None, "python -m benchmarks.store_faults", store_faults_lines),
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from modeling_memory.memory_fingerprint import tokenizer_checksum as tokenizer_checksum
+from modeling_memory.store.fingerprint import tokenizer_checksum as tokenizer_checksum
 from training.data.objectives import SpecialTokens
 
 PAD, BOS, EOS, COPY, BLANK, MEMORY = "<pad>", "<bos>", "<eos>", "<copy>", "<blank>", "<memory>"

@@ -1,5 +1,7 @@
 """Texts to memories that can be stored: chunks of many texts encoded together, and where each stands in its text.
 
+A text is data: what looks like a marker of the model in it is read letter by letter, as any other word.
+
 n chunks, L chunk length, K memories per chunk, D decoder width.
 """
 
@@ -7,8 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
-from .memory_shard import StoredText, text_digest
+from .texts import StoredText, check_id, is_writable, text_digest
+
+logger = logging.get_logger(__name__)
 
 
 def remember_texts(
@@ -30,24 +35,47 @@ def remember_texts(
         keep_text (`bool`): Whether the results carry the texts.
         progress (`Callable`, *optional*): Called with the number of chunks after each batch.
 
+    Returns:
+        `list` of [`StoredText`]; `num_unknown` counts tokens that the encoder's tokenizer has no word for, of which a
+        warning is given too.
+
     Raises:
-        ValueError: If a text is empty or holds the memory token, naming it.
+        ValueError: If a text is empty, or no text, naming it.
     """
-    chunks = {}
-    for text_id, text in texts.items():
-        try:
-            chunks[text_id] = processor.split_context(text)
-        except ValueError as error:
-            raise ValueError(f"The text {text_id!r} cannot be remembered: {error}") from error
-    memories = encode_chunk_ids(model, [chunk for row in chunks.values() for chunk in row], batch_size, progress)
     tokenizer = processor.encoder_tokenizer or processor.tokenizer
-    stored, first = [], 0
+    rows: list[list[int]] = []
+    cut = {}
     for text_id, text in texts.items():
-        counts, spans = cut_text(tokenizer, text, processor.chunk_length)
-        own = memories[first : first + len(chunks[text_id])]
+        check_id(text_id)
+        if not is_writable(text):
+            raise ValueError(f"The text {text_id!r} is {text!r:.60}; expected a string of valid Unicode.")
+        ids, spans = cut_text(tokenizer, text, processor.chunk_length)
+        if not ids:
+            raise ValueError(f"The text {text_id!r} cannot be remembered: as a context it is empty. Leave it out.")
+        unknown = sum(chunk.count(tokenizer.unk_token_id) for chunk in ids)
+        cut[text_id] = ([len(chunk) for chunk in ids], spans, unknown)
+        rows += [processor._chunk_prefix + chunk + processor._chunk_suffix for chunk in ids]
+    _warn_of_unknown({text_id: (unknown, sum(counts)) for text_id, (counts, _, unknown) in cut.items() if unknown})
+    memories = encode_chunk_ids(model, rows, batch_size, progress)
+    stored, first = [], 0
+    for text_id, (counts, spans, unknown) in cut.items():
+        own, text = memories[first : first + len(counts)], texts[text_id]
         first += len(own)
-        stored.append(StoredText(text_id, own, counts, spans, text if keep_text else None, text_digest(text)))
+        kept = text if keep_text else None
+        stored.append(StoredText(text_id, own, counts, spans, kept, text_digest(text), unknown))
     return stored
+
+
+def _warn_of_unknown(unknown: dict[str, tuple[int, int]]) -> None:
+    """Tell of tokens that the encoder reads as nothing: their text cannot be found or written again."""
+    if unknown:
+        worst = max(unknown, key=lambda text_id: unknown[text_id][0] / unknown[text_id][1])
+        number, total = unknown[worst]
+        tokens = sum(one for one, _ in unknown.values())
+        logger.warning(
+            f"The encoder's tokenizer does not know {tokens} tokens of {len(unknown)} texts, which "
+            f" are remembered as nothing; most of {worst!r}: {number} of {total} ({number / total:.0%})."
+        )
 
 
 @torch.no_grad()
@@ -69,8 +97,8 @@ def encode_chunk_ids(
     """
     if model.training:
         raise ValueError("The model is in training mode, where noise may be added to memories. Call `model.eval()`.")
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` is {batch_size}; expected 1 or more.")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"`batch_size` is {batch_size!r}; expected a whole number, 1 or more.")
     memories = torch.empty(len(rows), model.config.memories_per_chunk, model.config.decoder.hidden_size)
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
     for start in range(0, len(rows), batch_size):
@@ -88,8 +116,14 @@ def encode_chunk_ids(
     return memories
 
 
-def cut_text(tokenizer: Any, text: str, chunk_length: int) -> tuple[list[int], list[tuple[int, int]] | None]:
-    """Return how many tokens each chunk of a text has, and which characters.
+def tokenize_data(tokenizer: Any, text: str, **options: Any) -> Any:
+    """Tokenize text that is data, whole: a marker's name in it is read as its letters."""
+    options = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False, **options}
+    return tokenizer(text, split_special_tokens=True, **options)
+
+
+def cut_text(tokenizer: Any, text: str, chunk_length: int) -> tuple[list[list[int]], list[tuple[int, int]] | None]:
+    """Return the ids of each chunk of a text, and which characters they stand for.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): The one that cuts contexts.
@@ -97,21 +131,20 @@ def cut_text(tokenizer: Any, text: str, chunk_length: int) -> tuple[list[int], l
         chunk_length (`int`): Tokens per chunk.
 
     Returns:
-        Tokens of each chunk; the first character and the one behind the last of each, which joined are the whole text,
+        Ids of each chunk; the first character and the one after the last of each, which joined are the whole text,
         or `None` from a tokenizer that knows no offsets.
     """
-    options = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
     is_fast = getattr(tokenizer, "is_fast", False)
-    encoded = tokenizer(text, return_offsets_mapping=True, **options) if is_fast else tokenizer(text, **options)
-    total = len(encoded["input_ids"])
-    firsts = range(0, total, chunk_length)
-    counts = [min(chunk_length, total - first) for first in firsts]
+    encoded = tokenize_data(tokenizer, text, **({"return_offsets_mapping": True} if is_fast else {}))
+    ids = list(encoded["input_ids"])
+    firsts = range(0, len(ids), chunk_length)
+    chunks = [ids[first : first + chunk_length] for first in firsts]
     if not is_fast:
-        return counts, None
+        return chunks, None
     # A chunk ends where the next begins, so that white space between tokens is not lost. A character that two chunks
     # share belongs to the first.
     offsets = encoded["offset_mapping"]
     starts = [0]
     for first in firsts[1:]:
         starts.append(max(starts[-1], offsets[first - 1][1], min(offsets[first][0], len(text))))
-    return counts, list(zip(starts, [*starts[1:], len(text)], strict=True))
+    return chunks, list(zip(starts, [*starts[1:], len(text)], strict=True))

@@ -4,6 +4,7 @@ Q queries, n chunks, K memories per chunk, D decoder width.
 """
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,10 +16,8 @@ def build_search(backend: str, queries: torch.Tensor, k: int) -> Any:
     """Begin a search for the `k` chunks nearest to each query `(Q, D)`, by the cosine to a chunk's nearest memory.
 
     Raises:
-        ValueError: If the backend is unknown or not installed, or `k` is below 1.
+        ValueError: If the backend is unknown or not installed.
     """
-    if k < 1:
-        raise ValueError(f"`k` is {k}; expected 1 or more.")
     if backend not in BACKENDS:
         raise ValueError(f"`backend` is {backend!r}; expected one of {', '.join(map(repr, BACKENDS))}.")
     queries = normalize(queries.detach().cpu())
@@ -39,21 +38,20 @@ class BlockSearch:
     """
 
     def __init__(self, queries: torch.Tensor, k: int):
-        self.queries, self.k, self.seen = queries, k, 0
+        self.queries, self.k = queries, k
         self.scores = torch.empty(len(queries), 0)
         self.numbers = torch.empty(len(queries), 0, dtype=torch.long)
 
-    def add(self, memories: torch.Tensor) -> None:
-        """Take the next block of memories `(n, K, D)`."""
+    def add(self, memories: torch.Tensor, rows: Sequence[int]) -> None:
+        """Take the next block of memories `(n, K, D)` and the numbers by which they are told."""
         scores = torch.einsum("qd,nkd->qnk", self.queries, normalize(memories)).amax(-1)  # (Q, n)
-        numbers = torch.arange(self.seen, self.seen + len(memories)).expand(len(self.queries), -1)
-        self.seen += len(memories)
+        numbers = torch.tensor(rows).expand(len(self.queries), -1)
         scores, numbers = torch.cat([self.scores, scores], 1), torch.cat([self.numbers, numbers], 1)
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         self.scores, self.numbers = scores[:, : self.k], numbers.gather(1, order[:, : self.k])
 
     def results(self) -> list[list[tuple[int, float]]]:
-        """For each query the numbers of its chunks, in the order in which they came, and cosines; nearest first."""
+        """For each query the numbers of its chunks and their cosines, nearest first."""
         return [
             list(zip(numbers, scores, strict=True))
             for numbers, scores in zip(self.numbers.tolist(), self.scores.tolist(), strict=True)
@@ -80,11 +78,13 @@ class FaissSearch:
                 "which is exact too."
             ) from error
         self.queries, self.k, self.per_chunk = queries, k, 1
+        self.rows: list[int] = []
         self.index = faiss.IndexFlatIP(queries.shape[1])
 
-    def add(self, memories: torch.Tensor) -> None:
-        """Take the next block of memories `(n, K, D)`."""
+    def add(self, memories: torch.Tensor, rows: Sequence[int]) -> None:
+        """Take the next block of memories `(n, K, D)` and the numbers by which they are told."""
         self.per_chunk = memories.shape[1]
+        self.rows += rows
         self.index.add(normalize(memories).flatten(0, 1).contiguous().numpy())
 
     def results(self) -> list[list[tuple[int, float]]]:
@@ -99,5 +99,5 @@ class FaissSearch:
             best: dict[int, float] = {}
             for score, number in zip(row_scores, row_numbers, strict=True):
                 best.setdefault(number // self.per_chunk, score)
-            found.append(list(best.items())[: self.k])
+            found.append([(self.rows[place], score) for place, score in list(best.items())[: self.k]])
         return found
