@@ -143,7 +143,7 @@ def load_parts(
     named = not isinstance(encoder, PreTrainedModel) and not isinstance(decoder, PreTrainedModel)
     same = named and os.fspath(encoder) == os.fspath(decoder) and encoder_kwargs == decoder_kwargs
     if same and _sentence_modules(locate(encoder), encoder_kwargs) is None:
-        body, fields = _body(decoder_model), {}
+        body, fields = _body(decoder_model), dict[str, Any]()
     else:
         body, fields = load_encoder(encoder, **encoder_kwargs)
     if encoder_layers is not None:

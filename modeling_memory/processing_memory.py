@@ -252,6 +252,14 @@ class MemoryProcessor(ProcessorMixin):
         cut = self.cut_context(text)
         return cut.num_unknown / sum(cut.num_tokens)
 
+    def text_ids(self, text: str) -> list[int]:
+        """Tokenise a text for the decoder as data: nothing that it writes is a control token.
+
+        Args:
+            text (`str`): The text.
+        """
+        return encode_text(self.tokenizer, text, self._control(self.tokenizer)).ids
+
     def __call__(
         self,
         text: str | Sequence[str | Sequence[str | int]] | None = None,

@@ -33,7 +33,7 @@ from .database import (
     new_file,
 )
 from .fingerprint import check_fingerprint, check_same_fingerprint, fingerprint, quick_fingerprint
-from .remembering import remember_texts, tokenize_data
+from .remembering import remember_texts
 from .search import build_search
 from .tables import Tables, chunks_of
 from .texts import (
@@ -375,7 +375,7 @@ class MemoryStore(Tables):
                 "answer from. Expand chunks that are in `wanted`."
             )
         as_text = dict(zip(expand, self.expand(expand), strict=True))
-        slot, tokenizer = self.processor.memory_token_id, self.processor.tokenizer
+        slot = self.processor.memory_token_id
         # One slot marks the place; then what really stands there.
         row = self.processor(text=text, num_memories=1, add_special_tokens=add_special_tokens)["input_ids"][0]
         place = row.index(slot)
@@ -384,13 +384,7 @@ class MemoryStore(Tables):
             if chunk not in as_text:
                 context += [slot] * self._shape[0]
                 continue
-            ids = tokenize_data(tokenizer, as_text[chunk])["input_ids"]
-            if slot in ids:
-                raise MemoryStoreError(
-                    f"The decoder's tokenizer reads a slot in chunk {chunk.number} of {chunk.text_id!r}. Make its "
-                    "memory token a special one (`additional_special_tokens`), so that text cannot hold it."
-                )
-            context += ids
+            context += self.processor.text_ids(as_text[chunk])
         input_ids = torch.tensor([row[:place] + context + row[place + 1 :]], device=device)
         kept = [chunk for chunk in chunks if chunk not in as_text]
         memories = self.load(kept) if kept else {}

@@ -42,19 +42,18 @@ def remember_texts(
     Raises:
         ValueError: If a text is empty, or no text, naming it.
     """
-    tokenizer = processor.encoder_tokenizer or processor.tokenizer
     rows: list[list[int]] = []
     cut = {}
     for text_id, text in texts.items():
         check_id(text_id)
         if not is_writable(text):
             raise ValueError(f"The text {text_id!r} is {text!r:.60}; expected a string of valid Unicode.")
-        ids, spans = cut_text(tokenizer, text, processor.chunk_length)
-        if not ids:
-            raise ValueError(f"The text {text_id!r} cannot be remembered: as a context it is empty. Leave it out.")
-        unknown = sum(chunk.count(tokenizer.unk_token_id) for chunk in ids)
-        cut[text_id] = ([len(chunk) for chunk in ids], spans, unknown)
-        rows += [processor._chunk_prefix + chunk + processor._chunk_suffix for chunk in ids]
+        try:
+            own = processor.cut_context(text)
+        except ValueError as error:
+            raise ValueError(f"The text {text_id!r} cannot be remembered. {error}") from error
+        cut[text_id] = (own.num_tokens, own.spans, own.num_unknown)
+        rows += own.chunks
     _warn_of_unknown({text_id: (unknown, sum(counts)) for text_id, (counts, _, unknown) in cut.items() if unknown})
     memories = encode_chunk_ids(model, rows, batch_size, progress)
     stored, first = [], 0
@@ -114,37 +113,3 @@ def encode_chunk_ids(
         if progress is not None:
             progress(len(numbers))
     return memories
-
-
-def tokenize_data(tokenizer: Any, text: str, **options: Any) -> Any:
-    """Tokenize text that is data, whole: a marker's name in it is read as its letters."""
-    options = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False, **options}
-    return tokenizer(text, split_special_tokens=True, **options)
-
-
-def cut_text(tokenizer: Any, text: str, chunk_length: int) -> tuple[list[list[int]], list[tuple[int, int]] | None]:
-    """Return the ids of each chunk of a text, and which characters they stand for.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): The one that cuts contexts.
-        text (`str`): The text.
-        chunk_length (`int`): Tokens per chunk.
-
-    Returns:
-        Ids of each chunk; the first character and the one after the last of each, which joined are the whole text,
-        or `None` from a tokenizer that knows no offsets.
-    """
-    is_fast = getattr(tokenizer, "is_fast", False)
-    encoded = tokenize_data(tokenizer, text, **({"return_offsets_mapping": True} if is_fast else {}))
-    ids = list(encoded["input_ids"])
-    firsts = range(0, len(ids), chunk_length)
-    chunks = [ids[first : first + chunk_length] for first in firsts]
-    if not is_fast:
-        return chunks, None
-    # A chunk ends where the next begins, so that white space between tokens is not lost. A character that two chunks
-    # share belongs to the first.
-    offsets = encoded["offset_mapping"]
-    starts = [0]
-    for first in firsts[1:]:
-        starts.append(max(starts[-1], offsets[first - 1][1], min(offsets[first][0], len(text))))
-    return chunks, list(zip(starts, [*starts[1:], len(text)], strict=True))
