@@ -104,9 +104,8 @@ def _metadata(
     """What the Hub reads: bases by their ids only, and a language only where the text's source or a writer has it."""
     sources, kind = fields["training_data"], model.config.model_type
     said = [fields["language"]] if isinstance(fields["language"], str) else list(fields["language"])
-    languages = [code for code in said if code] or sorted(
-        {source["language"] for source in sources if "language" in source}
-    )
+    known = sorted({source["language"] for source in sources if "language" in source})
+    languages = [code for code in said if code] or known
     task = "feature-extraction" if kind == "memory_autoencoder" else "text-generation"
     return ModelCardData(
         language=languages[0] if len(languages) == 1 else languages or None,
