@@ -301,7 +301,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
                 f"`max_position_embeddings` is {value!r}; expected a positive number of tokens"
                 f"{'' if limit is None else f', at most the {limit} that the model surely reads'}, or None."
             )
-        vars(self)["max_position_embeddings"] = value  # where `to_dict` looks
+        self.__dict__["max_position_embeddings"] = value  # where `to_dict` looks
 
     def _text_limit(self) -> int | None:
         capacity = self.memory_capacity
