@@ -142,8 +142,9 @@ def load_parts(
     decoder_model = load_decoder(decoder, **decoder_kwargs)
     named = not isinstance(encoder, PreTrainedModel) and not isinstance(decoder, PreTrainedModel)
     same = named and os.fspath(encoder) == os.fspath(decoder) and encoder_kwargs == decoder_kwargs
+    fields: dict[str, Any] = {}
     if same and _sentence_modules(locate(encoder), encoder_kwargs) is None:
-        body, fields = _body(decoder_model), dict[str, Any]()
+        body = _body(decoder_model)
     else:
         body, fields = load_encoder(encoder, **encoder_kwargs)
     if encoder_layers is not None:

@@ -16,6 +16,7 @@ import contextlib
 import copy
 import hashlib
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,15 +52,6 @@ def _components(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor
         return [(name, tensor)]
     inner, _ = tensor.__tensor_flatten__()
     return [found for part in inner for found in _components(f"{name}.{part}", getattr(tensor, part).detach())]
-
-
-def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors hold the same bits, on whatever devices."""
-    pairs = _components("", one.detach()), _components("", other.detach())
-    return [name for name, _ in pairs[0]] == [name for name, _ in pairs[1]] and all(
-        mine.dtype == theirs.dtype and mine.shape == theirs.shape and torch.equal(mine.to(theirs.device), theirs)
-        for (_, mine), (_, theirs) in zip(*pairs, strict=True)
-    )
 
 
 def load_bases(sources: dict[str, tuple[Any, dict[str, Any]]], config: Any) -> dict[str, PreTrainedModel]:
@@ -126,11 +118,60 @@ def _refer(part: str, source: Any, options: dict[str, Any], base: PreTrainedMode
     return reference
 
 
+@dataclass
+class KnownBase:
+    """What one reading of a base says of it, so that the next save need not read it again.
+
+    Attributes:
+        place (`tuple`): Where it was read, and by which options.
+        reference (`dict`): What a config says of it.
+        digests (`dict`): Hash of each of its tensors.
+    """
+
+    place: tuple[str, str]
+    reference: dict[str, Any]
+    digests: dict[str, str]
+
+
+def _source_of(part: str, known: Any, model: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the place of a base and the options of loading it, as the caller named it or the model remembers it."""
+    remembered = model._bases.get(part, (None, {}))[1]
+    if isinstance(known, tuple):
+        source, options = known
+    else:  # weights in the same form, but another place has revisions and folders of its own
+        source, options = known, {name: remembered[name] for name in ("quantization_config",) if name in remembered}
+        file = os.path.basename(remembered.get("gguf_file") or "")
+        if file and not isinstance(source, PreTrainedModel):
+            plain = os.path.isdir(source) and not os.path.isfile(os.path.join(source, file))
+            options |= {} if plain else {"gguf_file": file}
+    return source, {**options, "dtype": getattr(model, part).dtype}
+
+
+def _known_bases(model: Any, sources: dict[str, tuple[Any, dict[str, Any]]]) -> dict[str, KnownBase]:
+    """Read the bases that this model has not been compared with before."""
+    places = {
+        part: (str(source), repr(sorted(options.items(), key=str))) for part, (source, options) in sources.items()
+    }
+    known = {
+        part: model._known_bases[part]
+        for part, (source, _) in sources.items()
+        # A model may change in place; a folder or an id that does is another base, which loading refuses.
+        if not isinstance(source, PreTrainedModel)
+        and part in model._known_bases
+        and model._known_bases[part].place == places[part]
+    }
+    fresh = {part: source for part, source in sources.items() if part not in known}
+    for part, base in load_bases(fresh, model.config).items():
+        digests = {name: state_hash({"": value}) for name, value in base.state_dict().items()}
+        known[part] = KnownBase(places[part], _refer(part, *sources[part], base), digests)
+    return known
+
+
 def trained_state(model: Any, bases: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, torch.Tensor]]:
     """Find what differs from the bases, and how to find them again. Nothing is written.
 
     Args:
-        model ([`MemoryEncoderDecoderModel`]): The model.
+        model ([`MemoryEncoderDecoderModel`]): The model; it remembers the hashes of its bases from now on.
         bases (`dict`): For `"encoder"` and `"decoder"` the Hub id, package, folder or model that it came from, or what
             the model remembers of it, a pair of that and loading options. A part without an entry is kept whole.
 
@@ -147,30 +188,28 @@ def trained_state(model: Any, bases: dict[str, Any]) -> tuple[dict[str, dict[str
             "Nothing is known about where encoder and decoder came from, because they were given as models. Name "
             "them: `by_reference={'decoder': id_or_folder}`."
         )
-    named = {part for part, known in bases.items() if not isinstance(known, tuple)}
-    sources = {
-        part: (known[0], {**known[1], "dtype": getattr(model, part).dtype})
-        if isinstance(known, tuple)
-        else (known, {**model._bases.get(part, (None, {}))[1], "dtype": getattr(model, part).dtype})
-        for part, known in bases.items()
-    }
-    loaded = load_bases(sources, model.config)
+    sources = {part: _source_of(part, known, model) for part, known in bases.items()}
+    known = _known_bases(model, sources)
+    model._known_bases = known
     references, trained = {}, model.state_dict()
-    for part, base in loaded.items():
+    for part, base in known.items():
         own = base_state(getattr(model, part))
-        same = {name: value for name, value in base.state_dict().items() if name in own and _is_same(own[name], value)}
+        same = {
+            name: own[name] for name, sha in base.digests.items() if name in own and state_hash({"": own[name]}) == sha
+        }
         # Norms of any two models may agree: they all begin as ones.
-        if all(value.ndim < 2 for value in same.values()) and not is_quantized(base):
+        if all(value.ndim < 2 for value in same.values()):
             same = {}
-        source, options = sources[part]
-        if not same and part in named:
-            raise ValueError(f"No weight of the {part} is that of {source!r}; it is not its base. Name another one.")
+        if not same and not isinstance(bases[part], tuple):
+            raise ValueError(
+                f"No weight of the {part} is that of {sources[part][0]!r}; it is not its base. Name another one."
+            )
         if not same:
             continue  # trained in all its weights: there is nothing to refer to
         for name in list(trained):
             if name.removeprefix(f"{part}.").replace(".base_layer.", ".") in same and name.startswith(f"{part}."):
                 del trained[name]
-        references[part] = {**_refer(part, source, options, base), "sha256": state_hash(same)}
+        references[part] = {**base.reference, "sha256": state_hash(same)}
     packed = [name for name, value in trained.items() if hasattr(value, "__tensor_flatten__")]
     if packed:
         raise ValueError(

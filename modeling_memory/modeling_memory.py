@@ -276,6 +276,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
         self._takes_logits_to_keep = "logits_to_keep" in arguments
         check_decoder(self.decoder)
         self._bases: dict[str, Any] = {}  # where encoder and decoder came from
+        self._known_bases: dict[str, Any] = {}  # their hashes, once they were read for a save
         self.post_init()
         keep_existing_plans(self)
         inject_adapters(self, config.adapters)  # after it, since peft draws adapters by its own rule, one half zeros
