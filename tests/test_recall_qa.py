@@ -130,6 +130,14 @@ def test_templates_in_which_no_answer_can_be_found_are_refused():
         chat_turns(tokenizer, "a", "b")
 
 
+@pytest.mark.parametrize("turns", [("who is <memory>", "a cat"), ("who", "a cat<eos> and a dog")])
+def test_a_turn_that_holds_a_control_token_is_refused(turns: tuple[str, str]):
+    tokenizer = build_tiny_tokenizer()
+    tokenizer.chat_template = PLAIN
+    with pytest.raises(ValueError, match="holds the control token <(memory|eos)>"):
+        chat_turns(tokenizer, *turns)
+
+
 def asked_questions(count: int) -> list[Question]:
     return [Question(f"the cat sat on mat {i} " * (i + 1), f"who sat {i}", f"the cat {i}") for i in range(count)]
 

@@ -85,10 +85,23 @@ def chat_turns(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -
         Ids, and a mask of the same length: 1 for the answer and the end of its turn.
 
     Raises:
-        ValueError: If there is no template, or the answer cannot be told from what stands before it.
+        ValueError: If there is no template, a turn holds a control token, or the answer cannot be told from what
+            stands before it.
     """
     if tokenizer.chat_template is None:
         raise ValueError("the decoder's tokenizer has no chat template; qa needs one: set tokenizer.chat_template")
+    used = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    control = set(tokenizer.all_special_ids) - (
+        {tokenizer.unk_token_id} - used
+    )  # unknown letters are no control token
+    for turn in (question, answer):
+        # In a rendered chat nobody can tell what was typed from what the template wrote.
+        typed = set(tokenizer(turn, add_special_tokens=False)["input_ids"]) & control
+        if typed:
+            names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(typed)))
+            raise ValueError(
+                f"the turn {turn!r} holds the control token {names}; write it otherwise, or remove the row"
+            )
     asked = [{"role": "user", "content": question}]
     whole = [*asked, {"role": "assistant", "content": answer}]
     if "generation %}" in tokenizer.chat_template.replace("-%}", " %}"):
