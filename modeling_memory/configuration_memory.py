@@ -10,9 +10,9 @@ from .configuration_masked_mixer import MaskedMixerConfig
 
 POOLINGS = ("last", "mean", "first", "queries", "pooled_queries")
 PROJECTOR_TYPES = ("identity", "linear", "mlp", "bottleneck")
-MEMORY_POSITIONS = ("contiguous", "fixed", "spread")
+MEMORY_POSITIONS = ("contiguous", "fixed", "spread", "source")
 ABSENT_MEMORIES = ("mask", "ones", "zeros")
-MEMORY_POLICIES = ("error", "drop_oldest", "keep_nearest", "merge")
+MEMORY_POLICIES = ("error", "drop_oldest")
 FORMAT_VERSION = 1
 COUNTING_FROM_PADDING = (
     "roberta",
@@ -253,7 +253,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
     @property
     def text_start(self) -> int | None:
         """Position at which text starts, whatever stands before it; `None`: right behind its memories."""
-        if self.memory_positions == "contiguous" or self.max_memories is None:
+        if self.memory_positions in ("contiguous", "source") or self.max_memories is None:
             return None
         return self.max_memories * self.memory_span
 
@@ -436,7 +436,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
             raise ValueError(f"`initializer_range` is {self.initializer_range}; expected 0 or more.")
 
     def _validate_layout(self) -> None:
-        if self.absent_memories != "mask" and self.memory_positions == "contiguous":
+        if self.absent_memories != "mask" and self.memory_positions in ("contiguous", "source"):
             raise ValueError(
                 f"`absent_memories={self.absent_memories!r}` fills the room that fixed positions reserve, but "
                 f"`memory_positions` is {self.memory_positions!r}. Set `memory_positions='fixed'` or "
@@ -448,7 +448,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
                 f"positions as it stands for tokens, but `chunk_length` {self.chunk_length} is no multiple. Choose "
                 "`memories_per_chunk` to divide it, or other positions."
             )
-        if self.memory_positions != "contiguous" and self.max_memories is None:
+        if self.memory_positions in ("fixed", "spread") and self.max_memories is None:
             raise ValueError(
                 f"`memory_positions={self.memory_positions!r}` reserves room for `max_memories`, which is not set. "
                 "Set it."

@@ -81,6 +81,12 @@ def inject_adapters(model: nn.Module, adapters: dict[str, dict[str, Any]]) -> No
         parameter.requires_grad_(trains.get(id(parameter), True))
 
 
+@contextmanager
+def adapters_on(decoder: nn.Module, sees_memories: bool | torch.Tensor) -> Iterator[None]:
+    """Let the decoder's adapters act in the rows that see memories, inside this context."""
+    yield
+
+
 class MemoryAdapterMixin:
     """What a memory model does with adapters in its encoder and decoder."""
 
