@@ -15,11 +15,14 @@ from tests.reference import memory_loop
 ATOL = 1e-5
 FIXED = {"memory_positions": "fixed", "max_memories": 9}
 SPREAD = {"memory_positions": "spread", "max_memories": 9}
+SOURCE = {"memory_positions": "source"}
 MARKERS = {"copy_token_id": 30, "blank_token_id": 31}  # which random texts hold here and there
 LAYOUTS = {
     "contiguous": {},
     "fixed": FIXED,
     "spread": SPREAD,
+    "source": SOURCE,
+    "source, three memories a chunk": {**SOURCE, "memories_per_chunk": 3},
     "spread, two memories a chunk": {**SPREAD, "max_memories": 18, "memories_per_chunk": 2},
     "spread, ones": {**SPREAD, "absent_memories": "ones"},
     "ones": {**FIXED, "absent_memories": "ones"},
