@@ -327,6 +327,13 @@ def share_columns(cache: Cache, width: int, rows: torch.Tensor) -> DynamicCache:
     return shared
 
 
+def cut_columns(cache: Cache, mask: torch.Tensor, width: int) -> torch.Tensor:
+    """Keep the first `width` columns of a cache, and of the mask over them `(B, S)`, which is returned."""
+    for layer in cache.layers if width < mask.shape[1] else []:
+        layer.keys, layer.values = layer.keys[:, :, :width], layer.values[:, :, :width]
+    return mask[:, :width]
+
+
 def _per_row(value: bool | torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return value if isinstance(value, torch.Tensor) else torch.full_like(rows, value, dtype=torch.bool)
 

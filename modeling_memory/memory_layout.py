@@ -113,6 +113,7 @@ class Layout:
         opening ([`Opening`], *optional*): What a cache has to know.
         widths (`list` of `int`, *optional*): Entries that each row can see, on the host.
         lasts (`list` of `int`, *optional*): `last`, on the host.
+        is_full (`bool`): Whether every column counts, so that with a cache to fill no mask is needed.
         continues (`bool`): Whether the text goes on from a memory cache.
         needs_own_cache (`bool`): Whether later steps need what only a memory cache knows.
         mark ([`ReadMark`], *optional*): What is noted on a cache of the library's.
@@ -140,6 +141,7 @@ class Layout:
     opening: Opening | None = None
     widths: list[int] | None = None
     lasts: list[int] | None = None
+    is_full: bool = False
     continues: bool = False
     needs_own_cache: bool = False
     mark: ReadMark | None = None
@@ -316,9 +318,10 @@ def lay_slots(config: PreTrainedConfig, text: Text, memories: Memories, facts: A
         layout.positions = (takes.cumsum(1) - 1).clamp(min=0)
         next_position = takes.sum(1)
         layout.end = past + (mask.shape[1] if facts is None else facts.end)
-        # Positions that jump would be taken for packed texts without a mask.
+        # Positions that jump would be taken for packed texts, with neither mask nor cache.
+        layout.is_full = layout.mask is None
         layout.mask = mask if layout.mask is None else layout.mask
-    gaps = layout.mask is not None and not (facts is not None and facts.is_full)
+    gaps = layout.mask is not None and not layout.is_full and not (facts is not None and facts.is_full)
     layout.opening = Opening(
         None, words.sum(1), next_position, mask.shape[1], mask, None, marked, gaps, False, layout.sees_memories
     )
@@ -405,7 +408,8 @@ def lay_front(
     """
     if text.input_ids is None or config.memory_token_id is None:
         width = memories.mask.shape[1]
-        counts = [width] * memories.batch_size if facts is None else facts.num_memories
+        known = facts is not None and facts.num_memories is not None
+        counts = facts.num_memories if known else [width] * memories.batch_size
         front, after = front_of_memories(memories, counts), text.mask()
         if facts is not None and facts.is_full:
             after = None
@@ -495,7 +499,7 @@ def lay_windows(
         _lay_own_entries(config, layout, front, cut, num_visible, num_seen, own_position, positions, room)
     _keep(config, layout, front, takes, own_position, cut, num_visible, num_seen, room)
     _lay_back_windows(layout, front, cut, lowest, len(counts))
-    _open_windows(config, layout, front, text, cut, start, window_length)
+    _open_windows(config, layout, front, text, cut, start, window_length, num_entries)
     layout.end = _end(config, front, cut, per_window, num_entries)
     return layout
 
@@ -745,6 +749,7 @@ def _open_windows(
     cut: _Cut,
     start: torch.Tensor,
     window_length: int | None,
+    own_entries: int,
 ) -> None:
     """Say what a cache has to know of each text's last window."""
     last = torch.arange(len(cut.nums), device=cut.row.device) if cut.last is None else cut.last
@@ -759,11 +764,16 @@ def _open_windows(
     most = 0
     for count, num in zip(cut.counts, cut.nums, strict=True):
         most = max(most, count - (num - 1) * cut.window_length)
-    one_text, in_last = len(cut.nums) == 1, cut.window_length
+    # Where all texts end alike, what is empty in their last windows can be cut off.
+    ends_alike = len({count - num * cut.window_length for count, num in zip(cut.counts, cut.nums, strict=True)}) == 1
+    assert layout.widths is not None and layout.lasts is not None
+    visible = {layout.widths[number] for number in layout.lasts}
+    front_is_full = layout.has_filler or (layout.shares_prefix and visible == {own_entries})
+    layout.is_full = layout.shares_prefix and cut.is_full and max(layout.widths) == 0
     layout.opening = Opening(
         cut.columns[last][:, :most] if window_length is not None and text.input_ids is not None else None,
         fill, start[last] + fill, most, None, asked, marked,
-        has_gaps=not (one_text and in_last == most and layout.shares_prefix),
+        has_gaps=not (ends_alike and front_is_full),
         rolling=window_length is not None, sees_memories=_sees(layout, last),
     )  # fmt: skip
 

@@ -41,7 +41,7 @@ from .configuration_masked_mixer import MaskedMixerConfig
 from .configuration_memory import AUTO_MAP, MemoryEncoderDecoderConfig
 from .generation_memory import MemoryGenerationMixin
 from .memory_adapters import MemoryAdapterMixin, adapted_modules, adapters_on, inject_adapters, is_adapter
-from .memory_cache import Memories, MemoryCache, ReadMark, join_rows, mark_cache, mark_of, share_columns
+from .memory_cache import Memories, MemoryCache, ReadMark, cut_columns, join_rows, mark_cache, mark_of, share_columns
 from .memory_checks import (
     Call,
     Facts,
@@ -730,7 +730,7 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
             attentions = None
             features = layout.lay_back(features, columns)
             if hidden_states is not None:
-                hidden_states = tuple(layout.lay_back(states) for states in hidden_states)
+                hidden_states = tuple(None if states is None else layout.lay_back(states) for states in hidden_states)
         kept = self._kept(layout, entries, memories)
         if use_cache and decoder_cache is not None:
             cache = self._open(layout, text, kept, cache, decoder_cache, column_mask)
@@ -798,7 +798,10 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         Returns:
             Features of the columns to keep `(R, S', X)` (a number of last ones, or a tensor of columns), and all else.
         """
-        inputs: dict[str, Any] = {"attention_mask": layout.mask, "past_key_values": cache, "use_cache": use_cache}
+        mask = layout.mask
+        if layout.is_full and (use_cache or cache is not None):
+            mask, cache = None, DynamicCache() if cache is None else cache
+        inputs: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache, "use_cache": use_cache}
         if embeds is not None:
             inputs["inputs_embeds"] = embeds
         elif layout.entries is None and layout.places is None and text.input_ids is not None:
@@ -884,17 +887,14 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
                 opened += last_windows(layout, rows, part, outputs.past_key_values)
         states = None
         if hidden[0] is not None:
-            width = layout.num_wanted
-            front = 1 if layout.wants_prefix and num_entries else 0
-            states = tuple(
-                torch.cat(
-                    [
-                        (layer if number < front else layer[:, -width:]).flatten(0, 1)
-                        for number, layer in enumerate(layers)
-                    ]
-                )
-                for layers in zip(*hidden, strict=True)
-            )
+            front = 1 if len(hidden) > len(groups) else 0  # of the prefix all columns, of rows those of the text
+            states = []
+            for layers in zip(*hidden, strict=True):
+                if layers[0] is None:  # a layer that was not asked for
+                    states.append(None)
+                    continue
+                own = [layers[n] if n < front else layers[n][:, -layout.num_wanted :] for n in range(len(layers))]
+                states.append(torch.cat([layer.flatten(0, 1) for layer in own]))
         decoder_cache, column_mask = join_rows(opened) if opened else (None, None)
         return parts[0] if len(parts) == 1 else torch.cat(parts), states, decoder_cache, column_mask
 
@@ -931,6 +931,9 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         cache = MemoryCache() if cache is None else cache
         column_mask = opening.column_mask if column_mask is None else column_mask
         assert isinstance(cache, MemoryCache) and column_mask is not None
+        if layout.num_wanted is not None and not opening.has_gaps:
+            width = column_mask.shape[1] - layout.num_wanted + opening.max_fill
+            column_mask = cut_columns(decoder_cache, column_mask, width)
         return cache.open(
             decoder_cache, kept.map(torch.Tensor.detach), column_mask, opening.next_position, opening.fill,
             num_columns=text.tokens.shape[1], end=layout.end, max_fill=opening.max_fill,
@@ -994,7 +997,9 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         output = self._run(layout, opened, memories, cache, True, head, wanted, options)
         cache.num_columns = num_columns
         if output.hidden_states is not None:
-            output.hidden_states = tuple(states[:, width:] for states in output.hidden_states)
+            output.hidden_states = tuple(
+                None if states is None else states[:, width:] for states in output.hidden_states
+            )
         return output
 
     def _read_apart(
@@ -1021,7 +1026,7 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         output.last_hidden_state = torch.cat([one.last_hidden_state for one in outputs])[order]
         if output.hidden_states is not None:
             pairs = zip(*(one.hidden_states for one in outputs), strict=True)
-            output.hidden_states = tuple(torch.cat(pair)[order] for pair in pairs)
+            output.hidden_states = tuple(None if pair[0] is None else torch.cat(pair)[order] for pair in pairs)
         output.past_key_values, output.attentions = cache, None
         return output
 
