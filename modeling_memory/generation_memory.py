@@ -55,10 +55,12 @@ class MemoryGenerationMixin(GenerationMixin):
         """
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         embeds = kwargs.get("inputs_embeds")
+        tokens = embeds if input_ids is None else input_ids
         call = Call(
-            Text(input_ids, kwargs.get("attention_mask"), embeds), context_input_ids, context_attention_mask,
-            context_num_memories, kwargs.get("memory_embeds"), kwargs.get("memory_mask"),
+            Text(input_ids, kwargs.get("attention_mask"), embeds, tokens=tokens), context_input_ids,
+            context_attention_mask, context_num_memories, kwargs.get("memory_embeds"), kwargs.get("memory_mask"),
             kwargs.get("memory_num_tokens"),
+            has_memories=context_input_ids is not None or kwargs.get("memory_embeds") is not None,
         )  # fmt: skip
         check_owners(call)
         if call.has_memories:

@@ -35,13 +35,9 @@ class Call:
     cache: Any = None
     labels: Any = None
     shift_labels: Any = None
-    logits_to_keep: Any = 0
+    logits_to_keep: Any = None  # all
     rolling_memory: bool | None = None
-
-    @property
-    def has_memories(self) -> bool:
-        """Whether memories stand before or in the text."""
-        return self.context_input_ids is not None or self.memory_embeds is not None
+    has_memories: bool = False  # before or in the text
 
 
 @dataclass
@@ -113,15 +109,26 @@ def check_call(config: PreTrainedConfig, call: Call) -> Facts | None:
     Raises:
         ValueError: Saying what was given, what was expected and what to do.
     """
-    _check_text(config, call)
+    text, cache = call.text, call.cache
+    if (text.input_ids is None) == (text.inputs_embeds is None):
+        given = "neither" if text.input_ids is None else "both"
+        raise ValueError(f"Expected `input_ids` or `inputs_embeds`, but {given} were given. Pass exactly one of them.")
+    tokens = text.tokens
+    usual = isinstance(tokens, torch.Tensor) and tokens.dtype == torch.long and tokens.dim() == 2 and tokens.numel()
+    if not usual or text.attention_mask is not None or cache is not None or text.input_ids is None:
+        _check_text(text, cache)
+    others = (call.context_attention_mask, call.context_num_memories, call.memory_mask, call.memory_num_tokens)
+    if any(other is not None for other in others):
+        check_owners(call)
     if call.has_memories:
         _check_memories(config, call)
-    _check_labels(config, call)
-    past = 0 if call.cache is None else call.cache.get_seq_length()
-    is_step = call.text.tokens.shape[1] == 1 and not call.has_memories and call.cache is not None
-    if is_compiling() or call.text.tokens.is_meta or (is_step and int(past) > 0):
+    if call.labels is not None or call.shift_labels is not None or call.logits_to_keep is not None:
+        _check_labels(config, call)
+    past = 0 if cache is None else cache.get_seq_length()
+    is_step = text.tokens.shape[1] == 1 and not call.has_memories and cache is not None
+    if torch.compiler.is_compiling() or text.tokens.is_meta or (is_step and int(past) > 0):
         return None
-    return _read(config, call, int(past))
+    return _read(config, call)
 
 
 def _check_kind(name: str, value: Any, ranks: tuple[int, ...], layout: str, kind: str) -> None:
@@ -144,11 +151,7 @@ def _check_kind(name: str, value: Any, ranks: tuple[int, ...], layout: str, kind
         raise ValueError(f"`{name}` has type {value.dtype}; expected floating point vectors. Ids go to `input_ids`.")
 
 
-def _check_text(config: PreTrainedConfig, call: Call) -> None:
-    text, cache = call.text, call.cache
-    if (text.input_ids is None) == (text.inputs_embeds is None):
-        given = "neither" if text.input_ids is None else "both"
-        raise ValueError(f"Expected `input_ids` or `inputs_embeds`, but {given} were given. Pass exactly one of them.")
+def _check_text(text: Text, cache: Cache | None) -> None:
     if text.input_ids is None:
         name = "inputs_embeds"
         _check_kind(name, text.inputs_embeds, (3,), "(batch, tokens, width)", "numbers")
@@ -291,7 +294,7 @@ def _check_labels(config: PreTrainedConfig, call: Call) -> None:
                 f"`logits_to_keep` has shape {tuple(keep.shape)} and type {keep.dtype}; expected numbers of columns, "
                 "(columns,), or one number of last columns."
             )
-    elif isinstance(keep, bool) or not isinstance(keep, int) or keep < 0:
+    elif keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 0):
         raise ValueError(
             f"`logits_to_keep` is {keep!r}; expected a number of last columns, 0 for all {length}, or a tensor of "
             "columns."
@@ -307,18 +310,28 @@ def _check_labels(config: PreTrainedConfig, call: Call) -> None:
                 "each column, -100 where nothing is to be learnt."
             )
         _check_kind(name, given, (2,), "(batch, tokens)", "ids")
-        if isinstance(keep, torch.Tensor) or keep != 0:
+        if keep is not None:
             raise ValueError(
                 "A loss needs the logits of all columns, but `logits_to_keep` was given. Leave one of them out."
             )
 
 
-def _read(config: PreTrainedConfig, call: Call, past: int) -> Facts:
+LIMITS = ("max_position_embeddings", "sliding_window", "attention_chunk_size")
+"""Fields of a decoder's config that may bound what it sees."""
+FLAGS = {
+    "wrong_mask", "empty", "wrong_ids", "not_finite", "wrong_memory_mask", "wrong_num_tokens", "wrong_labels",
+    "wrong_shift_labels", "labelled_slots", "wrong_context", "wrong_context_mask", "wrong_budget",
+}  # fmt: skip
+"""Names of truth values that say that something cannot be read."""
+
+
+def _read(config: PreTrainedConfig, call: Call) -> Facts:
     """Read what has to be known of the data, all at once, and refuse what cannot be read."""
-    text, ids = call.text, call.text.input_ids
-    mask = text.mask()
+    text, ids, given_mask = call.text, call.text.input_ids, call.text.attention_mask
+    mask = torch.ones_like(text.tokens[..., 0] if ids is None else ids, dtype=torch.long)
+    if given_mask is not None and given_mask.dim() == 2:
+        mask = given_mask[:, -mask.shape[1] :].long()
     ask: dict[str, torch.Tensor] = {"num_tokens": mask.sum(1)}
-    given_mask = text.attention_mask
     own_mask = given_mask is not None and given_mask.dim() == 2 and given_mask.shape[1] == mask.shape[1]
     if given_mask is not None and given_mask.dim() == 2:
         ask["wrong_mask"] = ((given_mask != 0) & (given_mask != 1)).any()
@@ -331,7 +344,8 @@ def _read(config: PreTrainedConfig, call: Call, past: int) -> Facts:
         slots = ids == config.memory_token_id  # (B, T)
         ask["num_slots"] = slots.sum(1)
     if ids is not None:
-        ask["wrong_ids"] = _outside(ids, config.decoder.vocab_size, slots).any()
+        outside = (ids < 0) | (ids >= config.decoder.vocab_size)
+        ask["wrong_ids"] = (outside if slots is None else outside & ~slots).any()
     after = mask
     if slots is not None and call.has_memories:
         after = mask * (slots.flip(1).cumsum(1).flip(1) == 0)
@@ -340,7 +354,8 @@ def _read(config: PreTrainedConfig, call: Call, past: int) -> Facts:
             ask["first_slot"] = slots.any(0).long().argmax()
     if isinstance(call.logits_to_keep, torch.Tensor) and len(call.logits_to_keep):
         ask["lowest"] = (after.cumsum(1) - 1)[:, call.logits_to_keep].amin(1)
-    _ask_memories(config, call, ask)
+    if call.has_memories:
+        _ask_memories(config, call, ask)
     for name in ("labels", "shift_labels"):
         given = getattr(call, name)
         if given is not None:
@@ -348,8 +363,24 @@ def _read(config: PreTrainedConfig, call: Call, past: int) -> Facts:
             if name == "labels" and slots is not None:
                 ask["labelled_slots"] = (slots & (given != -100)).any()
     found = read_once(**ask)
-    _refuse(config, call, found, slots)
-    return _facts(config, call, found, mask.shape[1], own_mask or given_mask is None)
+    for name, numbers in found.items():
+        if name in FLAGS and numbers[0]:
+            _refuse(config, call, found, slots)
+    if slots is not None and (call.has_memories or any(found["num_slots"])):
+        _refuse_slots(config, call, found)
+    num_tokens = found["num_tokens"]
+    facts = Facts(num_tokens, (own_mask or given_mask is None) and min(num_tokens) == mask.shape[1])
+    facts.has_holes = "holes" in found and found["holes"][0] > 0
+    facts.num_after = found["num_after"] if "num_after" in found else num_tokens
+    facts.num_ahead = [whole - rest for whole, rest in zip(num_tokens, facts.num_after, strict=True)]
+    keep = call.logits_to_keep
+    if "lowest" in found:
+        facts.lowest = found["lowest"]
+    elif keep is not None and not isinstance(keep, torch.Tensor):
+        facts.lowest = [max(-1, count - keep) for count in facts.num_after]
+    if call.has_memories:
+        _add_memories(config, call, found, facts)
+    return facts
 
 
 def _ask_memories(config: PreTrainedConfig, call: Call, ask: dict[str, torch.Tensor]) -> None:
@@ -424,19 +455,9 @@ def _outside(ids: torch.Tensor, vocab_size: int | None, allowed: torch.Tensor | 
     return wrong if allowed is None else wrong & ~allowed
 
 
-def _facts(config: PreTrainedConfig, call: Call, found: dict[str, list[int]], length: int, own_mask: bool) -> Facts:
-    """Put together what was read; a single context counts for every text."""
-    num_tokens, batch_size = found["num_tokens"], len(found["num_tokens"])
-    facts = Facts(num_tokens, own_mask and min(num_tokens) == length, bool(found.get("holes", [0])[0]))
-    facts.num_after = found.get("num_after", num_tokens)
-    facts.num_ahead = [whole - rest for whole, rest in zip(num_tokens, facts.num_after, strict=True)]
-    keep = call.logits_to_keep
-    if "lowest" in found:
-        facts.lowest = found["lowest"]
-    elif not isinstance(keep, torch.Tensor) and keep:
-        facts.lowest = [max(-1, count - keep) for count in facts.num_after]
-    if not call.has_memories:
-        return facts
+def _add_memories(config: PreTrainedConfig, call: Call, found: dict[str, list[int]], facts: Facts) -> None:
+    """Add what was read of memories; a single context counts for every text."""
+    batch_size = len(facts.num_tokens)
     if call.memory_embeds is not None:
         facts.num_memories = found["num_memories"]
         positions = found.get("num_positions")
@@ -455,12 +476,11 @@ def _facts(config: PreTrainedConfig, call: Call, found: dict[str, list[int]], le
     facts.num_memories = facts.num_memories * (batch_size // len(facts.num_memories))
     positions = positions * (batch_size // len(positions))
     facts.end = 0
-    for count, number, taken in zip(num_tokens, facts.num_memories, positions, strict=True):
+    for count, number, taken in zip(facts.num_tokens, facts.num_memories, positions, strict=True):
         facts.end = max(facts.end, count - number + taken)
     sees = [number > 0 for number in facts.num_memories]
     facts.sees_memories = sees[0] if all(sees) or not any(sees) else None
     facts.first_slot = found.get("first_slot", [None])[0]
-    return facts
 
 
 def _memories_of_context(config: PreTrainedConfig, call: Call, found: dict[str, list[int]]) -> list[int]:
@@ -507,7 +527,6 @@ def _refuse(config: PreTrainedConfig, call: Call, found: dict[str, list[int]], s
         raise ValueError(
             "`memory_num_tokens` holds negative numbers; expected how many tokens each memory stands for."
         )
-    _refuse_slots(config, call, found)
     for name in ("labels", "shift_labels"):
         if wrong(f"wrong_{name}"):
             ids = getattr(call, name)
@@ -523,8 +542,6 @@ def _refuse(config: PreTrainedConfig, call: Call, found: dict[str, list[int]], s
 
 def _refuse_slots(config: PreTrainedConfig, call: Call, found: dict[str, list[int]]) -> None:
     """Refuse slots and memories that differ in number in some text."""
-    if "num_slots" not in found:
-        return
     slots = found["num_slots"]
     if not call.has_memories:
         for row, number in enumerate(slots):
@@ -604,10 +621,16 @@ def check_room(config: PreTrainedConfig, counts: list[int], before: list[int], e
         ValueError: If they are more and none may go.
     """
     per_window = config.window_length // config.chunk_length * config.memories_per_chunk
-    capacity, most, columns = config.memory_capacity, 0, 0
+    sizes = []
     for count, number, tokens in zip(counts, before, embedded, strict=True):
-        memories = number - tokens + max(0, -(-count // config.window_length) - 1) * per_window
-        most = max(most, memories)
+        sizes.append(number - tokens + max(0, -(-count // config.window_length) - 1) * per_window)
+    limits = [getattr(config.decoder, name, None) for name in LIMITS]
+    nearest = min([limit for limit in limits if limit is not None], default=None)
+    longest = max(sizes) + max(embedded) + config.window_length
+    if config.max_memories is None and (nearest is None or longest <= nearest):
+        return None  # whatever layers slide
+    capacity, most, columns = config.memory_capacity, max(sizes), 0
+    for memories, tokens in zip(sizes, embedded, strict=True):
         columns = max(columns, tokens + (memories if capacity is None else min(memories, capacity)))
     if any(embedded):
         check_view(config, columns + config.window_length)

@@ -75,14 +75,15 @@ def encode_chunks(
         ValueError: If shapes differ, an id is outside the encoder's vocabulary, or a chunk is longer than it takes.
     """
     config = encoder.config
-    check_token_ids("input_ids", input_ids, None if checked else getattr(config, "vocab_size", None), "the encoder")
-    limit = encoder_limit(config)
-    if limit is not None and input_ids.shape[1] > limit:
-        raise ValueError(
-            f"A chunk has {input_ids.shape[1]} tokens, but the encoder takes {limit}. Cut the text into shorter "
-            "chunks."
-        )
-    check_attention_mask("attention_mask", attention_mask, *input_ids.shape)
+    if not checked:
+        check_token_ids("input_ids", input_ids, getattr(config, "vocab_size", None), "the encoder")
+        limit = encoder_limit(config)
+        if limit is not None and input_ids.shape[1] > limit:
+            raise ValueError(
+                f"A chunk has {input_ids.shape[1]} tokens, but the encoder takes {limit}. Cut the text into shorter "
+                "chunks."
+            )
+        check_attention_mask("attention_mask", attention_mask, *input_ids.shape)
     if attention_mask is None:
         real, visible = torch.ones_like(input_ids), None  # a mask of ones would be read to find that out
     else:

@@ -34,24 +34,20 @@ class Text:
             padding.
         inputs_embeds (`torch.FloatTensor` of shape `(B, T, D)`, *optional*): Embeddings instead of tokens.
         position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Positions, if not those of the mask.
+        tokens (`torch.Tensor`): Whichever of tokens and embeddings were given.
     """
 
     input_ids: Any
     attention_mask: Any = None
     inputs_embeds: Any = None
     position_ids: torch.Tensor | None = None
-
-    @property
-    def tokens(self) -> Any:
-        """Token ids or embeddings."""
-        return self.inputs_embeds if self.input_ids is None else self.input_ids
+    tokens: Any = None
 
     def mask(self) -> torch.Tensor:
         """Return 1 for tokens and 0 for padding, of shape `(B, T)`."""
-        tokens = self.inputs_embeds if self.input_ids is None else self.input_ids
         if self.attention_mask is None or self.attention_mask.dim() != 2:
-            return torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
-        return self.attention_mask[:, -tokens.shape[1] :].long()
+            return torch.ones(self.tokens.shape[:2], dtype=torch.long, device=self.tokens.device)
+        return self.attention_mask[:, -self.tokens.shape[1] :].long()
 
 
 @dataclass
@@ -457,9 +453,9 @@ def lay_windows(
     """
     cut = _cut(text, mask, counts, window_length, lowest)
     if front is None:
-        front = front_of_memories(
-            no_memories(torch.empty(0, device=cut.row.device), len(counts), 0), [0] * len(counts)
-        )
+        none = torch.zeros(len(counts), 0, dtype=torch.long, device=cut.row.device)
+        zero = none.sum(1)
+        front = Front(none, None, None, none, zero, zero, zero, [0] * len(counts), 0)
     per_window = cut.window_length // config.chunk_length * config.memories_per_chunk if window_length else 0
     prefix, own_position, takes = _lay_prefix(config, front, cut, per_window)
     assert prefix.entries is not None
@@ -469,10 +465,15 @@ def lay_windows(
     num_visible = front.num[cut.row] + cut.index * per_window  # (P,)
     ends = F.pad(takes.cumsum(1), (1, 0))  # (B, M + 1)
     layout = Layout(
-        text=cut.columns, row=cut.row, prefix=prefix, last=cut.last, compressed=_chunks(config, text, mask, cut),
+        text=cut.columns, row=cut.row, prefix=prefix, last=cut.last,
         num_wanted=cut.window_length, shares_prefix=shared and room is None,
     )  # fmt: skip
-    layout.widths, layout.lasts = _host_sizes(front, cut, per_window)
+    widths, lasts = [], []
+    for before, num, first in zip(front.counts, cut.nums, cut.firsts, strict=True):
+        widths += [before + index * per_window for index in range(first, num)]
+        lasts.append(len(widths) - 1)
+    layout.widths, layout.lasts = widths, lasts
+    layout.compressed = None if cut.full is None else cut.full.view(-1, config.chunk_length)
     if config.absent_memories != "mask":
         layout.shares_prefix = False
     num_seen = num_visible
@@ -497,10 +498,21 @@ def lay_windows(
         layout.positions = positions
     else:
         _lay_own_entries(config, layout, front, cut, num_visible, num_seen, own_position, positions, room)
-    _keep(config, layout, front, takes, own_position, cut, num_visible, num_seen, room)
-    _lay_back_windows(layout, front, cut, lowest, len(counts))
+    layout.memories = Memories(torch.empty(0), (own_position >= 0).long(), takes, front.num_pinned, front.num_embedded)
+    if room is not None and num_entries:
+        _keep(config, layout, front, own_position, cut, num_visible, num_seen, room)
+    # Padding shows what stands before it; columns before the first wanted one show something else.
+    layout.back = (cut.first_row[:, None] * cut.window_length + cut.rank.clamp(min=0)).clamp(min=0)
+    if front.back is not None and num_entries and (lowest is None or min(lowest) < 0):
+        layout.wants_prefix = True
+        in_prefix = torch.arange(len(counts), device=cut.row.device)[:, None] * num_entries + front.back
+        layout.back = torch.where(cut.rank < 0, in_prefix, len(counts) * num_entries + layout.back)
     _open_windows(config, layout, front, text, cut, start, window_length, num_entries)
-    layout.end = _end(config, front, cut, per_window, num_entries)
+    layout.end = num_entries + min(cut.window_length, max(counts))
+    if fixed:
+        layout.end = config.text_start + cut.window_length
+    elif config.memory_positions == "source":
+        layout.end = max(counts) + front.num_tokens.shape[1] * config.chunk_length
     return layout
 
 
@@ -520,6 +532,7 @@ class _Cut:
         counts, nums, firsts (`list` of `int`): Tokens, windows and first window laid out of each text, on the host.
         window_length (`int`): W, or less where every text is shorter.
         mask_of_text (`torch.LongTensor` of shape `(B, T)`): 1 for the tokens to cut.
+        full (`torch.LongTensor` of shape `(n, W)`, *optional*): Flat text columns of all windows but each text's last.
         is_full (`bool`): Whether every window is known to be full.
     """
 
@@ -537,6 +550,7 @@ class _Cut:
     firsts: list[int]
     window_length: int
     mask_of_text: torch.Tensor
+    full: torch.Tensor | None
     is_full: bool
 
 
@@ -567,36 +581,19 @@ def _cut(
         order = pack(mask)
         column = order[row[:, None], column]
     present = (rank < count[row][:, None]).long()
+    chunks = None
+    if max(nums) > 1:  # all windows but each text's last, those that are not laid out among them
+        full = num - 1
+        owner = torch.arange(batch_size, device=device).repeat_interleave(full, output_size=sum(nums) - batch_size)
+        number = torch.arange(sum(nums) - batch_size, device=device) - (full.cumsum(0) - full)[owner]
+        inside = number[:, None] * width + torch.arange(width, device=device)
+        inside = inside if order is None else order[owner[:, None], inside]
+        chunks = owner[:, None] * length + inside
     return _Cut(
         row[:, None] * length + column, present, row, index, num,
         None if sum(laid) == batch_size else ends - 1, ends - num_laid - first, mask_of_text.cumsum(1) - 1, order,
-        counts, nums, firsts, width, mask_of_text, sum(counts) == sum(nums) * width,
+        counts, nums, firsts, width, mask_of_text, chunks, sum(counts) == sum(nums) * width,
     )  # fmt: skip
-
-
-def _host_sizes(front: Front, cut: _Cut, per_window: int) -> tuple[list[int], list[int]]:
-    """Return how many entries each window can see, and which is each text's last window."""
-    widths: list[int] = []
-    lasts = []
-    for before, num, first in zip(front.counts, cut.nums, cut.firsts, strict=True):
-        widths += [before + index * per_window for index in range(first, num)]
-        lasts.append(len(widths) - 1)
-    return widths, lasts
-
-
-def _chunks(config: PreTrainedConfig, text: Text, mask: torch.Tensor | None, cut: _Cut) -> torch.Tensor | None:
-    """Return flat text columns of the chunks `(N, L)` of all windows but each text's last, which become memories."""
-    num_full = [num - 1 for num in cut.nums]
-    if max(num_full) == 0:
-        return None
-    length, device = text.tokens.shape[1], cut.row.device
-    full = cut.num - 1
-    row = torch.arange(len(num_full), device=device).repeat_interleave(full, output_size=sum(num_full))
-    index = torch.arange(sum(num_full), device=device) - (full.cumsum(0) - full)[row]
-    column = index[:, None] * cut.window_length + torch.arange(cut.window_length, device=device)
-    if cut.order is not None:
-        column = cut.order[row[:, None], column]
-    return (row[:, None] * length + column).view(-1, config.chunk_length)
 
 
 def _lay_prefix(
@@ -696,49 +693,24 @@ def _keep(
     config: PreTrainedConfig,
     layout: Layout,
     front: Front,
-    takes: torch.Tensor,
     own_position: torch.Tensor,
     cut: _Cut,
     num_visible: torch.Tensor,
     num_seen: torch.Tensor,
-    room: int | None,
+    room: int,
 ) -> None:
-    """Say which entries each text's last window sees: these are what a cache goes on with."""
-    batch_size, num_entries = takes.shape
-    mask = (own_position >= 0).long()
-    if room is not None and num_entries:
-        last = torch.arange(batch_size, device=takes.device) if cut.last is None else cut.last
-        number = torch.arange(min(num_entries, room + front.entries.shape[1]), device=takes.device)
-        number = number.expand(batch_size, -1)
-        place = _place_of(number, num_visible[last], num_seen[last], front.num_pinned).clamp(max=num_entries - 1)
-        layout.kept = torch.arange(batch_size, device=takes.device)[:, None] * num_entries + place
-        mask = (number < num_seen[last][:, None]).long()
-        if config.memory_positions == "source":
-            # The tokens of what made room count to the one after it.
-            position = own_position.gather(1, place)
-            takes = torch.diff(position, dim=1, prepend=torch.full_like(position[:, :1], -1))
-        else:
-            takes = takes.gather(1, place)
-    layout.memories = Memories(torch.empty(0), mask, takes * mask, front.num_pinned, front.num_embedded)
-
-
-def _lay_back_windows(layout: Layout, front: Front, cut: _Cut, lowest: list[int] | None, batch_size: int) -> None:
-    """Say where the features of every text column are: in its window, or in the prefix."""
-    width = cut.window_length
-    rank = cut.rank  # -1 before the first token; padding shows what stands before it
-    place = cut.first_row[:, None] * width + rank.clamp(min=0)
-    if front.back is None:
-        layout.back = place.clamp(min=0)  # columns before the first wanted one show something else
-        return
-    assert layout.prefix is not None and layout.prefix.entries is not None
-    num_entries = layout.prefix.entries.shape[1]
-    layout.wants_prefix = num_entries > 0 and (lowest is None or min(lowest) < 0)
-    if not layout.wants_prefix:
-        layout.back = place.clamp(min=0)
-        return
-    row = torch.arange(batch_size, device=rank.device)[:, None]
-    in_prefix = row * num_entries + front.back
-    layout.back = torch.where(rank < 0, in_prefix, batch_size * num_entries + place).clamp(min=0)
+    """Say which entries each text's last window still sees: these are what a cache goes on with."""
+    batch_size, num_entries = own_position.shape
+    last = torch.arange(batch_size, device=own_position.device) if cut.last is None else cut.last
+    number = torch.arange(min(num_entries, room + front.entries.shape[1]), device=own_position.device)
+    number = number.expand(batch_size, -1)
+    place = _place_of(number, num_visible[last], num_seen[last], front.num_pinned).clamp(max=num_entries - 1)
+    layout.kept = torch.arange(batch_size, device=own_position.device)[:, None] * num_entries + place
+    mask = (number < num_seen[last][:, None]).long()
+    # The tokens of what made room count to the one after it.
+    position = own_position.gather(1, place)
+    takes = torch.diff(position, dim=1, prepend=torch.full_like(position[:, :1], -1)) * mask
+    layout.memories = Memories(torch.empty(0), mask, takes, front.num_pinned, front.num_embedded)
 
 
 def _open_windows(
@@ -769,31 +741,15 @@ def _open_windows(
     assert layout.widths is not None and layout.lasts is not None
     visible = {layout.widths[number] for number in layout.lasts}
     front_is_full = layout.has_filler or (layout.shares_prefix and visible == {own_entries})
+    known = layout.shares_prefix and (min(visible) > 0) == (max(visible) > 0)
+    assert isinstance(layout.sees_memories, torch.Tensor)
     layout.is_full = layout.shares_prefix and cut.is_full and max(layout.widths) == 0
     layout.opening = Opening(
         cut.columns[last][:, :most] if window_length is not None and text.input_ids is not None else None,
         fill, start[last] + fill, most, None, asked, marked,
         has_gaps=not (ends_alike and front_is_full),
-        rolling=window_length is not None, sees_memories=_sees(layout, last),
+        rolling=window_length is not None, sees_memories=min(visible) > 0 if known else layout.sees_memories[last],
     )  # fmt: skip
-
-
-def _sees(layout: Layout, last: torch.Tensor) -> bool | torch.Tensor:
-    """Whether the last window of each text sees memories; one truth value where that is known without asking."""
-    assert layout.widths is not None and layout.lasts is not None and isinstance(layout.sees_memories, torch.Tensor)
-    visible = [layout.widths[number] > 0 for number in layout.lasts]
-    if layout.shares_prefix and (all(visible) or not any(visible)):
-        return visible[0]
-    return layout.sees_memories[last]
-
-
-def _end(config: PreTrainedConfig, front: Front, cut: _Cut, per_window: int, num_entries: int) -> int:
-    """Return a bound of all positions, as far as it is known without asking."""
-    if config.memory_positions in ("fixed", "spread"):
-        return config.text_start + cut.window_length
-    if config.memory_positions == "source":
-        return max(cut.counts) + front.num_tokens.shape[1] * config.chunk_length
-    return num_entries + min(cut.window_length, max(cut.counts))
 
 
 def lay_step(config: PreTrainedConfig, text: Text, cache: MemoryCache) -> Layout:

@@ -54,7 +54,6 @@ from .memory_checks import (
     check_in_full,
     check_no_past,
     check_own_cache,
-    check_owners,
     check_positions,
     check_rolling,
     check_room,
@@ -97,6 +96,8 @@ TOKENS_PER_GROUP = {"cpu": 4096}
 """Most tokens, memories among them, that are read at a time where no gradient is asked for, by type of device."""
 TOKENS_PER_GROUP_ELSEWHERE = 65536
 """The same on other devices, which want large batches: bounds memory only."""
+FEW_TOKENS = 4096
+"""So many are read at once on any device."""
 LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels")
 
 
@@ -514,8 +515,10 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         if len(chunk_ids) == 0:
             shape = 0, self.config.memories_per_chunk, self.config.decoder.hidden_size
             return torch.zeros(shape, dtype=self.decoder.dtype, device=chunk_ids.device)
-        parts = []
-        for part in row_groups(len(chunk_ids), chunk_ids.shape[1], chunk_ids.device):
+        groups, parts = [slice(0, len(chunk_ids))], []
+        if chunk_ids.numel() > FEW_TOKENS and not torch.is_grad_enabled():
+            groups = row_groups(len(chunk_ids), chunk_ids.shape[1], chunk_ids.device)
+        for part in groups:
             mask = None if chunk_mask is None else chunk_mask[part]
             number = None if num_memories is None else num_memories[part]
             parts.append(encode_chunks(self.encoder, self.pooling, chunk_ids[part], mask, number, checked=True))
@@ -546,16 +549,16 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         Returns:
             [`MemoryModelOutput`]: Hidden states in the columns of the text, memories and cache.
         """
+        tokens = inputs_embeds if input_ids is None else input_ids
         call = Call(
-            Text(input_ids, attention_mask, inputs_embeds, position_ids), context_input_ids, context_attention_mask,
+            Text(input_ids, attention_mask, inputs_embeds, position_ids, tokens), context_input_ids, context_attention_mask,
             context_num_memories, memory_embeds, memory_mask, memory_num_tokens, past_key_values,
             rolling_memory=rolling_memory,
+            has_memories=context_input_ids is not None or memory_embeds is not None,
         )  # fmt: skip
         output = self._read(call, use_cache, output_hidden_states, output_attentions, kwargs, head=False)
-        return output if self._returns_dict(return_dict) else output.to_tuple()
-
-    def _returns_dict(self, return_dict: bool | None) -> bool:
-        return getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+        wants_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+        return output if wants_dict else output.to_tuple()
 
     def _read(
         self,
@@ -579,10 +582,10 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         Returns:
             [`MemoryModelOutput`], whose `last_hidden_state` holds the features.
         """
-        if unknown and not is_compiling():
+        if unknown and not torch.compiler.is_compiling():
             check_spelling(unknown, [*inspect.signature(self.forward).parameters, *LOSS_KEYWORDS])
-        check_owners(call)
-        if is_checkpointing(self.decoder):
+        keeps_all = self.decoder.training and is_checkpointing(self.decoder)
+        if keeps_all:
             check_empty(call.cache)
             call, use_cache = replace(call, cache=None), False
         elif use_cache is None:
@@ -590,25 +593,27 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
                 not self.training and getattr(self.decoder.config, "use_cache", True)
             )
         facts = check_call(self.config, call)
-        options = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        for name in options:
-            options[name] = getattr(self.config, name, None) if options[name] is None else options[name]
-        options = {name: value for name, value in options.items() if value}
-        memories = self._memories(call, facts)
+        options: dict[str, Any] = {}
+        for name, given in (("output_hidden_states", output_hidden_states), ("output_attentions", output_attentions)):
+            given = getattr(self.config, name, None) if given is None else given
+            if given:  # an explicit None would hide the decoder's own setting
+                options[name] = given
+        memories = self._memories(call, facts) if call.has_memories else None
+        columns = None if call.logits_to_keep is None else columns_of(call.logits_to_keep, call.text.tokens)
         if memories is None and isinstance(call.cache, MemoryCache) and call.cache.num_columns:
-            output = self._read_on(call.text, call.cache, head, _columns(call), options)
+            output = self._read_on(call.text, call.cache, head, columns, options)
         else:
-            layout = self._lay_out(call, memories, facts, use_cache, options)
+            if options.get("output_hidden_states") and facts is not None:
+                facts.lowest = None  # of all layers the states of all columns are returned
+            layout = self._lay_out(call, memories, facts, use_cache, not keeps_all, options)
             cache = call.cache if use_cache else None
-            output = self._run(layout, call.text, memories, cache, use_cache, head, _columns(call), options)
+            output = self._run(layout, call.text, memories, cache, use_cache, head, columns, options)
         if self.training and torch.is_grad_enabled():
-            output.last_hidden_state = self._touch(output.last_hidden_state, call)
+            output.last_hidden_state = self._touch(output.last_hidden_state)
         return output
 
-    def _memories(self, call: Call, facts: Facts | None) -> Memories | None:
+    def _memories(self, call: Call, facts: Facts | None) -> Memories:
         """Give the memories of a call, one row for each text: those of its context, or ready ones."""
-        if not call.has_memories:
-            return None
         if call.context_input_ids is not None:
             memories = self._encode_context(
                 call.context_input_ids, call.context_attention_mask, call.context_num_memories, facts
@@ -634,64 +639,72 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         memories: Memories | None,
         facts: Facts | None,
         use_cache: bool,
+        shared: bool,
         options: dict[str, Any],
     ) -> Layout:
         """Choose how a text that begins is read, and lay it out."""
         config, text, cache = self.config, call.text, call.cache
         past = 0 if cache is None else int(cache.get_seq_length())
-        fixed = config.memory_positions in ("fixed", "spread")
-        shared = not is_checkpointing(self.decoder)
-        seen_by = facts if not options.get("output_hidden_states") else facts and replace(facts, lowest=None)
         if memories is not None:
-            rolls = bool(call.rolling_memory)
-            if rolls:
-                check_rolling(config, text.input_ids is not None)
-            if rolls or fixed or text.input_ids is None:
-                check_flat_mask(text)
-                check_no_past(past)
-                check_own_cache(cache, True)
-                room = None
-                if rolls and facts is not None:
-                    embedded = [0] * len(facts.num_tokens)
-                    if config.max_memories is not None:
-                        pairs = zip(facts.num_ahead, facts.num_memories, strict=True)
-                        embedded = [ahead - number for ahead, number in pairs]
-                    room = check_room(config, facts.num_after, facts.num_ahead, embedded)
-                elif not rolls:
-                    check_view(config, memories.mask.shape[1] + text.tokens.shape[1])
-                return lay_front(config, text, memories, seen_by, rolls, shared, room)
-            if facts is not None and facts.first_slot is not None and facts.sees_memories is not False:
-                check_view(config, past + text.tokens.shape[1] - facts.first_slot)
-            layout = lay_slots(config, text, memories, facts, past)
-            check_own_cache(cache, use_cache and layout.needs_own_cache)
-            return layout
+            return self._lay_out_memories(call, memories, facts, use_cache, shared, past)
+        fixed = config.memory_positions in ("fixed", "spread")
+        batch_size, length = text.tokens.shape[:2]
         if config.self_memory and text.input_ids is not None and (cache is None or isinstance(cache, MemoryCache)):
-            check_flat_mask(text)
-            length = text.tokens.shape[1]
-            counts = [length] * text.tokens.shape[0] if facts is None else facts.num_tokens
-            if length > config.window_length and facts is None and text.attention_mask is not None:
-                counts = text.mask().sum(1).tolist()
-            if fixed or max(counts) > config.window_length:
+            mask = text.attention_mask
+            if mask is not None and mask.dim() != 2:
+                check_flat_mask(text)
+            counts = [length] * batch_size if facts is None else facts.num_tokens
+            if length > config.window_length and facts is None and mask is not None:
+                counts = mask.sum(1).tolist()  # compiled code cannot go on without
+            if not fixed and max(counts) <= config.window_length:
+                return open_plain(lay_plain(config, text, facts), text, facts, self._no_memories(text))
+            if text.position_ids is not None or "output_attentions" in options:
                 check_windows(text, counts, config.window_length, options.get("output_attentions"))
-                none = [0] * len(counts)
-                room = check_room(config, counts, none, none)
-                mask = text.mask() if text.attention_mask is not None and not (facts and facts.is_full) else None
-                lowest = None if seen_by is None else seen_by.lowest
-                return lay_windows(config, text, mask, None, counts, config.window_length, lowest, shared, room)
-            return open_plain(lay_plain(config, text, facts), text, facts, self._no_memories(text))
+            none = [0] * len(counts)
+            room = check_room(config, counts, none, none)
+            mask = None if mask is None or (facts is not None and facts.is_full) else mask[:, -length:].long()
+            lowest = None if facts is None else facts.lowest
+            return lay_windows(config, text, mask, None, counts, config.window_length, lowest, shared, room)
         mark = mark_of(cache)
         if mark is None and (call.rolling_memory is not False or past == 0):  # if False, the open window grows on
             check_in_full(config, text, cache, past)
         if mark is not None and mark.first_memory is not None:
-            check_view(config, past + text.tokens.shape[1] - mark.first_memory)
+            check_view(config, past + length - mark.first_memory)
         if fixed:
             check_no_past(past)
             check_own_cache(cache, True)
-            return lay_front(config, text, self._no_memories(text), seen_by, False, shared, None)
+            return lay_front(config, text, self._no_memories(text), facts, False, shared, None)
         layout = lay_plain(config, text, facts, past)
-        layout.sees_memories = False if mark is None else mark.rows(text.tokens.shape[0])
+        layout.sees_memories = False if mark is None else mark.rows(batch_size)
         layout.mark = ReadMark() if mark is None and text.input_ids is None else mark
         return open_plain(layout, text, facts, self._no_memories(text), rolling=False)
+
+    def _lay_out_memories(
+        self, call: Call, memories: Memories, facts: Facts | None, use_cache: bool, shared: bool, past: int
+    ) -> Layout:
+        """Lay out a text with memories: in its slots as it stands, or after them where what follows has windows."""
+        config, text = self.config, call.text
+        rolls = bool(call.rolling_memory)
+        if rolls:
+            check_rolling(config, text.input_ids is not None)
+        if not (rolls or config.memory_positions in ("fixed", "spread") or text.input_ids is None):
+            if facts is not None and facts.first_slot is not None and facts.sees_memories is not False:
+                check_view(config, past + text.tokens.shape[1] - facts.first_slot)
+            layout = lay_slots(config, text, memories, facts, past)
+            check_own_cache(call.cache, use_cache and layout.needs_own_cache)
+            return layout
+        check_flat_mask(text)
+        check_no_past(past)
+        check_own_cache(call.cache, True)
+        room = None
+        if not rolls:
+            check_view(config, memories.mask.shape[1] + text.tokens.shape[1])
+        elif facts is not None:
+            embedded = [0] * len(facts.num_tokens)
+            if config.max_memories is not None:  # otherwise tokens take the same room as memories
+                embedded = [ahead - number for ahead, number in zip(facts.num_ahead, facts.num_memories, strict=True)]
+            room = check_room(config, facts.num_after, facts.num_ahead, embedded)
+        return lay_front(config, text, memories, facts, rolls, shared, room)
 
     def _no_memories(self, text: Text) -> Memories:
         weight: Any = self.get_input_embeddings().weight
@@ -709,13 +722,14 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         options: dict[str, Any],
     ) -> MemoryModelOutput:
         """Decode what was laid out, lay the features back, and open the cache."""
-        check_positions(self.decoder, layout.end)
+        if layout.end > (getattr(self.decoder.config, "max_position_embeddings", None) or layout.end):
+            check_positions(self.decoder, layout.end)
         if memories is not None and layout.row is not None and text.input_ids is not None:
             # Where a window is not full a slot may stand, masked; its id need not be a row of the table.
             slots = text.input_ids == self.config.memory_token_id
             text = replace(text, input_ids=text.input_ids.masked_fill(slots, 0))
-        entries = self._entries(layout, text, memories)
         if layout.row is None:
+            entries = None if memories is None else memories.embeds.flatten(0, 1)
             keep = columns if layout.back is None else None
             given = cache.decoder_cache() if isinstance(cache, MemoryCache) else cache
             features, outputs = self._decode(layout, text, entries, given, use_cache, head, keep, options)
@@ -724,14 +738,19 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
             if layout.back is not None:
                 features = layout.lay_back(features.flatten(0, 1), columns)
         else:
+            entries = self._entries(layout, text, memories)
             features, hidden_states, decoder_cache, column_mask = self._decode_windows(
                 layout, text, entries, use_cache, head, options
             )
             attentions = None
-            features = layout.lay_back(features, columns)
+            assert layout.back is not None
+            features = features[layout.back if columns is None else layout.back[:, columns]]
             if hidden_states is not None:
                 hidden_states = tuple(None if states is None else layout.lay_back(states) for states in hidden_states)
-        kept = self._kept(layout, entries, memories)
+        kept = memories if layout.memories is None else layout.memories
+        if layout.row is not None and kept is not None:  # what stands before each text's last column
+            embeds = entries.unflatten(0, kept.mask.shape) if layout.kept is None else entries[layout.kept]
+            kept = replace(kept, embeds=embeds.masked_fill(kept.mask[..., None] == 0, 0))
         if use_cache and decoder_cache is not None:
             cache = self._open(layout, text, kept, cache, decoder_cache, column_mask)
         shown = kept if memories is None and layout.row is not None else memories
@@ -744,15 +763,13 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
             None if shown is None else shown.mask,
         )
 
-    def _entries(self, layout: Layout, text: Text, memories: Memories | None) -> torch.Tensor | None:
+    def _entries(self, layout: Layout, text: Text, memories: Memories | None) -> torch.Tensor:
         """Compress what is full, and give the vectors that the layout's `entries` count `(n, D)`."""
         vectors = None if memories is None else memories.embeds.flatten(0, 1)
         if layout.compressed is not None:
             new = self._encode(text.input_ids.flatten()[layout.compressed], None).flatten(0, 1)  # (N * K, D)
             vectors = new if vectors is None else torch.cat([vectors.to(new), new])
-        if layout.prefix is None:
-            return vectors
-        assert layout.prefix.entries is not None and layout.prefix.mask is not None
+        assert layout.prefix is not None and layout.prefix.entries is not None and layout.prefix.mask is not None
         if layout.prefix.entries.shape[1] == 0:
             weight: Any = self.get_input_embeddings().weight
             return weight.new_zeros(0, self.config.decoder.hidden_size)
@@ -813,16 +830,13 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         if head and keep is not None and self._takes_logits_to_keep:
             inputs["logits_to_keep"], keep = keep, None
         read = self.decoder if head else self.decoder.base_model
-        with self._adapters(layout.sees_memories):
+        adapted = self.config.adapters or getattr(self, "peft_config", None)
+        with adapters_on(self.decoder, layout.sees_memories) if adapted else nullcontext():
             outputs = read(**inputs, **options)
         features = outputs.logits if head else outputs.last_hidden_state
         if keep is not None:
             features = features[:, -keep:] if isinstance(keep, int) else features[:, keep]
         return features, outputs
-
-    def _adapters(self, sees_memories: bool | torch.Tensor) -> Any:
-        adapted = self.config.adapters or getattr(self, "peft_config", None)
-        return adapters_on(self.decoder, sees_memories) if adapted else nullcontext()
 
     def _decode_windows(
         self,
@@ -868,7 +882,9 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         assert layout.mask is not None and layout.text is not None and layout.num_wanted is not None
         num_rows = len(layout.widths)
         # Columns of a row, the entries that it sees among them, bound a group.
-        groups = row_groups(num_rows, max(layout.mask.shape[1], layout.text.shape[1]), layout.row.device)
+        groups, width = [slice(0, num_rows)], max(layout.mask.shape[1], layout.text.shape[1])
+        if num_rows * width > FEW_TOKENS and not torch.is_grad_enabled():
+            groups = row_groups(num_rows, width, layout.row.device)
         for part in groups:
             rows = layout if len(groups) == 1 else layout.rows(part)
             given = None if shared is None else shared
@@ -883,7 +899,9 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
             )
             parts.append(features.flatten(0, 1))
             hidden.append(outputs.hidden_states)
-            if use_cache:
+            if use_cache and len(groups) == 1:
+                opened.append((outputs.past_key_values, rows.mask))
+            elif use_cache:
                 opened += last_windows(layout, rows, part, outputs.past_key_values)
         states = None
         if hidden[0] is not None:
@@ -895,19 +913,13 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
                     continue
                 own = [layers[n] if n < front else layers[n][:, -layout.num_wanted :] for n in range(len(layers))]
                 states.append(torch.cat([layer.flatten(0, 1) for layer in own]))
-        decoder_cache, column_mask = join_rows(opened) if opened else (None, None)
+        decoder_cache, column_mask = opened[0] if opened else (None, None)
+        if len(groups) > 1 and opened:
+            decoder_cache, column_mask = join_rows(opened)
+        elif opened and layout.last is not None:
+            decoder_cache.batch_select_indices(layout.last)
+            column_mask = column_mask[layout.last]
         return parts[0] if len(parts) == 1 else torch.cat(parts), states, decoder_cache, column_mask
-
-    def _kept(self, layout: Layout, entries: torch.Tensor | None, memories: Memories | None) -> Memories | None:
-        """Return what stands before each text's last column: what a cache goes on with."""
-        kept = layout.memories
-        if layout.row is None or kept is None or entries is None:
-            return memories if kept is None else kept
-        if layout.kept is not None:
-            embeds = entries[layout.kept].masked_fill(kept.mask[..., None] == 0, 0)  # (B, M', D)
-        else:
-            embeds = entries.unflatten(0, kept.mask.shape)
-        return replace(kept, embeds=embeds)
 
     def _open(
         self,
@@ -933,9 +945,10 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         assert isinstance(cache, MemoryCache) and column_mask is not None
         if layout.num_wanted is not None and not opening.has_gaps:
             width = column_mask.shape[1] - layout.num_wanted + opening.max_fill
-            column_mask = cut_columns(decoder_cache, column_mask, width)
+            if width < column_mask.shape[1]:
+                column_mask = cut_columns(decoder_cache, column_mask, width)
         return cache.open(
-            decoder_cache, kept.map(torch.Tensor.detach), column_mask, opening.next_position, opening.fill,
+            decoder_cache, replace(kept, embeds=kept.embeds.detach()), column_mask, opening.next_position, opening.fill,
             num_columns=text.tokens.shape[1], end=layout.end, max_fill=opening.max_fill,
             window_input_ids=None if opening.window is None else text.input_ids.flatten()[opening.window],
             asked=opening.asked, marked=opening.marked, sees_memories=opening.sees_memories,
@@ -972,7 +985,8 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         mask, memories, config = text.mask(), cache.memories, self.config
         width, length = cache.window_input_ids.shape[1], text.tokens.shape[1]
         filled = (torch.arange(width, device=mask.device) < cache.window_fill[:, None]).to(mask)
-        opened = Text(torch.cat([cache.window_input_ids, text.input_ids], 1), torch.cat([filled, mask], 1))
+        ids = torch.cat([cache.window_input_ids, text.input_ids], 1)
+        opened = Text(ids, torch.cat([filled, mask], 1), tokens=ids)
         wanted = width + torch.arange(length, device=mask.device)
         wanted = wanted if columns is None else wanted[columns]
         known = read_once(
@@ -991,7 +1005,7 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         front = front_of_memories(memories, known["held"], cache.asked)
         layout = lay_windows(
             config, opened, opened.attention_mask, front, known["fill"], config.window_length, known["lowest"],
-            not is_checkpointing(self.decoder), room,
+            room=room,
         )  # fmt: skip
         num_columns = cache.num_columns + length
         output = self._run(layout, opened, memories, cache, True, head, wanted, options)
@@ -1018,7 +1032,8 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
             rows = torch.tensor(numbers, device=text.input_ids.device)
             part = cache.select(rows)
             mask = None if text.attention_mask is None else text.attention_mask[rows]
-            outputs.append(self._read_on(Text(text.input_ids[rows], mask), part, head, columns, options))
+            ids = text.input_ids[rows]
+            outputs.append(self._read_on(Text(ids, mask, tokens=ids), part, head, columns, options))
             parts.append((rows, part))
         cache.join(parts)
         order = torch.cat([rows for rows, _ in parts]).argsort()
@@ -1030,7 +1045,7 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         output.past_key_values, output.attentions = cache, None
         return output
 
-    def _touch(self, features: torch.Tensor, call: Call) -> torch.Tensor:
+    def _touch(self, features: torch.Tensor) -> torch.Tensor:
         """Give every trainable parameter that this step may leave out a gradient of zero.
 
         Processes that train together wait for all of each other's gradients, whatever texts they drew.
@@ -1152,10 +1167,12 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
         Source: Badger 2026, arXiv 2602.13466, chunked memory model; unlike there the first token of a window is
         trained, absent memories are masked, and each window has its own mask.
         """
+        tokens = inputs_embeds if input_ids is None else input_ids
         call = Call(
-            Text(input_ids, attention_mask, inputs_embeds, position_ids), context_input_ids, context_attention_mask,
+            Text(input_ids, attention_mask, inputs_embeds, position_ids, tokens), context_input_ids, context_attention_mask,
             context_num_memories, memory_embeds, memory_mask, memory_num_tokens, past_key_values,
-            labels, kwargs.pop("shift_labels", None), logits_to_keep, rolling_memory,
+            labels, kwargs.pop("shift_labels", None), None if type(logits_to_keep) is int and logits_to_keep == 0
+            else logits_to_keep, rolling_memory, context_input_ids is not None or memory_embeds is not None,
         )  # fmt: skip
         reading = self._read(call, use_cache, output_hidden_states, output_attentions, kwargs, head=True)
         logits = reading.last_hidden_state.contiguous()  # (B, T, V)
@@ -1168,7 +1185,8 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
             loss, logits, reading.past_key_values, reading.hidden_states, reading.attentions, reading.memory_embeds,
             reading.memory_mask,
         )  # fmt: skip
-        return output if self._returns_dict(return_dict) else output.to_tuple()
+        wants_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+        return output if wants_dict else output.to_tuple()
 
 
 def targets_of(call: Call) -> torch.Tensor:
@@ -1219,14 +1237,12 @@ def last_windows(layout: Layout, rows: Layout, part: slice, cache: Cache) -> lis
     return [(cache, rows.mask[index])]
 
 
-def _columns(call: Call) -> torch.Tensor | None:
+def columns_of(keep: int | torch.Tensor, tokens: torch.Tensor) -> torch.Tensor | None:
     """Return the columns whose features are wanted; `None`: all."""
-    keep, tokens = call.logits_to_keep, call.text.tokens
     if isinstance(keep, torch.Tensor):
         return keep
-    if keep == 0 or keep >= tokens.shape[1]:
-        return None
-    return torch.arange(tokens.shape[1] - keep, tokens.shape[1], device=tokens.device)
+    length = tokens.shape[1]
+    return None if keep >= length else torch.arange(length - keep, length, device=tokens.device)
 
 
 def _drop_stale_weights(folder: str | os.PathLike) -> None:

@@ -12,7 +12,11 @@ ATOL = 5e-6  # largest difference of logits seen: 1.2e-6, of values up to 2.8: p
 @pytest.fixture
 def in_groups(monkeypatch: pytest.MonkeyPatch):
     """Set the bound on tokens of a group."""
-    return lambda tokens: monkeypatch.setitem(modeling_memory.TOKENS_PER_GROUP, "cpu", tokens)
+    def bound(tokens: int) -> None:
+        monkeypatch.setitem(modeling_memory.TOKENS_PER_GROUP, "cpu", tokens)
+        monkeypatch.setattr(modeling_memory, "FEW_TOKENS", 0)
+
+    return bound
 
 
 def counted(model) -> list[tuple[int, int]]:
