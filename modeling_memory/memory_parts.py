@@ -74,6 +74,8 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
         del model.config.quantization_config
         for name in ("hf_quantizer", "quantization_method", "is_quantized"):
             vars(model).pop(name, None)
+    elif getattr(quantization, "gguf_file", None):  # left packed: the config is saved, and names no place
+        quantization.gguf_file = os.path.basename(quantization.gguf_file)
     return model
 
 
