@@ -180,13 +180,13 @@ class MemoryPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load a model as `PreTrainedModel.from_pretrained` does, and freeze what its config says is frozen.
 
-        Of a model saved by reference the bases are loaded from where they came from; `encoder_base` and
-        `decoder_base` name another place (id, folder or model), and must where a base came from a folder. Their hashes
-        are checked.
+        Of a model saved by reference the bases are loaded from where they came from, the Hub or an installed Python
+        package; `encoder_base` and `decoder_base` name another place (id, folder, package or model), and must where a
+        base came from a folder. Their hashes are checked.
 
         Raises:
-            ValueError: If weights are missing, unless `output_loading_info` asks for their names; if a base is not
-                named or is not the one that the model was trained on.
+            ValueError: If weights are missing or do not fit, unless `output_loading_info` asks for their names; if a
+                base is not named, not installed, or not the one that the model was trained on.
         """
         given = {part: kwargs.pop(f"{part}_base") for part in PARTS if f"{part}_base" in kwargs}
         config = kwargs.get("config")
@@ -216,6 +216,8 @@ class MemoryPreTrainedModel(PreTrainedModel):
     ) -> None:
         """Save as `PreTrainedModel.save_pretrained` does, with an `auto_map` that every Auto class finds.
 
+        Whatever stops a save, the folder holds the model that it held before.
+
         Args:
             save_directory (`str` or `os.PathLike`): The folder.
             args: As in the library.
@@ -223,8 +225,6 @@ class MemoryPreTrainedModel(PreTrainedModel):
                 and ids, revisions and hashes of these. A dictionary names the place of `"encoder"`, `"decoder"` or
                 both; a part that it leaves out is saved by value.
             kwargs: As in the library.
-
-        Whatever stops a save, the folder holds the model that it held before.
 
         Raises:
             ValueError: If adapters are merged and still there, a part is not what it is said to come from, or
