@@ -759,10 +759,9 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
                 features = layout.lay_back(features.flatten(0, 1), columns)
         else:
             entries = self._entries(layout, text, memories)
-            features, hidden_states, decoder_cache, column_mask = self._decode_windows(
+            features, hidden_states, attentions, decoder_cache, column_mask = self._decode_windows(
                 layout, text, entries, use_cache, head, options
             )
-            attentions = None
             assert layout.back is not None
             features = features[layout.back if columns is None else layout.back[:, columns]]
             if hidden_states is not None:
@@ -866,15 +865,15 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         use_cache: bool,
         head: bool,
         options: dict[str, Any],
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, Cache | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, Any, Any, Cache | None, torch.Tensor | None]:
         """Decode windows, each after the entries of its text.
 
         What stands before the windows of a text does not depend on them: it runs once, and its keys and values are
         shared. Without gradients windows are decoded in groups, so that memory does not grow with the text.
 
         Returns:
-            Features of flat columns `(n, X)`, hidden states `(n, D)` of all layers if asked for, and if a cache is
-            wanted that of each text's last window with the mask over its columns `(B, S)`.
+            Features of flat columns `(n, X)`, hidden states `(n, D)` of all layers and attentions if asked for (those
+            only of one window a text), and the cache of each text's last window with the mask over its columns.
         """
         prefix, batch_size = layout.prefix, len(layout.lasts or [])
         assert prefix is not None and prefix.entries is not None and layout.row is not None
@@ -939,7 +938,9 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         elif opened and layout.last is not None:
             decoder_cache.batch_select_indices(layout.last)
             column_mask = column_mask[layout.last]
-        return parts[0] if len(parts) == 1 else torch.cat(parts), states, decoder_cache, column_mask
+        attentions = outputs.attentions if num_rows == batch_size and len(groups) == 1 else None
+        features = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return features, states, attentions, decoder_cache, column_mask
 
     def _open(
         self,
