@@ -1,4 +1,4 @@
-"""What every call keeps to: the library's contracts, refusals that teach, gradients everywhere, few looks at a device."""
+"""What every call keeps to: the library's contracts, refusals that teach, gradients, few looks at a device."""
 
 import copy
 from collections.abc import Callable
@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, OPTConfig
-from transformers import OPTForCausalLM, StaticCache
+from transformers import (
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    StaticCache,
+)
 
 from modeling_memory import MemoryCache, MemoryEncoderDecoderForCausalLM
 from tests.memory_models import CHUNK, COPY, SLOT, WINDOW, build_model, ragged_batch, random_ids

@@ -12,6 +12,7 @@ ATOL = 5e-6  # largest difference of logits seen: 1.2e-6, of values up to 2.8: p
 @pytest.fixture
 def in_groups(monkeypatch: pytest.MonkeyPatch):
     """Set the bound on tokens of a group."""
+
     def bound(tokens: int) -> None:
         monkeypatch.setitem(modeling_memory.TOKENS_PER_GROUP, "cpu", tokens)
         monkeypatch.setattr(modeling_memory, "FEW_TOKENS", 0)
