@@ -119,11 +119,15 @@ def written_aside(folder: str | os.PathLike) -> Iterator[Path]:
     try:
         yield aside
         _move_in(aside, target)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        # Only where it failed: of many processes that save, one writes, and the others must not take its folder away.
+        for place in made:
+            with contextlib.suppress(OSError):  # not empty
+                place.rmdir()
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-        for place in made:
-            with contextlib.suppress(OSError):  # only what this call made and left empty
-                place.rmdir()
 
 
 def _move_in(aside: Path, target: Path) -> None:
