@@ -1,4 +1,4 @@
-"""Tables of what things cost: speed, switches of a stage, memories at use."""
+"""Tables of what things cost: speed, memories at use."""
 
 from benchmarks.table import Record, Table, count, duration, pick, quartiles
 
@@ -8,16 +8,6 @@ PATHS = {
     "stored_64": "stored, 64 tokens a memory",
     "encode": "encoded first, small encoder",
     "encode_own": "encoded first, encoder as large as the decoder",
-}
-SWITCHES = {
-    "activations computed again": "`gradient_checkpointing`",
-    "bf16": "`bf16`",
-    "logits in chunks": "`loss_chunk`",
-    "all three": "these three",
-    "states encoded once": "`encode_once`",
-    "compiled": "`compile`",
-    "compiled, all three": "`compile` and the three",
-    "rows grouped by length": "`group_by_length`",
 }
 READINGS = {
     "reading/1024": "1,024 tokens a memory",
@@ -41,38 +31,6 @@ def speed(record: Record) -> Table:
         rows.append([title.format(**metrics[name]["given"]), *times, quartiles(metrics[name]["ratio"])])
     peak = pick(record, "peak_memory_bytes.process") / 2**30
     return Table(rows, f"Medians of {record['repetitions']} rounds, timed in turn; peak memory {peak:.1f} GiB.")
-
-
-def switches(record: Record) -> Table:
-    """Speed of a training step by switch, and peak memory of the loss."""
-    rows = [["training step, float32 unless said", "tokens per second", "times as fast (quartiles)"]]
-
-    def add(part: str, name: str, ratio: Record) -> None:
-        speed = pick(record, f"metrics.{part}.tokens_per_second")[name]
-        rows.append([SWITCHES.get(name, name), f"{speed:,.0f}", quartiles(ratio, 2)])
-
-    compiled = record["metrics"].get("compile")
-    for part in ("steps", "compile") if compiled else ("steps",):
-        for name, ratio in pick(record, f"metrics.{part}.times_as_fast").items():
-            if name != "plain" or part == "steps":  # the compiled ones' own plain step is nearly the same
-                add(part, name, ratio)
-    for part, name in (("lengths", "rows grouped by length"), ("processes", "2 processes")):
-        add(part, name, pick(record, f"metrics.{part}.times_as_fast"))
-    lengths, memory = pick(record, "metrics.lengths"), pick(record, "metrics.loss_memory")
-    before, after = lengths["padding"].values()
-    compiling = "`compile` was not measured"
-    if compiled:
-        compiling = f"compiled, the first step took {compiled['seconds_of_first_step']['compiled']:.0f} s"
-    whole, chunked = (memory[name]["bytes"] / MIB for name in ("whole", "chunked"))
-    return Table(
-        rows,
-        f"Each against the plain step of the same rows, timed in turn, other work on the machine; {compiling}. Rows "
-        f"grouped by length: a pass over {lengths['rows']} documents of the shipped text; {after:.1%} of the columns "
-        f"are padding in the place of {before:.1%}. 2 processes share the rows of one, on "
-        f"{pick(record, 'metrics.processes.cores')} cores. The loss of {memory['tokens']:,} tokens over a vocabulary "
-        f"of {memory['vocab_size']:,} takes {whole:,.0f} MiB with all logits, {chunked:,.0f} MiB with those of "
-        f"{memory['chunk']} tokens at a time.",
-    )
 
 
 def by_length(record: Record, kind: str, shape: str) -> dict[int, Record]:

@@ -84,7 +84,6 @@ VALUES: list[tuple[str, str, str | int, Callable[[dict[str, Any]], str]]] = [
     ),
     ("quickstart_stages", "**all**", "seconds", lambda r: f"**{sum(r['times'].values()):.0f}**"),
     ("speed", "encode 64 contexts of 8 chunks of 32 tokens", 3, lambda r: f"{_ratio(r, 'encode'):.1f}"),
-    ("switches", "`bf16`", 2, lambda r: f"{r['metrics']['steps']['times_as_fast']['bf16']['median']:.2f}"),
     ("fidelity_curve", "64", "tokens right", lambda r: f"{_longest(r)['memory']['token_accuracy']:.2%}"),
     (
         "fidelity",
@@ -105,12 +104,6 @@ VALUES: list[tuple[str, str, str | int, Callable[[dict[str, Any]], str]]] = [
         lambda r: f"{r['metrics']['against_ceiling']['one_pass']['loss']:.4f}",
     ),
     ("capacity", "tokens right", "8", lambda r: f"{r['metrics']['capacity']['by_length']['8']['token_accuracy']:.1%}"),
-    (
-        "retrieval",
-        "causal LM, trained",
-        1,
-        lambda r: f"{r['metrics']['models'][0]['after']['ngram_7']['top_1']:.1%}",
-    ),
     (
         "rolling_quality",
         "rolling memory",
@@ -269,7 +262,7 @@ def test_a_changed_number_record_or_drawing_is_found(
     page.write_text(text)
     assert run(root, "--check") == 0
     record = load("fidelity_curve")
-    _longest(record)["memory"]["token_accuracy"] = 0.45
+    _longest(record)["memory"]["loss"] = 4.5
     (root / "benchmarks" / "results" / "fidelity_curve.json").write_text(json.dumps(record))
     capsys.readouterr()
     assert run(root, "--check") == 1
