@@ -1,23 +1,236 @@
-"""Baselines that are settings, not modules, equal their plain loops, gradients too."""
+"""Baselines equal their plain loops, gradients too, and what they leave out is left out."""
+
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, LlamaModel
 
-from modeling_memory import MemoryEncoderDecoderConfig, MemoryEncoderDecoderForCausalLM
-from tests.conftest import VOCAB_SIZE, tiny_decoder_config
+from modeling_memory import (
+    MemoryAutoencoder,
+    MemoryAutoencoderConfig,
+    MemoryEncoderDecoderConfig,
+    MemoryEncoderDecoderForCausalLM,
+)
+from modeling_memory.memory_encoder import build_encoder
+from modeling_memory.modeling_memory_autoencoder import Bottleneck
+from tests.conftest import DECODERS, VOCAB_SIZE, tiny_decoder_config, tiny_encoder_config
 from tests.memory_models import random_ids
 from tests.reference import memory_loop
+from tests.reference.autoencoder_loop import expand
+from tests.reference.baseline_loop import last_logits, oracle_loop, recurrent_loop
 from tests.reference.llama_loop import llama_loop
+from tests.reference.mixer_loop import affine, mixer_loop, mixer_states
 from training.data.objectives import IGNORED, BatchSpec, SpecialTokens
 from training.data.rows import ObjectiveCollator
+from training.measure.baselines import (
+    QUANTISATIONS,
+    OracleMemory,
+    RecurrentMemory,
+    cut_layers,
+    lift_into_deeper,
+    next_token_loss,
+    quantise,
+    quantised,
+    score_next_tokens,
+)
 from training.train.build import child_config
+
+KINDS = ("token", "embedding", "projection")
+
+
+def decoder(kind: str = "llama", **overrides: Any) -> Any:
+    return AutoModelForCausalLM.from_config(tiny_decoder_config(kind, **overrides)).eval()
+
+
+def oracle(kind: str, encoder: str = "masked_mixer", narrow: bool = True, **fields: Any) -> OracleMemory:
+    body = build_encoder(tiny_encoder_config(encoder, hidden_size=16))
+    bottleneck = Bottleneck(16, 4, noise=0.1) if narrow else None
+    width = 32 + ((4 if narrow else 16) if kind == "embedding" else 0)
+    overrides = {"num_attention_heads": 2, "num_key_value_heads": 1} if kind == "embedding" else {}
+    return OracleMemory(body, decoder(hidden_size=width, **overrides), kind, bottleneck, **fields).eval()  # type: ignore[arg-type]
+
+
+def check_equal_with_gradients(model: Any, loop: Any, tokens: torch.Tensor) -> None:
+    fast = model(tokens)
+    slow = torch.stack([loop(model, text) for text in tokens])
+    torch.testing.assert_close(fast, slow, atol=2e-5, rtol=1e-4)
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    results = [
+        torch.autograd.grad(next_token_loss(logits, tokens), parameters, allow_unused=True) for logits in (fast, slow)
+    ]
+    moved = 0
+    for name, left, right in zip(names, *results, strict=True):
+        if left is None or right is None:
+            assert left is None and right is None, name
+            continue
+        moved += bool(left.abs().max() > 1e-7)
+        torch.testing.assert_close(left, right, atol=2e-5, rtol=1e-3, msg=name)
+    assert moved > 10
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+@pytest.mark.parametrize("start", [1.0, 0.0])
+def test_recurrent_memory_equals_the_plain_loop(kind: str, start: float):
+    check_equal_with_gradients(RecurrentMemory(decoder(kind), 4, start), recurrent_loop, random_ids(2, 11))
+
+
+@torch.no_grad()
+def test_every_token_enters_the_recurrence_and_only_later_ones_notice():
+    """In the original the last token of a window is overwritten and lost."""
+    model, tokens = RecurrentMemory(decoder(), 4), random_ids(1, 12)
+    logits = model(tokens)
+    for place in range(11):
+        other = tokens.clone()
+        other[0, place] = 5 + (other[0, place] - 4) % 90
+        difference = (model(other) - logits)[0].abs().amax(1)
+        assert (difference[:place] == 0).all() and (difference[place:] > 0).all(), place
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("encoder, narrow, frozen", [("masked_mixer", True, False), ("llama", False, True)])
+def test_oracle_memory_equals_the_plain_loop(kind: str, encoder: str, narrow: bool, frozen: bool):
+    model = oracle(kind, encoder, narrow, freeze_encoder=frozen)
+    check_equal_with_gradients(model, oracle_loop, random_ids(2, 7))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_oracle_sees_what_is_to_come_and_only_through_its_vector(kind: str):
+    model, tokens = oracle(kind), random_ids(1, 8)
+    other = tokens.clone()
+    other[0, -1] = 5 + (other[0, -1] - 4) % 90
+    assert (model(other) - model(tokens))[0, :-1].abs().amax(1).min() > 0
+    vector = model.encode(tokens)
+    assert torch.equal(model(other, vector)[0, :-1], model(tokens, vector)[0, :-1])
+    assert torch.equal(model(tokens, vector), model(tokens))
+
+
+def test_a_frozen_oracle_encoder_stays_in_evaluation_and_noise_is_for_training():
+    model, tokens = oracle("token", freeze_encoder=True), random_ids(1, 8)
+    assert torch.equal(model(tokens), model(tokens))
+    model.train()
+    assert not model.encoder.training and not torch.equal(model(tokens), model(tokens))
+
+
+@torch.no_grad()
+def test_scores_are_those_of_the_loss():
+    model, tokens = RecurrentMemory(decoder(), 4), random_ids(5, 8)
+    scores = score_next_tokens(model, tokens, batch_size=2)
+    assert scores.losses.shape == (5, 7)
+    torch.testing.assert_close(scores.losses.mean(), next_token_loss(model(tokens), tokens))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=8))
+def test_int8_is_off_by_half_a_step_at_most(values: list[float]):
+    vector = torch.tensor([values])
+    step = vector.abs().max() / 127
+    rounded = quantise(vector, "int8")
+    assert ((rounded - vector).abs() <= step * 0.5001 + 1e-30).all()
+    assert len((rounded / step.clamp(min=1e-38)).round().unique()) <= 255
+    slow = [round(float(value / step)) * float(step) if step > 1e-38 else 0.0 for value in vector[0]]
+    assert rounded[0].tolist() == pytest.approx(slow, rel=1e-4, abs=float(step) * 1e-3 + 1e-30)
+
+
+@pytest.mark.parametrize("kind, bits", [("float8_e4m3fn", 3), ("float8_e5m2", 2)])
+def test_float8_keeps_its_bits_of_mantissa(kind: str, bits: int):
+    values = torch.tensor([1.0, 1 + 2.0**-bits, -3.0, 0.3, 1e9])
+    rounded = quantise(values, kind)
+    assert rounded[:3].tolist() == values[:3].tolist()
+    assert abs(rounded[3] - 0.3) <= 0.3 * 2.0 ** -(bits + 1) and rounded[4] == torch.finfo(getattr(torch, kind)).max
+
+
+@torch.no_grad()
+def test_a_bottleneck_is_quantised_inside_the_block_only():
+    bottleneck, vectors = Bottleneck(8, 4, noise=0.0).eval(), torch.randn(3, 8)
+    plain = bottleneck(vectors)
+    with quantised(bottleneck, "float8_e5m2"):
+        assert torch.equal(bottleneck(vectors), bottleneck.up(quantise(bottleneck.down(vectors), "float8_e5m2")))
+        assert not torch.equal(bottleneck(vectors), plain)
+    assert torch.equal(bottleneck(vectors), plain)
+    with pytest.raises(ValueError, match="quantisation 'int4' is unknown"), quantised(bottleneck, "int4"):
+        pass
+
+
+@pytest.mark.parametrize("kind", QUANTISATIONS)
+def test_a_quantised_autoencoder_equals_the_plain_loop_with_gradients(kind: str):
+    """Rounded forwards, and backwards as if the rounded vectors were what the bottleneck gives."""
+    body = tiny_encoder_config("masked_mixer", num_hidden_layers=1)
+    config = MemoryAutoencoderConfig(encoder=body, decoder=body, chunk_length=4, bottleneck_size=4)
+    model, tokens = MemoryAutoencoder(config).eval(), random_ids(2, 4)
+    with quantised(model.bottleneck, kind):
+        fast = model(tokens).logits
+    state = torch.stack([text[-1] for text in mixer_loop(model.encoder, tokens.tolist())])
+    exact = torch.stack([affine(vector, model.bottleneck.down) for vector in state])
+    shift = torch.tensor([round_slowly(vector, kind) for vector in exact.tolist()]) - exact.detach()
+    narrow = exact + shift
+    slow = []
+    for vector in narrow:
+        columns = expand(model, [affine(vector, model.bottleneck.up)])
+        slow.append(torch.stack([affine(x, model.lm_head) for x in mixer_states(model.decoder, columns)]))
+    logits = torch.stack(slow)
+    torch.testing.assert_close(fast, logits, atol=1e-5, rtol=1e-4)
+    probes, parameters = torch.randn_like(logits), list(model.parameters())
+    gradients = [torch.autograd.grad((found * probes).sum(), parameters) for found in (fast, logits)]
+    for (name, _), one, other in zip(model.named_parameters(), *gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-3, msg=name)
+    assert not torch.equal(model(tokens).logits, fast)
+
+
+def round_slowly(vector: list[float], kind: str) -> list[float]:
+    """One number at a time: to 127 steps each way, or to the nearest of all numbers of a float8."""
+    if kind == "int8":
+        step = max(abs(x) for x in vector) / 127
+        return [round(x / step) * step for x in vector]
+    every = torch.arange(256, dtype=torch.uint8).view(getattr(torch, kind)).float()
+    known = every[every.isfinite()].tolist()
+    return [min(known, key=lambda number: abs(number - x)) for x in vector]
+
+
+@pytest.mark.parametrize("kind", ["llama", "masked_mixer"])
+def test_half_depth_and_lifting_equal_the_plain_loop_with_gradients(kind: str):
+    body, tokens = build_encoder(tiny_encoder_config(kind)).eval(), random_ids(2, 6)
+    for name, parameter in body.named_parameters():
+        if "norm" in name:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    half, deeper = cut_layers(body, 1), lift_into_deeper(cut_layers(body, 1), 3)
+    probes = torch.randn(2, 6, body.config.hidden_size)
+
+    def gradients(states: torch.Tensor, module: Any) -> dict[str, torch.Tensor]:
+        found = torch.autograd.grad((states * probes).sum(), list(module.parameters()), allow_unused=True)
+        return {n: g for (n, _), g in zip(module.named_parameters(), found, strict=True) if g is not None}
+
+    def slowly(model: Any, depth: int, norm: bool) -> torch.Tensor:
+        if kind == "llama":
+            return torch.stack(llama_loop(model, tokens.tolist(), depth, norm))
+        return torch.stack(mixer_loop(SimpleNamespace(**vars_of(model, depth)), tokens.tolist()))
+
+    def vars_of(model: Any, depth: int) -> dict[str, Any]:
+        return {"config": model.config, "layers": model.layers[:depth], "embed_tokens": model.embed_tokens}
+
+    # The first layer of the whole body, no norm behind it; then two fresh layers and a fresh norm on top.
+    for fast, source, depth, norm in ((half, body, 1, False), (deeper, deeper, 3, True)):
+        states, slow = fast(tokens).last_hidden_state, slowly(source, depth, norm)
+        torch.testing.assert_close(states, slow, atol=1e-5, rtol=1e-4)
+        one, other = gradients(states, fast), gradients(slow, source)
+        assert set(one) == set(other) and len(one) > 8
+        for name, gradient in one.items():
+            torch.testing.assert_close(gradient, other[name], atol=2e-5, rtol=1e-3, msg=name)
+    kept = {name: tensor for name, tensor in half.state_dict().items() if not name.startswith("norm.")}
+    for name, tensor in kept.items():
+        assert torch.equal(deeper.state_dict()[name], tensor) and torch.equal(body.state_dict()[name], tensor), name
+    if kind == "llama":
+        assert torch.equal(deeper.norm.weight, torch.ones_like(deeper.norm.weight))
 
 
 @pytest.mark.parametrize("split", [True, False])
 def test_no_memory_and_full_context_equal_the_plain_loop_with_gradients(split: bool):
     """Both baselines are asked for the same tokens: of no memory a window sees itself only."""
-    model, rows, window = AutoModelForCausalLM.from_config(tiny_decoder_config()).eval(), random_ids(2, 12), 4
+    model, rows, window = decoder(), random_ids(2, 12), 4
     special = SpecialTokens(pad=0, bos=1, eos=2, copy=3, blank=4, memory=99)
     collate = ObjectiveCollator(
         ["causal"], BatchSpec(special, chunk_length=4, window_length=window, split_windows=split)
@@ -31,8 +244,8 @@ def test_no_memory_and_full_context_equal_the_plain_loop_with_gradients(split: b
     for row in rows:
         for place in range(11):
             first = place // window * window if split else 0
-            alone = model(inputs_embeds=table[row[first : place + 1]][None], use_cache=False).logits[0, -1]
-            nats.append(-alone.log_softmax(-1)[row[place + 1]])
+            predicted = last_logits(model, [table[token] for token in row[first : place + 1]])
+            nats.append(-predicted.log_softmax(-1)[row[place + 1]])
     slow = torch.stack(nats).mean()
     torch.testing.assert_close(loss, slow, atol=1e-5, rtol=1e-5)
     parameters = list(model.parameters())
@@ -40,6 +253,26 @@ def test_no_memory_and_full_context_equal_the_plain_loop_with_gradients(split: b
         model.named_parameters(), *(torch.autograd.grad(x, parameters) for x in (loss, slow)), strict=True
     ):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3, msg=name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "masked_mixer"])
+def test_half_depth_runs_the_first_layers_and_lifting_adds_fresh_ones(kind: str):
+    body, tokens = build_encoder(tiny_encoder_config(kind)).eval(), random_ids(2, 6)
+    states = body(tokens, output_hidden_states=True).hidden_states
+    half = cut_layers(body, 1)
+    torch.testing.assert_close(half(tokens).last_hidden_state, states[1], atol=1e-6, rtol=1e-5)
+    deeper = lift_into_deeper(half, 2, seed=3)
+    inner = deeper(tokens, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(inner[1], states[1], atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(deeper(tokens).last_hidden_state, body(tokens).last_hidden_state, atol=1e-3)
+    assert body.config.num_hidden_layers == 2 == len(body.layers)
+    if kind == "llama":
+        assert isinstance(body.norm, type(LlamaModel(tiny_encoder_config("llama")).norm))
+    with pytest.raises(ValueError, match="has 2 layers"):
+        cut_layers(body, 3)
+    with pytest.raises(ValueError, match="cut it instead"):
+        lift_into_deeper(body, 1)
 
 
 def test_a_memory_model_whose_llama_encoder_reads_both_ways_equals_the_plain_loop():
@@ -60,3 +293,12 @@ def test_a_memory_model_whose_llama_encoder_reads_both_ways_equals_the_plain_loo
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for one, other in zip(*(torch.autograd.grad(x, parameters) for x in (loss, slow)), strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-3)
+
+
+def test_wrong_sizes_are_refused():
+    with pytest.raises(ValueError, match="need 202 positions"):
+        RecurrentMemory(decoder(), 200)
+    with pytest.raises(ValueError, match="leaves nothing for tokens"):
+        OracleMemory(build_encoder(tiny_encoder_config("llama")), decoder(), "embedding")
+    with pytest.raises(ValueError, match="known: token"):
+        OracleMemory(build_encoder(tiny_encoder_config("llama")), decoder(), "sum")  # type: ignore[arg-type]

@@ -52,20 +52,22 @@ def attend(layer, states: list[torch.Tensor], config) -> list[torch.Tensor]:
     return mixed
 
 
-def llama_states(model, vectors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Run all layers on the vectors of one text, and the final norm."""
+def llama_states(
+    model, vectors: list[torch.Tensor], depth: int | None = None, norm: bool = True
+) -> list[torch.Tensor]:
+    """Run the first `depth` layers (default: all) on the vectors of one text, and the final norm."""
     states = list(vectors)
-    for layer in model.layers:
+    for layer in list(model.layers)[:depth]:
         mixed = attend(layer.self_attn, [scale(x, layer.input_layernorm) for x in states], model.config)
         states = [x + y for x, y in zip(states, mixed, strict=True)]
         for t, x in enumerate(states):
             inner = scale(x, layer.post_attention_layernorm)
             gate = affine(inner, layer.mlp.gate_proj)
             states[t] = x + affine(gate * torch.sigmoid(gate) * affine(inner, layer.mlp.up_proj), layer.mlp.down_proj)
-    return [scale(x, model.norm) for x in states]
+    return [scale(x, model.norm) for x in states] if norm else states
 
 
-def llama_loop(model, texts: list[list[int]]) -> list[torch.Tensor]:
+def llama_loop(model, texts: list[list[int]], depth: int | None = None, norm: bool = True) -> list[torch.Tensor]:
     """Return the states `(tokens, width)` of each text of token ids, texts one after the other."""
     table = model.embed_tokens.weight
-    return [torch.stack(llama_states(model, [table[i] for i in text])) for text in texts]
+    return [torch.stack(llama_states(model, [table[i] for i in text], depth, norm)) for text in texts]
