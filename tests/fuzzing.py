@@ -16,7 +16,7 @@ Arguments = dict[str, Any]
 INNER_ERRORS = re.compile(
     r"size of tensor|out of range in self|must match the|scalar type|not implemented for|mat1|shape '\[|aten::|"
     r"cannot be (broadcast|multiplied|reshaped)|Expected (all|reduction|tensor|dim)|unpack|subscriptable|"
-    r"object is not|has no attribute|NoneType|unexpected keyword|positional argument|Boolean value of Tensor|dtype\('"
+    r"object is not|has no attribute|'NoneType' object|unexpected keyword|positional argument|Boolean value of Tensor|dtype\('"
 )
 """What errors say that come from below, where nobody knows what was asked."""
 SHORTEST_ERROR = 40
@@ -127,5 +127,5 @@ def _short(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         values = value.flatten()[:6].tolist() if value.numel() else []
         return f"{str(value.dtype)[6:]}{tuple(value.shape)}{values}"
-    shown = repr(value)
+    shown = " ".join(repr(value).split())
     return shown if len(shown) < 60 else f"{shown[:57]}..."

@@ -279,7 +279,8 @@ def processor_area(tmp_path: Path) -> Area:
             *(Change("text", to(value)) for value in (3, 2.5, b"text", [], [3], [None], [b"a", b"b"], {"a": "b"})),
             Change("text", to("a <eos> b"), is_senseless=False),
             Change("text", to("\ud800 lone"), is_senseless=False),
-            *(Change("context", to(value)) for value in (3, b"text", "", [], [3], [""], ["a"] * 9, {"a": "b"})),
+            *(Change("context", to(value)) for value in (3, b"text", "", [], [3], [""], {"a": "b"})),
+            Change("context", to(["a"] * 9), is_senseless=False),
             Change("context", to("a <memory> b"), is_senseless=False),
             *(Change("num_memories", to(value)) for value in (-1, 1.5, "2", [1, -1], [1], [1, 1.5], [1, 2, 3])),
             *(Change("padding", to(value), adds=False) for value in ("longestt", 7, 2.5)),
@@ -319,7 +320,7 @@ def store_area(tmp_path: Path) -> Area:
             "append": with_a("append", texts=lambda: {"c": TEXT}, batch_size=4, on_duplicate="replace"),
             "delete": with_a("delete", text_ids="a"),
             "merge": with_a("merge", other=other, on_duplicate="skip"),
-            "nearest": with_a("nearest", query=lambda: torch.randn(1, WIDTH), k=2, block_size=8, backend="torch"),
+            "nearest": with_a("nearest", queries=lambda: torch.randn(1, WIDTH), k=2, block_size=8, backend="torch"),
             "memories": with_a("memories", chunks=lambda: store.chunks("a")),
             "expand": with_a("expand", chunks=lambda: store.chunks("a")),
             "text": with_a("text", text_id="a"),
@@ -351,14 +352,14 @@ def store_area(tmp_path: Path) -> Area:
             *(Change("k", to(value)) for value in positive),
             Change("k", to(10_000), is_senseless=False),
             *(Change("backend", to(value)) for value in ("numpy", 3)),
-            Change("query", one_cell(NAN)),
-            Change("query", one_cell(INF)),
-            Change("query", lambda was, chance: was[:, :-1]),
-            Change("query", lambda was, chance: was[None]),
-            Change("query", to("the cat")),
-            Change("query", to(None)),
-            Change("query", lambda was, chance: was.long(), is_senseless=False),
-            Change("query", lambda was, chance: torch.zeros_like(was), is_senseless=False),
+            Change("queries", one_cell(NAN)),
+            Change("queries", one_cell(INF)),
+            Change("queries", lambda was, chance: was[:, :-1]),
+            Change("queries", lambda was, chance: was[None]),
+            Change("queries", to("the cat")),
+            Change("queries", to(None)),
+            Change("queries", lambda was, chance: was.long(), is_senseless=False),
+            Change("queries", lambda was, chance: torch.zeros_like(was), is_senseless=False),
             *(Change("text_ids", to(value)) for value in wrong_ids if value is not None),
             *(Change("text_id", to(value)) for value in wrong_ids),
             *(Change("wanted", to(value)) for value in wrong_ids if value is not None),
@@ -410,8 +411,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty").mkdir()
     (folder / "brackets.yaml").write_text("[" * 5000)
     (folder / "nan.yaml").write_text("name: nan\nlearning_rate: .nan\n")
-    with MemoryStore.open(folder / "store", model(), processor(), create=True, keep_text=True) as store:
-        store.append({"a": TEXT})
+    MemoryStore.open(folder / "store", model(), processor(), create=True, keep_text=True).append({"a": TEXT})
     return folder
 
 
