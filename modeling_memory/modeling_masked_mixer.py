@@ -11,6 +11,7 @@ P positions in use, V vocabulary.
 Source: Badger 2026, arXiv 2602.13466, masked mixer.
 """
 
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from .configuration_masked_mixer import MaskedMixerConfig
+from .memory_checkpoint import save_whole
 
 
 def check_token_ids(name: str, token_ids: torch.Tensor, vocab_size: int | None, owner: str = "the model") -> None:
@@ -261,6 +263,16 @@ class MaskedMixerPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save as `PreTrainedModel.save_pretrained` does, whole or not at all.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder.
+            args: As in the library.
+            kwargs: As in the library.
+        """
+        save_whole(super().save_pretrained, save_directory, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, MaskedTokenMixing):
@@ -317,7 +329,7 @@ class MaskedMixerModel(MaskedMixerPreTrainedModel):
             past_key_values (`Cache`, *optional*): What an earlier call returned, or an empty `DynamicCache`.
             inputs_embeds (`torch.FloatTensor` of shape `(B, T, D)`, *optional*): Vectors instead of `input_ids`.
             use_cache (`bool`, *optional*): Whether to return a cache. Default: `config.use_cache` outside training.
-            output_hidden_states (`bool`, *optional*): Whether to return the states before and behind every layer.
+            output_hidden_states (`bool`, *optional*): Whether to return the states before and after every layer.
             kwargs: Arguments that other bodies know; there is no use for them here.
 
         Returns:
@@ -328,16 +340,7 @@ class MaskedMixerModel(MaskedMixerPreTrainedModel):
             ValueError: If the text is longer than `max_position_embeddings`, an id is outside the vocabulary, shapes
                 differ, or positions do not increase.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give either `input_ids` or `inputs_embeds`, and only one of them.")
-        if inputs_embeds is None:
-            check_token_ids("input_ids", input_ids, self.config.vocab_size, "the masked mixer")
-            inputs_embeds = self.embed_tokens(input_ids)
-        elif inputs_embeds.dim() != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[2] != self.config.hidden_size:
-            raise ValueError(
-                f"`inputs_embeds` has shape {tuple(inputs_embeds.shape)}; expected (batch, tokens, "
-                f"{self.config.hidden_size}), none of them 0."
-            )
+        inputs_embeds = self._embed(input_ids, inputs_embeds)  # (B, T, D)
         past_key_values = self._prepare_cache(past_key_values, use_cache)
         present, positions = self._place(inputs_embeds, attention_mask, position_ids, past_key_values)
 
@@ -353,6 +356,21 @@ class MaskedMixerModel(MaskedMixerPreTrainedModel):
             past_key_values=past_key_values,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
         )
+
+    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Look up token ids, or check what was given instead of them."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either `input_ids` or `inputs_embeds`, and only one of them.")
+        if inputs_embeds is None:
+            assert input_ids is not None
+            check_token_ids("input_ids", input_ids, self.config.vocab_size, "the masked mixer")
+            return self.embed_tokens(input_ids)
+        if inputs_embeds.dim() != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[2] != self.config.hidden_size:
+            raise ValueError(
+                f"`inputs_embeds` has shape {tuple(inputs_embeds.shape)}; expected (batch, tokens, "
+                f"{self.config.hidden_size}), none of them 0."
+            )
+        return inputs_embeds
 
     def _prepare_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
         if use_cache is None:
@@ -537,7 +555,7 @@ class MaskedMixerForCausalLM(MaskedMixerPreTrainedModel, GenerationMixin):
             past_key_values (`Cache`, *optional*): What an earlier call returned.
             inputs_embeds (`torch.FloatTensor` of shape `(B, T, D)`, *optional*): Vectors instead of `input_ids`.
             use_cache (`bool`, *optional*): Whether to return a cache.
-            output_hidden_states (`bool`, *optional*): Whether to return the states before and behind every layer.
+            output_hidden_states (`bool`, *optional*): Whether to return the states before and after every layer.
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*): Targets, usually `input_ids`; the shift is done
                 here. -100 has no loss.
             logits_to_keep (`int` or `torch.Tensor`): Compute logits of so many last columns (0: all), or of these
@@ -565,18 +583,20 @@ class MaskedMixerForCausalLM(MaskedMixerPreTrainedModel, GenerationMixin):
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_states[:, columns]).contiguous()  # (B, T, V)
 
-        loss = None
-        targets = kwargs.get("shift_labels") if labels is None else labels
-        if targets is not None:
-            if targets.shape != logits.shape[:2]:
-                raise ValueError(
-                    f"The labels have shape {tuple(targets.shape)}, but the logits are of {tuple(logits.shape[:2])} "
-                    "tokens. Give one label a token (-100 for none), and no `logits_to_keep` beside them."
-                )
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss,
+            loss=self._loss(logits, labels, kwargs),
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor | None, kwargs: dict[str, Any]) -> torch.Tensor | None:
+        targets = kwargs.get("shift_labels") if labels is None else labels
+        if targets is None:
+            return None
+        if targets.shape != logits.shape[:2]:
+            raise ValueError(
+                f"The labels have shape {tuple(targets.shape)}, but the logits are of {tuple(logits.shape[:2])} "
+                "tokens. Give one label a token (-100 for none), and no `logits_to_keep` beside them."
+            )
+        return self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers import initialization as init
@@ -33,7 +34,7 @@ from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput
+from transformers.utils import ModelOutput
 
 # Unused names: transformers before 5.8 copies from a local folder only the files that this one imports itself.
 from .configuration_masked_mixer import MaskedMixerConfig
@@ -41,23 +42,22 @@ from .configuration_memory import AUTO_MAP, MemoryEncoderDecoderConfig, allot_me
 from .generation_memory import MemoryGenerationMixin
 from .memory_adapters import MemoryAdapterMixin, adapted_modules, inject_adapters, is_adapter
 from .memory_cache import MemoryCache  # noqa: F401
+from .memory_checkpoint import TRAINED, load_whole, refuse_a_missing_part, save_whole
 from .memory_decoding import MemoryDecodingMixin, row_groups  # noqa: F401
-from .memory_encoder import build_encoder, encode_chunks
+from .memory_encoder import MemoryProjector, build_encoder, build_pooling, encode_chunks, initialize_leaf
 from .memory_merging import MemoryMergingMixin  # noqa: F401
 from .memory_parts import (
     HUB_OPTIONS,
     check_decoder,
     embedding_scale,
+    identity_gain,
+    keep_existing_plans,
     layers_from,
-    load_decoder,
-    load_encoder,
-    load_whole,
+    load_parts,
 )
-from .memory_pooling import PooledQueryPooling, QueryPooling, build_pooling
-from .memory_projector import MemoryProjector
 from .memory_reading import MemoryReadingMixin
 from .memory_rolling import MemoryRollingMixin  # noqa: F401
-from .memory_saving import PARTS, TRAINED, check_older_weights, load_by_reference, save_by_reference
+from .memory_saving import PARTS, check_older_weights, is_quantized, load_by_reference, trained_state
 from .memory_text import Text, check_has_owner, check_ids, check_same_shape, check_spelling, is_compiling
 from .memory_windows import pack_present, scatter_present
 from .modeling_masked_mixer import MaskedMixerForCausalLM
@@ -130,24 +130,25 @@ class MemoryPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, MemoryProjector):
-            module.initialize(self.config.initializer_range)
-        elif isinstance(module, (QueryPooling, PooledQueryPooling)):
-            module.initialize()
-        elif isinstance(module, nn.Embedding):  # places in the window; the token tables belong to encoder and decoder
+        # Called for modules with parameters of their own only. Those of encoder and decoder follow their own rules.
+        if isinstance(module, nn.Embedding):  # places in the window
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        elif any(module is leaf for leaf in self.projector.modules()):
+            self.projector.initialize_leaf(module, self.config.initializer_range)
+        else:
+            initialize_leaf(module)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load a model as `PreTrainedModel.from_pretrained` does, and freeze what its config says is frozen.
 
-        Of a model saved by reference the bases are loaded from where they came from; `encoder_base` and
-        `decoder_base` name another place (id, folder or model), and must where a base came from a folder. Their hashes
-        are checked.
+        Of a model saved by reference the bases are loaded from where they came from, the Hub or an installed Python
+        package; `encoder_base` and `decoder_base` name another place (id, folder, package or model), and must where a
+        base came from a folder. Their hashes are checked.
 
         Raises:
-            ValueError: If weights are missing, unless `output_loading_info` asks for their names; if a base is not
-                named or is not the one that the model was trained on.
+            ValueError: If weights are missing or do not fit, unless `output_loading_info` asks for their names; if a
+                base is not named, not installed, or not the one that the model was trained on.
         """
         given = {part: kwargs.pop(f"{part}_base") for part in PARTS if f"{part}_base" in kwargs}
         config = kwargs.get("config")
@@ -156,13 +157,6 @@ class MemoryPreTrainedModel(PreTrainedModel):
             config = cls.config_class.from_pretrained(args[0], **hub)
         if config is not None and getattr(config, "references", None) and args:
             loaded = load_by_reference(cls, str(args[0]), config, given, kwargs)
-            options = ("revision", "subfolder")
-            loaded._bases = {
-                part: (given[part], {})
-                if part in given
-                else (ref["id"], {name: ref[name] for name in options if ref[name]})
-                for part, ref in config.references.items()
-            }
             if kwargs.get("output_loading_info"):
                 loaded = loaded, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
         elif given:
@@ -184,6 +178,8 @@ class MemoryPreTrainedModel(PreTrainedModel):
     ) -> None:
         """Save as `PreTrainedModel.save_pretrained` does, with an `auto_map` that every Auto class finds.
 
+        Whatever stops a save, the folder holds the model that it held before.
+
         Args:
             save_directory (`str` or `os.PathLike`): The folder.
             args: As in the library.
@@ -193,7 +189,9 @@ class MemoryPreTrainedModel(PreTrainedModel):
             kwargs: As in the library.
 
         Raises:
-            ValueError: If adapters are merged and still there, or a part is not what it is said to come from.
+            ValueError: If adapters are merged and still there, a part is not what it is said to come from, or
+                quantised weights would have to be saved by value.
+            OSError: If a base cannot be reached, or what the system says of a full disk.
         """
         if by_reference and kwargs.get("push_to_hub"):
             raise ValueError(
@@ -201,22 +199,41 @@ class MemoryPreTrainedModel(PreTrainedModel):
                 "`huggingface_hub.upload_folder` or `python -m training.publish --by-reference`."
             )
         self._check_unmerged()
+        state: dict[str, torch.Tensor] = {}
+        references: dict[str, dict[str, Any]] = {}
+        if by_reference:
+            references, state = trained_state(self, self._bases if by_reference is True else dict(by_reference))
+        packed = [part for part in PARTS if part not in references and is_quantized(getattr(self, part))]
+        if packed:
+            raise ValueError(
+                f"The weights of the {packed[0]} are quantised, and a folder by value would hold them in a form that "
+                "nobody loads. Save by reference: `save_pretrained(folder, by_reference=True)`."
+            )
         self.config.auto_map = dict(AUTO_MAP)
         for child in (self.config.encoder, self.config.decoder):  # their code is reached through the model's own
             vars(child).pop("auto_map", None)
             child._name_or_path = ""
-        self.config.references = {}
-        (Path(save_directory) / TRAINED).unlink(missing_ok=True)
-        if not by_reference:
-            super().save_pretrained(save_directory, *args, **kwargs)
-            _drop_stale_weights(save_directory)
+        self.config.references = references
+        try:
+            save_whole(self._write, save_directory, *args, trained=state if by_reference else None, **kwargs)
+        finally:
+            self.config.references = {}
+
+    def _write(self, folder: Path, *args: Any, trained: dict[str, torch.Tensor] | None, **kwargs: Any) -> None:
+        """Write by the library what belongs into a folder; by reference, `trained` instead of all weights."""
+        if trained is None:
+            super().save_pretrained(folder, *args, **kwargs)
             return
-        save_by_reference(self, save_directory, self._bases if by_reference is True else dict(by_reference))
         # The library writes code, config and generation config; it is given no weights to write.
-        super().save_pretrained(save_directory, *args, **{**kwargs, "state_dict": {}})
-        for name in ("model.safetensors", "model.safetensors.index.json"):
-            (Path(save_directory) / name).unlink(missing_ok=True)
-        self.config.references = {}
+        super().save_pretrained(folder, *args, **{**kwargs, "state_dict": {}})
+        for path in folder.glob("model*.safetensors*"):
+            path.unlink()
+        if (folder / "config.json").exists():  # this process is the one that writes
+            save_file(trained, folder / TRAINED, metadata={"format": "pt"})
+
+    def _move_missing_keys_from_meta_to_device(self, missing_keys: Any, *args: Any, **kwargs: Any) -> None:
+        refuse_a_missing_part(self, missing_keys, PARTS)
+        super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """Upload as the library does, but never shards beside an older single file, which would win on loading."""
@@ -243,8 +260,10 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
         decoder: PreTrainedModel | None = None,
     ):
         super().__init__(config)
-        self.encoder = build_encoder(config.encoder) if encoder is None else encoder
-        self.pooling = build_pooling(config.pooling, config.memories_per_chunk, config.encoder.hidden_size)
+        self.encoder = build_encoder(config.encoder, config.encoder_layers) if encoder is None else encoder
+        self.pooling = build_pooling(
+            config.pooling, config.memories_per_chunk, config.encoder.hidden_size, config.max_group
+        )
         self.projector = MemoryProjector(config)
         self.decoder = build_decoder(config.decoder) if decoder is None else decoder
         self.window_positions = None
@@ -257,8 +276,10 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
         self._takes_logits_to_keep = "logits_to_keep" in arguments
         check_decoder(self.decoder)
         self._bases: dict[str, Any] = {}  # where encoder and decoder came from
-        inject_adapters(self, config.adapters)
+        self._known_bases: dict[str, Any] = {}  # their hashes, once they were read for a save
         self.post_init()
+        keep_existing_plans(self)
+        inject_adapters(self, config.adapters)  # after it, since peft draws adapters by its own rule, one half zeros
         self.apply_freezing()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -329,6 +350,7 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
         decoder: str | os.PathLike | PreTrainedModel,
         encoder_kwargs: dict | None = None,
         decoder_kwargs: dict | None = None,
+        encoder_layers: int | None = None,
         **config: Any,
     ) -> Any:
         """Join a pretrained encoder and a pretrained decoder by a fresh projector.
@@ -340,12 +362,16 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
         is loaded.
 
         Args:
-            encoder (`str`, `os.PathLike` or `PreTrainedModel`): Hub id, folder or model.
-            decoder (`str`, `os.PathLike` or `PreTrainedModel`): Hub id, folder or causal LM.
+            encoder (`str`, `os.PathLike` or `PreTrainedModel`): Hub id, folder, `"package:NAME"` of an installed
+                Python package that carries weights, or model.
+            decoder (`str`, `os.PathLike` or `PreTrainedModel`): The same; a causal LM.
             encoder_kwargs (`dict`, *optional*): Passed to the encoder's `from_pretrained`: `revision`, `dtype`,
-                `device_map`, `attn_implementation`, `token` and so on.
+                `device_map`, `attn_implementation`, `token`, `gguf_file` and so on. The weights of a GGUF file are
+                unpacked to `dtype`, unless a `quantization_config` asks for them as they are.
             decoder_kwargs (`dict`, *optional*): Passed to the decoder's `from_pretrained` likewise.
-            config: Fields of [`MemoryEncoderDecoderConfig`]. `memory_token_id` is by default the id just behind the
+            encoder_layers (`int`, *optional*): How many of its first layers to take of the encoder; 0 takes its token
+                table alone, without the norm at its end. Default: all.
+            config: Fields of [`MemoryEncoderDecoderConfig`]. `memory_token_id` is by default the id just after the
                 decoder's table, and `self_memory` holds if the encoder knows as many ids as the decoder.
 
         Returns:
@@ -355,58 +381,52 @@ class MemoryEncoderDecoderModel(MemoryReadingMixin, MemoryAdapterMixin, MemoryPr
             ValueError: If the parts do not fit each other, or one of them cannot be such a part.
             OSError: What the library raises for an id or folder that it cannot load.
         """
-        bases = {
-            part: (source, kwargs or {})
-            for part, source, kwargs in (("encoder", encoder, encoder_kwargs), ("decoder", decoder, decoder_kwargs))
-            if not isinstance(source, PreTrainedModel)
-        }
-        encoder, fields = load_encoder(encoder, **(encoder_kwargs or {}))
-        decoder = load_decoder(decoder, **(decoder_kwargs or {}))
-        config = {**fields, **config}
-        bottleneck = pooling = None
-        if encoder.config.model_type == "memory_autoencoder":
-            autoencoder, encoder = encoder, encoder.encoder
-            bottleneck = autoencoder.bottleneck
-            pooling = autoencoder.pooling
-            for name in ("chunk_length", "memories_per_chunk", "pooling"):
-                config.setdefault(name, getattr(autoencoder.config, name))
-            if bottleneck is not None:
-                config.setdefault("projector_type", "bottleneck")
-                config.setdefault("projector_hidden_size", autoencoder.config.bottleneck_size)
-                config.setdefault("projector_noise", autoencoder.config.bottleneck_noise)
-        encoder_config, decoder_config = encoder.config, decoder.config
+        sources = {"encoder": (encoder, encoder_kwargs or {}), "decoder": (decoder, decoder_kwargs or {})}
+        encoder, decoder, fields = load_parts(
+            encoder, decoder, sources["encoder"][1], sources["decoder"][1], encoder_layers
+        )
+        autoencoder = encoder if encoder.config.model_type == "memory_autoencoder" else None
+        if autoencoder is not None:
+            encoder, fields = autoencoder.encoder, _autoencoder_fields(autoencoder)
+        config = {**fields, **config, "encoder_layers": encoder_layers}
         # The places the parts came from are of no use to whoever loads the joined model.
-        encoder_config._name_or_path = decoder_config._name_or_path = ""
-        vocabularies = getattr(encoder_config, "vocab_size", None), decoder_config.vocab_size
-        config.setdefault("memory_token_id", decoder_config.vocab_size)  # just behind the table: no text uses it
+        encoder.config._name_or_path = decoder.config._name_or_path = ""
+        vocabularies = getattr(encoder.config, "vocab_size", None), decoder.config.vocab_size
+        config.setdefault("memory_token_id", decoder.config.vocab_size)  # just after the table: no text uses it
         config.setdefault("self_memory", vocabularies[0] is not None and vocabularies[0] >= vocabularies[1])
         encoder.requires_grad_(True)  # an autoencoder may have frozen it; here the joined config decides
-        model = cls(
-            cls.config_class(encoder=encoder_config, decoder=decoder_config, **config),
-            encoder=encoder,
-            decoder=decoder,
-        )
-        for part in (model.encoder, model.pooling, model.projector, model.window_positions):
-            for parameter in (
-                part.parameters() if part is not None else ()
-            ):  # buffers, such as rotary frequencies, keep their precision
-                parameter.data = parameter.data.to(decoder.dtype)
-        model.pooling.to(decoder.device)
-        model.projector.to(decoder.device)
-        with torch.no_grad():
-            scale = embedding_scale(decoder)
-            model.projector.initialize(scale)
-            if model.window_positions is not None:
-                model.window_positions.to(decoder.device).weight.normal_(std=scale)
-            if pooling is not None and type(pooling) is type(model.pooling):
-                model.pooling.load_state_dict(pooling.state_dict())
-            if bottleneck is not None and model.config.projector_type == "bottleneck":
-                model.projector.down.load_state_dict(bottleneck.down.state_dict())
-                model.projector.up.load_state_dict(bottleneck.up.state_dict())
-        model._bases = bases
+        joined = cls.config_class(encoder=encoder.config, decoder=decoder.config, **config)
+        model = cls(joined, encoder=encoder, decoder=decoder)
+        model._bases = {part: base for part, base in sources.items() if not isinstance(base[0], PreTrainedModel)}
+        model.eval()._start_between(autoencoder)
         if model.can_generate():
             model.generation_config = copy.deepcopy(decoder.generation_config)
-        return model.eval()
+        return model
+
+    @torch.no_grad()
+    def _start_between(self, autoencoder: Any) -> None:
+        """Cast and draw what stands between two pretrained parts, at the scale of the decoder's embeddings."""
+        encoder = () if is_quantized(self.encoder) else self.encoder.parameters()
+        fresh = [module for module in (self.pooling, self.projector, self.window_positions) if module is not None]
+        for module in fresh:
+            module.to(self.decoder.device)
+        for parameter in (*encoder, *(parameter for module in fresh for parameter in module.parameters())):
+            # Parameters only: buffers, such as rotary frequencies, keep their precision.
+            parameter.data = parameter.data.to(self.decoder.dtype)
+        scale = embedding_scale(self.decoder)
+        gain = scale
+        if self.config.projector_start == "identity_on_last":
+            gain = identity_gain(self.encoder, self.projector.norm, self.decoder)
+        self.projector.initialize(gain)
+        if self.window_positions is not None:
+            self.window_positions.weight.normal_(std=scale)
+        if autoencoder is None:
+            return
+        if type(autoencoder.pooling) is type(self.pooling):
+            self.pooling.load_state_dict(autoencoder.pooling.state_dict())
+        if autoencoder.bottleneck is not None and self.config.projector_type == "bottleneck":
+            self.projector.down.load_state_dict(autoencoder.bottleneck.down.state_dict())
+            self.projector.up.load_state_dict(autoencoder.bottleneck.up.state_dict())
 
     def encode_memories(
         self,
@@ -761,11 +781,14 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
         return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
 
 
-def _drop_stale_weights(folder: str | os.PathLike) -> None:
-    """Keep only the newer of sharded and unsharded weights: an older unsharded file would win on loading."""
-    paths = [os.path.join(folder, name) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
-    if all(os.path.isfile(path) for path in paths):
-        os.remove(min(paths, key=lambda path: os.stat(path).st_mtime_ns))
+def _autoencoder_fields(autoencoder: Any) -> dict[str, Any]:
+    """Return what a memory model takes over from the autoencoder whose encoder it reads."""
+    given = autoencoder.config
+    fields = {name: getattr(given, name) for name in ("chunk_length", "memories_per_chunk", "pooling")}
+    if autoencoder.bottleneck is not None:
+        fields |= {"projector_type": "bottleneck", "projector_hidden_size": given.bottleneck_size}
+        fields["projector_noise"] = given.bottleneck_noise
+    return fields
 
 
 def _kept_columns(logits_to_keep: int | torch.Tensor, text: Text) -> torch.Tensor | None:

@@ -22,6 +22,7 @@ V vocabulary.
 Source: Badger 2026, arXiv 2602.13466, information-retention autoencoder.
 """
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +32,12 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
 # Unused names: transformers before 5.8 copies from a local folder only the files that this one imports itself.
+from .configuration_checks import POOLINGS  # noqa: F401
 from .configuration_masked_mixer import MaskedMixerConfig  # noqa: F401
-from .configuration_memory import POOLINGS  # noqa: F401
 from .configuration_memory_autoencoder import MemoryAutoencoderConfig
-from .memory_encoder import build_encoder, encode_chunks
-from .memory_parts import load_whole
-from .memory_pooling import PooledQueryPooling, QueryPooling, build_pooling
+from .memory_checkpoint import load_whole, refuse_a_missing_part, save_whole
+from .memory_encoder import build_encoder, build_pooling, encode_chunks, initialize_leaf
+from .memory_parts import keep_existing_plans
 from .modeling_masked_mixer import check_attention_mask
 
 
@@ -48,11 +49,14 @@ class MemoryAutoencoderOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `()`, *optional*): Nats per target token.
         logits (`torch.FloatTensor` of shape `(B, T, V)`): Scores of the token that stands in each column.
         memories (`torch.FloatTensor` of shape `(B, K, E)`, *optional*): What the chunk was written from.
+        hidden_states (`tuple` of `torch.FloatTensor` of shape `(B, T, D)`, *optional*): The decoder's states, before
+            and after every layer, in the columns of the logits.
     """
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     memories: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
 
 
 class Bottleneck(nn.Module):
@@ -137,7 +141,7 @@ class UnrollExpansion(RepeatExpansion):
     def forward(self, memories: torch.Tensor) -> torch.Tensor:
         """Expand `(B, K, D)` to `(B, L, D)`."""
         each = -(-self.length // self.num_memories)
-        # With the vector laid end to end behind itself, windows that wrap are plain ones: one strided view, one copy.
+        # With the vector laid end to end after itself, windows that wrap are plain ones: one strided view, one copy.
         needed = (each - 1) * self.stride + self.window
         laid = memories.repeat(1, 1, -(-needed // memories.shape[2]))[:, :, :needed]
         return self.projection(
@@ -194,12 +198,13 @@ class MemoryAutoencoder(PreTrainedModel):
             self.expansion = RepeatExpansion(num_memories, length)
         self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
         self.post_init()
+        keep_existing_plans(self)
         self.apply_freezing()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (QueryPooling, PooledQueryPooling)):
-            module.initialize()
+        if any(module is leaf for leaf in self.pooling.modules()):
+            initialize_leaf(module)
         else:
             super()._init_weights(module)
 
@@ -237,17 +242,27 @@ class MemoryAutoencoder(PreTrainedModel):
         """Load a model as `PreTrainedModel.from_pretrained` does, and freeze what its config says is frozen.
 
         Raises:
-            ValueError: If weights are missing, unless `output_loading_info` asks for their names.
+            ValueError: If weights are missing or do not fit, unless `output_loading_info` asks for their names.
         """
         loaded = load_whole(super().from_pretrained, *args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).apply_freezing()
         return loaded
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Save as `PreTrainedModel.save_pretrained` does, without the places that the parts came from."""
+    def _move_missing_keys_from_meta_to_device(self, missing_keys: Any, *args: Any, **kwargs: Any) -> None:
+        refuse_a_missing_part(self, missing_keys, ("encoder", "decoder"))
+        super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save as `PreTrainedModel.save_pretrained` does, whole or not at all, without the places the parts came from.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder.
+            args: As in the library.
+            kwargs: As in the library.
+        """
         for child in (self.config.encoder, self.config.decoder):
             child._name_or_path = ""
-        super().save_pretrained(*args, **kwargs)
+        save_whole(super().save_pretrained, save_directory, *args, **kwargs)
 
     def encode(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None) -> torch.FloatTensor:
         """Turn each chunk into its memory.
@@ -257,7 +272,7 @@ class MemoryAutoencoder(PreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 for tokens, 0 for padding, anywhere.
 
         Returns:
-            `torch.FloatTensor` of shape `(B, K, E)`: K vectors a chunk, in encoder width, behind the bottleneck if
+            `torch.FloatTensor` of shape `(B, K, E)`: K vectors a chunk, in encoder width, after the bottleneck if
             there is one.
 
         Raises:
@@ -284,6 +299,12 @@ class MemoryAutoencoder(PreTrainedModel):
         Raises:
             ValueError: If the shape is another.
         """
+        return self._decode(memories, output_hidden_states=False)[0]
+
+    def _decode(
+        self, memories: torch.Tensor, output_hidden_states: bool
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+        """Give logits `(B, L, V)`, and the decoder's states `(B, L, D)` if they are asked for."""
         expected = self.config.memories_per_chunk, self.config.encoder.hidden_size
         if memories.dim() != 3 or memories.shape[0] == 0 or memories.shape[1:] != expected:
             raise ValueError(
@@ -291,8 +312,10 @@ class MemoryAutoencoder(PreTrainedModel):
                 "memories per chunk, encoder width. `encode` gives them."
             )
         inputs_embeds = self.expansion(self.bridge(memories.to(self.lm_head.weight.dtype)))  # (B, L, D)
-        states = self.decoder(inputs_embeds=inputs_embeds, use_cache=False, return_dict=True).last_hidden_state
-        return self.lm_head(states)
+        outputs = self.decoder(
+            inputs_embeds=inputs_embeds, use_cache=False, return_dict=True, output_hidden_states=output_hidden_states
+        )
+        return self.lm_head(outputs.last_hidden_state), outputs.hidden_states
 
     @torch.no_grad()
     def reconstruct(
@@ -325,6 +348,7 @@ class MemoryAutoencoder(PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         memories: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> MemoryAutoencoderOutput:
         """Encode chunks and write them back.
@@ -335,6 +359,8 @@ class MemoryAutoencoder(PreTrainedModel):
             memories (`torch.FloatTensor` of shape `(B, K, E)`, *optional*): Memories instead of `input_ids`.
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*): The token that each column must give, usually
                 `input_ids`: there is no shift. -100 and padding have no loss.
+            output_hidden_states (`bool`, *optional*): Whether to return the decoder's states. Default: as the config
+                says.
             kwargs: `num_items_in_batch` reaches the loss.
 
         Returns:
@@ -349,11 +375,14 @@ class MemoryAutoencoder(PreTrainedModel):
         memories_given = memories is not None
         self._check_length(given)
         memories = self._memories(input_ids, attention_mask, memories)
-        logits = self.decode(memories)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        logits, states = self._decode(memories, bool(output_hidden_states))
         if given is not None:
             if memories_given:
                 check_attention_mask("attention_mask", attention_mask, *given.shape)
             logits = self._lay_back(logits, attention_mask, given.shape[1])
+            states = states and tuple(self._lay_back(state, attention_mask, given.shape[1]) for state in states)
 
         loss = None
         if labels is not None:
@@ -367,7 +396,7 @@ class MemoryAutoencoder(PreTrainedModel):
             loss = self.loss_function(
                 logits, None, vocab_size=self.config.vocab_size, shift_labels=labels.contiguous(), **kwargs
             )
-        return MemoryAutoencoderOutput(loss=loss, logits=logits, memories=memories)
+        return MemoryAutoencoderOutput(loss=loss, logits=logits, memories=memories, hidden_states=states)
 
     def _check_length(self, token_ids: torch.Tensor | None) -> None:
         if token_ids is not None and token_ids.dim() == 2 and token_ids.shape[1] > self.config.chunk_length:

@@ -1,5 +1,6 @@
 """LoRA in any family, and saving by reference: small folders, nothing lost, nothing of another base."""
 
+import copy
 import json
 
 import peft
@@ -8,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM
-from modeling_memory.memory_adapters import adapter_targets
+from modeling_memory.memory_adapters import adapter_targets, adapters_on
 from tests.memory_models import SLOT, random_ids
 from tests.test_families import DECODERS, ENCODERS, join, slot_inputs, tiny_decoder, tiny_encoder
 
@@ -63,13 +64,15 @@ def test_adapters_train_save_load_and_merge(encoder, decoder, tmp_path):
         off = logits_of(model)
     assert not torch.equal(off, trained)
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trains
-    model.merge_adapters()
+    with pytest.raises(ValueError, match="act in every row"):
+        model.merge_adapters()
+    model.merge_adapters(all_rows=True)
     torch.testing.assert_close(logits_of(model), trained, atol=5e-4, rtol=1e-3)
     with pytest.raises(ValueError, match="merged but still there"):
         model.save_pretrained(tmp_path)
     model.unmerge_adapters()
     torch.testing.assert_close(logits_of(model), trained, atol=5e-4, rtol=1e-3)
-    model.merge_adapters(unload=True)
+    model.merge_adapters(unload=True, all_rows=True)
     assert set(model.state_dict()) == set(before)
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(
@@ -211,3 +214,119 @@ def test_wrong_adapters_are_refused():
     with pytest.raises(ValueError, match="already"):
         model.add_adapters(r=2)
     assert model.encode_memories(random_ids(1, 1, 4))[0].shape == (1, 2, 32)
+
+
+def adapted(decoder: str = "llama", **fields):
+    """A model whose decoder has a trained adapter, and three rows of ids."""
+    model = join("bert", decoder)
+    model.add_adapters(r=2, lora_alpha=8, **fields)
+    step(model)
+    return model, random_ids(3, 7)
+
+
+def decoder_logits(model, input_ids, rows=None):
+    with torch.no_grad(), adapters_on(model.decoder, True if rows is None else rows):
+        return model.decoder(input_ids).logits
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_adapters_act_only_in_rows_that_see_memories(decoder):
+    model, input_ids = adapted(decoder)
+    with model.adapters_off(), torch.no_grad():
+        plain = model.decoder(input_ids).logits
+    tuned = decoder_logits(model, input_ids)
+    assert (tuned - plain).abs().amax((1, 2)).min() > 1e-4
+    for rows in ([True, False, True], [False, False, False], [True, True, True]):
+        open_rows = torch.tensor(rows)
+        expected = torch.where(open_rows[:, None, None], tuned, plain)
+        assert torch.equal(decoder_logits(model, input_ids, open_rows), expected)
+    assert torch.equal(decoder_logits(model, input_ids, False), plain)
+    with model.adapters_off():
+        assert torch.equal(decoder_logits(model, input_ids, torch.tensor([True, False, True])), plain)
+    assert torch.equal(decoder_logits(model, input_ids), tuned), "nothing is left of an earlier context"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_kinds_of_adapters_leave_rows_without_memories_alone_too(dtype):
+    model, input_ids = adapted(use_dora=True)
+    model.to(dtype)
+    with model.adapters_off(), torch.no_grad():
+        plain = model.decoder(input_ids).logits
+    logits = decoder_logits(model, input_ids, torch.tensor([False, True, False]))
+    assert torch.equal(logits[[0, 2]], plain[[0, 2]]) and not torch.equal(logits[1], plain[1])
+
+
+def gradients(model, calls):
+    """Gradients of the sum of several forwards, all of them run before one backward pass."""
+    losses = []
+    for input_ids, rows in calls:
+        with adapters_on(model.decoder, rows):
+            losses.append(model.decoder(input_ids, labels=input_ids).loss)
+    model.zero_grad()
+    sum(losses).backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_computes_the_same_rows_again(reentrant):
+    model, input_ids = adapted()
+    model.decoder.train()  # a frozen decoder is in eval mode, in which nothing is checkpointed
+    model.decoder.get_input_embeddings().weight.requires_grad_(True)  # what reentrant checkpointing hangs on
+    calls = [(input_ids, torch.tensor([True, False, True])), (input_ids[:2], torch.tensor([False, True]))]
+    calls += [(input_ids, False), (input_ids, True)]
+    expected = gradients(model, calls)
+    model.decoder.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    layers = [module for module in model.decoder.modules() if getattr(module, "gradient_checkpointing", False)]
+    functions = [layer._gradient_checkpointing_func for layer in layers]
+    found = gradients(model, calls)
+    assert found.keys() == expected.keys() and any("lora_A" in name for name in found)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-5)
+    assert layers and [layer._gradient_checkpointing_func for layer in layers] == functions
+
+
+def test_rows_without_memories_give_adapters_no_gradient():
+    model, input_ids = adapted()
+    both = gradients(model, [(input_ids[:2], torch.tensor([True, False]))])
+    alone = gradients(model, [(input_ids[:1], True)])
+    for name in (name for name in alone if "lora_" in name):
+        torch.testing.assert_close(2 * both[name], alone[name], atol=1e-6, rtol=1e-5)
+
+
+def test_a_copied_model_has_rows_of_its_own():
+    model, input_ids = adapted()
+    twin = copy.deepcopy(model)
+    tuned = decoder_logits(twin, input_ids)
+    with adapters_on(model.decoder, False), torch.no_grad():
+        assert torch.equal(twin.decoder(input_ids).logits, tuned)
+    assert not torch.equal(decoder_logits(twin, input_ids, torch.tensor([False] * 3)), tuned)
+
+
+def test_merged_adapters_are_weights_as_any_others():
+    model, input_ids = adapted()
+    tuned = decoder_logits(model, input_ids)
+    model.merge_adapters(all_rows=True)
+    torch.testing.assert_close(decoder_logits(model, input_ids, False), tuned, atol=5e-4, rtol=1e-3)
+    model.merge_adapters(unload=True, all_rows=True)
+    assert not any(module._forward_hooks for module in model.decoder.modules())
+    torch.testing.assert_close(decoder_logits(model, input_ids, False), tuned, atol=5e-4, rtol=1e-3)
+    encoder_only = join()
+    encoder_only.add_adapters(parts=["encoder"], r=2)
+    encoder_only.merge_adapters(unload=True)  # the encoder's act always, so nothing is broken
+
+
+def test_an_adapter_of_a_fresh_model_begins_as_nothing():
+    config = join().config
+    config.adapters = {"default": {"parts": ["decoder"], "r": 2}}
+    model = MemoryEncoderDecoderForCausalLM(config)
+    names = [name for name, value in model.named_parameters() if ".lora_B" in name and value.any()]
+    assert ".lora_B" in "".join(model.state_dict()) and not names
+
+
+def test_wrong_rows_are_refused():
+    model, input_ids = adapted()
+    with pytest.raises(ValueError, match=r"is torch.int64 of shape \(3,\); expected one boolean a row"):
+        decoder_logits(model, input_ids, torch.ones(3, dtype=torch.long))
+    with pytest.raises(ValueError, match="gives 3 rows for 2 texts"):
+        decoder_logits(model, input_ids, torch.tensor([True, False]))

@@ -22,8 +22,8 @@ from transformers import (
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM
 from modeling_memory.configuration_memory import allot_memories
+from modeling_memory.memory_encoder import build_pooling
 from modeling_memory.memory_parts import check_decoder_config
-from modeling_memory.memory_pooling import build_pooling
 from tests.conftest import VOCAB_SIZE, tiny_encoder_config
 from tests.memory_models import BLANK, COPY, SLOT, ragged_batch, random_ids
 
@@ -366,14 +366,6 @@ def test_exact_budgets(pooling, tmp_path):
     assert torch.equal(loaded.encode_memories(context)[0], model.encode_memories(context)[0])
 
 
-def test_a_ratio_to_memories():
-    config = join("bert", "llama").config
-    assert [config.memories_at_ratio(100, ratio) for ratio in (16, 100, 2.5)] == [6, 1, 40]
-    for tokens, ratio, message in ((10, 16, "leaves 10 tokens without"), (10, 0, "above 0"), (10, "2", "above 0")):
-        with pytest.raises(ValueError, match=message):
-            config.memories_at_ratio(tokens, ratio)
-
-
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_an_encoder_trains_from_a_layer_on(encoder, first, tmp_path):
@@ -398,10 +390,3 @@ def test_an_encoder_trains_from_a_layer_on(encoder, first, tmp_path):
         join(encoder, "llama", encoder_trained_from=3)
     with pytest.raises(ValueError, match="Leave one of them out"):
         join(encoder, "llama", encoder_trained_from=1, freeze_encoder=False)
-
-
-def test_bytes_to_memories():
-    config = join("bert", "llama").config
-    assert config.memories_within(1000, bytes_per_value=4) == 1000 // (32 * 4)
-    with pytest.raises(ValueError, match="budget of 10 bytes.*takes 64"):
-        config.memories_within(10)

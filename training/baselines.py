@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modeling_memory.memory_encoder import build_encoder, encode_chunks
-from modeling_memory.memory_pooling import LastPooling
+from modeling_memory.memory_encoder import LastPooling
 from modeling_memory.modeling_memory_autoencoder import Bottleneck
 from training.metrics import token_results
 from training.suites import Scores

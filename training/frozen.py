@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 
 from modeling_memory import MemoryAutoencoder, MemoryEncoderDecoderForCausalLM
 from modeling_memory.memory_encoder import build_encoder
-from modeling_memory.memory_pooling import build_pooling
+from modeling_memory.memory_encoder import build_pooling
 
 POSITIONS = ("last", "second_to_last", "mean", "cls")
 UNTRAINED = "untrained:"

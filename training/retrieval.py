@@ -33,7 +33,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modeling_memory.memory_encoder import encode_chunks
-from modeling_memory.memory_pooling import LastPooling
+from modeling_memory.memory_encoder import LastPooling
 from training.command_line import run_command
 from training.data import file_checksums
 from training.fit import Budget, Order, fit

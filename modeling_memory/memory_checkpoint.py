@@ -1,0 +1,179 @@
+"""Checkpoints: loaded whole or refused, written whole or not at all."""
+
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers.modeling_utils import PreTrainedModel
+
+TRAINED = "trained.safetensors"
+"""What a model saved by reference was trained to: its only weights file."""
+WEIGHTS = re.compile(rf"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|{re.escape(TRAINED)}")
+"""Files that loading takes weights from. One that an earlier save left would win over new ones of another name."""
+ASIDE = ".saving-"
+ABANDONED = 24 * 3600
+"""Seconds after which what a killed save left aside is taken for nobody's."""
+
+
+def load_whole(load: Callable[..., Any], *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+    """Load a model by the library's `from_pretrained`, and refuse weights that do not fit it.
+
+    The library would draw what is missing at random, leave out what it has no place for, and only print so.
+
+    Args:
+        load (`Callable`): `from_pretrained` of the library, bound to a class.
+        args: As in the library.
+        output_loading_info (`bool`): Whether the caller asks for the names; then none is refused.
+        kwargs: As in the library.
+
+    Raises:
+        ValueError: If a weight is missing that is tied to no other, has another shape, or has no place in the model.
+    """
+    try:
+        model, report = load(*args, output_loading_info=True, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {args[0] if args else 'the checkpoint'} are damaged: {error}.") from error
+    except RuntimeError as error:
+        if isinstance(error.__context__, ValueError):  # ours: the library reports shapes on its way out
+            raise error.__context__ from None
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"{args[0] if args else 'The checkpoint'} has weights of another shape than its config says; the report "
+            "above names them. Load a checkpoint with its own config."
+        ) from error
+    if output_loading_info:
+        return model, report
+    mismatched = [entry if isinstance(entry, str) else entry[0] for entry in report["mismatched_keys"]]
+    for names, fault in (
+        (report["missing_keys"], "has no weights for"),
+        (mismatched, "has weights of another shape for"),
+        (report["unexpected_keys"], "has weights that its config knows no place for:"),
+    ):
+        if names:
+            raise ValueError(
+                f"{args[0] if args else 'The checkpoint'} {fault} {list_names(names)}. Load a complete checkpoint of "
+                "this model, with its own config; `output_loading_info=True` loads what fits and names the rest."
+            )
+    return model
+
+
+def refuse_a_missing_part(model: PreTrainedModel, missing: Any, parts: tuple[str, ...]) -> None:
+    """Refuse a checkpoint without any weight of a part, before memory is taken for random ones.
+
+    A damaged config may ask for billions of them.
+
+    Args:
+        model (`PreTrainedModel`): The model that is being loaded.
+        missing (`Iterable[str]`): Names of weights that the checkpoint lacks.
+        parts (`tuple[str, ...]`): Names of its parts.
+
+    Raises:
+        ValueError: Naming the part and its size.
+    """
+    for part in parts:
+        sizes = {name: value.numel() for name, value in model.named_parameters() if name.startswith(f"{part}.")}
+        if sizes and sizes.keys() <= set(missing):
+            raise ValueError(
+                f"The checkpoint has no weights for the {part}, of which its config says that it has "
+                f"{sum(sizes.values()):,}: {list_names(sizes)}. Load a complete checkpoint, with its own config."
+            )
+
+
+def list_names(names: Any) -> str:
+    """Name the first five of many, and count the rest."""
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+@contextlib.contextmanager
+def written_aside(folder: str | os.PathLike) -> Iterator[Path]:
+    """Give a place to write a checkpoint to; what was written takes its place in the folder when all of it is there.
+
+    Whatever stops the writing, a full disk or a base that cannot be reached, the folder is as it was before. Weights
+    of an earlier save go at the end, after new ones have come; all other files of the folder stay.
+
+    Args:
+        folder (`str` or `os.PathLike`): Where the checkpoint belongs; made if it is not there.
+
+    Raises:
+        ValueError: If the folder is a file.
+    """
+    target = Path(folder)
+    if target.is_file():
+        raise ValueError(f"{target} is a file; give a folder to save to.")
+    made = [place for place in (target, *target.parents) if not place.exists()]
+    target.mkdir(parents=True, exist_ok=True)
+    for left in target.glob(f"{ASIDE}*"):
+        if time.time() - left.stat().st_mtime > ABANDONED:
+            shutil.rmtree(left, ignore_errors=True)
+    # Inside the folder, so that it is the same filesystem and a rename copies nothing.
+    aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=target))
+    try:
+        yield aside
+        _move_in(aside, target)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        # Only where it failed: of many processes that save, one writes, and the others must not take its folder away.
+        for place in made:
+            with contextlib.suppress(OSError):  # not empty
+                place.rmdir()
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _move_in(aside: Path, target: Path) -> None:
+    """Rename files into a folder, the config last, and drop weights of an earlier save; undo all if one cannot."""
+    names = sorted((path.name for path in aside.iterdir()), key=lambda name: (name == "config.json", name))
+    new = {name for name in names if WEIGHTS.fullmatch(name)}
+    stale = [path.name for path in target.iterdir() if WEIGHTS.fullmatch(path.name) and new and path.name not in new]
+    before = aside / "before"
+    before.mkdir()
+    done: list[str] = []
+    try:
+        for name in names:
+            done.append(name)
+            if (target / name).exists():
+                _keep(target / name, before / name)
+            os.replace(aside / name, target / name)
+        for name in stale:
+            done.append(name)
+            os.replace(target / name, before / name)
+    except BaseException:
+        for name in done:
+            if (before / name).exists():
+                os.replace(before / name, target / name)
+            elif not (aside / name).exists():  # it came in and nothing of its name was there
+                (target / name).unlink(missing_ok=True)
+        raise
+
+
+def _keep(path: Path, place: Path) -> None:
+    """Hold on to a file under a second name; a copy where the filesystem has no hard links."""
+    try:
+        os.link(path, place, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        shutil.copy2(path, place, follow_symlinks=False)
+
+
+def save_whole(save: Callable[..., None], folder: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    """Save by the library's `save_pretrained`, whole or not at all.
+
+    Args:
+        save (`Callable`): `save_pretrained` of the library, bound to a model.
+        folder (`str` or `os.PathLike`): Where the checkpoint belongs.
+        args: As in the library.
+        kwargs: As in the library.
+    """
+    if kwargs.get("push_to_hub"):
+        kwargs.setdefault("repo_id", Path(folder).resolve().name)  # the library would take the name of the place aside
+    with written_aside(folder) as aside:
+        save(aside, *args, **kwargs)
