@@ -2,7 +2,7 @@
 PYTHON ?= python
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint types test test-slow test-library test-oldest quickstart check
+.PHONY: help install format lint types test test-slow test-library test-oldest quickstart starters check
 
 help:  ## print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,5 +35,8 @@ test-oldest:  ## run the package's tests on the oldest supported torch and trans
 
 quickstart:  ## train, evaluate and export the quickstart model (about 20 minutes on two cores)
 	$(PYTHON) -m training.run configuration/recipes/quickstart.yaml
+
+starters:  ## write the cards and the links to code in model_cards/ anew, from the records there
+	for folder in model_cards/starter-*; do $(PYTHON) -m training.publish $$folder --refresh || exit 1; done
 
 check: lint types test  ## what a change must pass

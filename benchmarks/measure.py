@@ -2,7 +2,10 @@
 
 import argparse
 import math
+import os
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -10,10 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from training.command_line import run_command
-from training.record import FORMAT_VERSION, describe_code, describe_hardware, read_json, write_json, write_record
-from training.strict_yaml import REPOSITORY, portable_paths
+from training.places import REPOSITORY, portable_path, portable_paths, portable_word
+from training.records.record import (
+    FORMAT_VERSION,
+    describe_code,
+    describe_hardware,
+    read_json,
+    write_json,
+    write_record,
+)
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 
@@ -156,16 +167,6 @@ def fit_exponent(sizes: Sequence[float], seconds: Sequence[float]) -> dict[str, 
     return {"exponent": slope, "factor": math.exp(intercept), "r_squared": 1 - left / total if total else 1.0}
 
 
-def duration(seconds: float) -> str:
-    """Seconds with three digits, as milliseconds below one.
-
-    >>> [duration(value) for value in (0.00123, 0.0456, 3.21, 123.4)]
-    ['1.23 ms', '45.6 ms', '3.21 s', '123 s']
-    """
-    value, unit = (1000 * seconds, "ms") if seconds < 1 else (seconds, "s")
-    return f"{value:.{max(0, 3 - len(str(int(value))))}f} {unit}"
-
-
 def describe_run(benchmark: str, command: str, seeds: Mapping[str, int]) -> dict[str, Any]:
     """Begin a record: what was run, by which code, on which machine, from which seeds."""
     return {
@@ -202,6 +203,63 @@ def save_record(record: dict[str, Any], name: str, out: str | None, *, publish: 
             print("tracked files differ from the commit, so the record goes to scratch/; commit and measure again")
     write_json(path, portable_paths(record))
     return path
+
+
+def benchmark_parser(name: str, description: str, *, quick: bool = True) -> argparse.ArgumentParser:
+    """Begin the command line of a benchmark with the options that all have."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--out", help=f"where the record goes (default: benchmarks/results/{name}.json)")
+    if quick:
+        parser.add_argument("--quick", action="store_true", help="toy sizes: does it run? The record goes to scratch/")
+    return parser
+
+
+def run_benchmark(
+    parser: argparse.ArgumentParser,
+    measure: Callable[[argparse.Namespace, str], dict[str, Any] | None],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Run the command line of a benchmark and save what it measured.
+
+    Args:
+        parser (`argparse.ArgumentParser`): From [`benchmark_parser`]; whole numbers must be 1 or more, a seed aside.
+        measure (`Callable`): From the options and the command, as the record shall name it, to the record; `None` if
+            not everything is measured yet.
+        arguments (`Sequence[str]`, *optional*): The words after the command; default: those of the process.
+
+    Returns:
+        `int`: The exit status: 0, 1 if there is nothing to report, 2 for a user's mistake, 3 if parts are missing.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(words)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        for name, value in vars(options).items():
+            if type(value) is int and value < 1 and name != "seed":
+                raise ValueError(f"--{name.replace('_', '-')} is {value}, expected 1 or more")
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        record = measure(options, f"{parser.prog} {shlex.join(map(portable_word, words))}".rstrip())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except UnequalPathsError as error:
+        print(f"error: {error}; nothing is reported", file=sys.stderr)
+        return 1
+    if record is None:
+        print("not all is measured yet: rerun the same command to resume")
+        return 3
+    reached = record["run"]["status"] == "success"
+    publish = reached and not getattr(options, "quick", False)
+    path = save_record(record, record["run"]["benchmark"], options.out, publish=publish)
+    print(f"record: {portable_path(path)}")
+    return 0 if reached else 1
+
+
+def load_average() -> float | None:
+    """Other work on the machine, where the system says."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def gather_runs(folders: list[Path], command: str, show: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
@@ -245,7 +303,7 @@ def gather_command(
         name (`str`): Of the module in `benchmarks`, and of the record unless the caller gives another.
         description (`str`): One sentence.
         show (`Callable`): As [`gather_runs`] takes it.
-        arguments (`Sequence[str]`, *optional*): The words behind the command; default: those of the process.
+        arguments (`Sequence[str]`, *optional*): The words after the command; default: those of the process.
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument("folders", nargs="+", help="runs, or the folder of a grid")

@@ -1,4 +1,4 @@
-"""What memories cost and save at use: time to the first token, time per token, cache, and reading of long texts.
+"""What memories cost and save at use: time to first token, time per token, cache, and reading of long texts.
 
 ```bash
 python -m benchmarks.rolling --threads 2                    # every cell that is not measured yet, then the record
@@ -15,8 +15,6 @@ Wall-clock and CPU seconds are kept of every run. Not counted: building, tokenis
 import argparse
 import fnmatch
 import json
-import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -28,7 +26,15 @@ from typing import Any
 import torch
 from transformers import DynamicCache, LlamaConfig
 
-from benchmarks.measure import describe_run, fit_exponent, interleave, save_record, spread
+from benchmarks.measure import (
+    benchmark_parser,
+    describe_run,
+    fit_exponent,
+    interleave,
+    load_average,
+    run_benchmark,
+    spread,
+)
 from benchmarks.rolling_quality import Quality, measure_quality
 from modeling_memory import (
     MaskedMixerConfig,
@@ -36,8 +42,8 @@ from modeling_memory import (
     MemoryEncoderDecoderForCausalLM,
     MemoryEncoderDecoderModel,
 )
-from training.record import describe_code, peak_memory_bytes, read_json, write_json
-from training.strict_yaml import REPOSITORY, portable_path
+from training.places import REPOSITORY
+from training.records.record import describe_code, peak_memory_bytes, read_json, write_json
 
 PROMPT = 64
 TARGETS = {"exponent": 1.1, "cache_share": 1 / 14, "tokens": 16384}
@@ -57,7 +63,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class FirstToken:
-    """Time to the first token behind `tokens` of context. `layers` of the decoder for the full text; None is all."""
+    """Time to first token after `tokens` of context. `layers` of the decoder for the full text; None is all."""
 
     shape: str
     tokens: int
@@ -67,7 +73,7 @@ class FirstToken:
 
 @dataclass(frozen=True)
 class Generation:
-    """Time per token and cache bytes behind `tokens` of context."""
+    """Time per token and cache bytes after `tokens` of context."""
 
     shape: str
     tokens: int
@@ -77,7 +83,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Folding:
-    """Time per token of plain text that rolls over, behind the memories of `tokens` of it, for so many windows."""
+    """Time per token of plain text, after the memories of `tokens` of it, while so many windows are compressed."""
 
     shape: str
     tokens: int
@@ -354,7 +360,7 @@ def random_cache(model: MemoryEncoderDecoderForCausalLM, columns: int) -> Dynami
 
 @torch.no_grad()
 def measure_generation(cell: Generation, model: MemoryEncoderDecoderForCausalLM) -> dict[str, Any]:
-    """Time per token and cache bytes: the text in clear, a memory for 16 tokens, and the newest memories only."""
+    """Time per token and cache bytes: the full text, a memory for 16 tokens, and the newest memories only."""
     config = model.config
     context = random_ids(config.vocab_size, 1, cell.tokens)
     prompt = random_ids(config.vocab_size, 1, PROMPT)
@@ -483,39 +489,16 @@ def cell_line(name: str, result: Mapping[str, Any]) -> str:
     return f"{name}: {'; '.join(shown)}"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Build the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.rolling",
-        description="Time memories against the text in clear: first token, each token, cache, reading of long texts.",
-    )
-    parser.add_argument("--quick", action="store_true", help="toy sizes: checks that everything runs, says nothing")
-    parser.add_argument("--only", action="append", help="cells to measure, as a pattern; may be given more than once")
-    parser.add_argument("--seconds", type=float, help="begin no further cell after so many seconds")
-    parser.add_argument(
-        "--cells", default="runs/rolling", help="where finished cells are kept (default: runs/rolling)"
-    )
-    parser.add_argument("--out", help="where the record goes (default: benchmarks/results/rolling.json)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: 0)")
-    return parser
+def measure_cells(options: argparse.Namespace, plan: Mapping[str, Cell], shapes: Mapping[str, Shape]) -> Path:
+    """Measure the cells asked for that are not there yet; returns the folder that holds them.
 
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns 2 for a user's mistake."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = build_parser().parse_args(arguments)
-    plan, shapes = (QUICK_CELLS, QUICK_SHAPES) if options.quick else (cells(), SHAPES)
+    Raises:
+        ValueError: If no cell is asked for.
+    """
     patterns = options.only or ["*"]
     chosen = [name for name in plan if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
     if not chosen:
-        print(f"error: no cell is called {' or '.join(patterns)}; known: {', '.join(plan)}", file=sys.stderr)
-        return 2
-    if options.threads is not None:
-        if options.threads < 1:
-            print(f"error: --threads is {options.threads}, expected 1 or more", file=sys.stderr)
-            return 2
-        torch.set_num_threads(options.threads)
+        raise ValueError(f"no cell is called {' or '.join(patterns)}; known: {', '.join(plan)}")
     folder = Path(options.cells) / ("quick" if options.quick else "cells")
     started, models = time.monotonic(), dict[str, Any]()
     for name in chosen:
@@ -526,27 +509,23 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         if options.seconds is not None and time.monotonic() - started > options.seconds:
             break
-        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+        load = load_average()
         result = measure_cell(plan[name], shapes, models, options.seed)
         code = describe_code()
-        write_json(
-            path,
-            {
-                "given": given,
-                **result,
-                "load_before": load,
-                "commit": code["commit"],
-                "dirty": code["dirty"],
-                "threads": torch.get_num_threads(),
-                "peak_memory_bytes": peak_memory_bytes()["process"],
-            },
-        )
+        around = {"load_before": load, "commit": code["commit"], "dirty": code["dirty"],
+                  "threads": torch.get_num_threads(), "peak_memory_bytes": peak_memory_bytes()["process"]}  # fmt: skip
+        write_json(path, {"given": given, **result, **around})
         print(cell_line(name, result), flush=True)
+    return folder
 
+
+def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
+    """Measure what is missing and return the record of all finished cells."""
+    plan, shapes = (QUICK_CELLS, QUICK_SHAPES) if options.quick else (cells(), SHAPES)
+    folder = measure_cells(options, plan, shapes)
     measured = {name: read_json(folder / f"{name}.json") for name in plan}
     finished = {name: result for name, result in measured.items() if result is not None}
-    words = shlex.join(["python", "-m", "benchmarks.rolling", *(portable_path(word) for word in arguments)])
-    record = describe_run("rolling", words, {"weights": options.seed})
+    record = describe_run("rolling", command, {"weights": options.seed})
     record["code"]["dirty"] = record["code"]["dirty"] or any(result["dirty"] for result in finished.values())
     record.update(
         quick=options.quick,
@@ -557,8 +536,17 @@ def main(arguments: list[str] | None = None) -> int:
         not_measured=[name for name, result in measured.items() if result is None],
         peak_memory_bytes={"process": max(result["peak_memory_bytes"] for result in finished.values())},
     )
-    print(f"record: {portable_path(save_record(record, 'rolling', options.out, publish=not options.quick))}")
-    return 0
+    return record
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line."""
+    parser = benchmark_parser("rolling", "Time memories against the full text: first token, each token, long texts.")
+    parser.add_argument("--only", action="append", help="cells to measure, as a pattern; may be given more than once")
+    parser.add_argument("--seconds", type=float, help="begin no further cell after so many seconds")
+    parser.add_argument("--cells", default="runs/rolling", help="where finished cells are kept")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: 0)")
+    return run_benchmark(parser, run, arguments)
 
 
 if __name__ == "__main__":

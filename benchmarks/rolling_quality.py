@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM
-from training.data import load_texts
-from training.record import read_json
-from training.strict_yaml import REPOSITORY
+from training.data.texts import load_texts
+from training.places import REPOSITORY
+from training.records.record import read_json
 
 ROWS = 512
 
@@ -39,17 +39,15 @@ def token_losses(logits: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
 
 
 def read_rolling(model: MemoryEncoderDecoderForCausalLM, text: torch.Tensor) -> torch.Tensor:
-    """Read a text `(T,)` window by window behind the memories of all windows before it; logits `(T, V)`."""
+    """Read a text `(T,)` window by window after the memories of all windows before it; logits `(T, V)`."""
     return model(text[None], use_cache=False).logits[0]
 
 
-def read_within(
-    model: MemoryEncoderDecoderForCausalLM, text: torch.Tensor, memories: int | None, policy: str
-) -> torch.Tensor:
-    """As [`read_rolling`], but with room for so many memories, and what does not fit left to a policy."""
+def read_newest(model: MemoryEncoderDecoderForCausalLM, text: torch.Tensor, memories: int) -> torch.Tensor:
+    """As [`read_rolling`], but with the newest memories only."""
     config = model.config
     before = config.max_memories, config.memory_policy
-    config.max_memories, config.memory_policy = memories, policy
+    config.max_memories, config.memory_policy = memories, "drop_oldest"
     try:
         return read_rolling(model, text)
     finally:
@@ -78,7 +76,7 @@ def readers(
     positions = full_context.config.max_position_embeddings
     return {
         "rolling": lambda text: read_rolling(memory, text),
-        "rolling_newest": lambda text: read_within(memory, text, newest, "drop_oldest"),
+        "rolling_newest": lambda text: read_newest(memory, text, newest),
         "no_memory": lambda text: read_rows(no_memory, text, width),
         "no_memory_sliding": lambda text: read_sliding(no_memory, text, width),
         "full_context": lambda text: full_context(text[None, :positions], use_cache=False).logits[0],
@@ -132,13 +130,13 @@ def measure_quality(cell: Quality) -> dict[str, Any]:
     """Load the run's models, cut the documents and read them in every way."""
     run = REPOSITORY / cell.run
     memory = MemoryEncoderDecoderForCausalLM.from_pretrained(run / "hub").eval()
-    baselines = [
+    no_memory, full_context = (
         AutoModelForCausalLM.from_pretrained(run / "stages" / name / "model").eval()
         for name in ("no_memory", "full_context")
-    ]
+    )
     tokenizer = AutoTokenizer.from_pretrained(run / "hub")
     documents = cut_documents(tokenizer, cell.text, cell.documents, cell.tokens)
-    paths = readers(memory, *baselines, cell.trained_tokens)
+    paths = readers(memory, no_memory, full_context, cell.trained_tokens)
     result = losses_by_position(paths, documents, cell.trained_tokens)
     newest = (cell.trained_tokens // memory.config.window_length - 1) * memory.config.memories_per_window
     return {

@@ -1,7 +1,7 @@
 """Run a snippet of the README as a reader would, and record what it printed.
 
 ```bash
-python -m benchmarks.snippet use        # the code behind <!-- snippet:use -->, record in benchmarks/results/use.json
+python -m benchmarks.snippet use        # the code after <!-- snippet:use -->; record: benchmarks/results/use.json
 ```
 
 The code runs in a process of its own in the repository's root, without network, exactly as it stands on the page.
@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import describe_run, save_record
-from training.record import read_json
-from training.strict_yaml import REPOSITORY, portable_path
+from training.places import REPOSITORY, portable_path
+from training.records.record import read_json
 
 # Of a run whose models a snippet loads: what tells which run it was.
 RUN_RECORD = "model_cards/starter-tiny/record.json"
 
 
 def find_snippet(page: str, name: str) -> str:
-    """Return the code block behind a marker.
+    """Return the code block after a marker.
 
     Raises:
         ValueError: If there is none.
@@ -35,7 +35,7 @@ def find_snippet(page: str, name: str) -> str:
     """
     found = re.search(rf"^<!-- snippet:{re.escape(name)} -->\n```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     if found is None:
-        raise ValueError(f"the page has no python block behind <!-- snippet:{name} -->")
+        raise ValueError(f"the page has no python block after <!-- snippet:{name} -->")
     return found[1]
 
 

@@ -11,8 +11,6 @@ over the rounds are reported. What is not counted: building the model, tokenisin
 """
 
 import argparse
-import os
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -22,18 +20,18 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks.measure import (
-    UnequalPathsError,
+    benchmark_parser,
     compare,
     describe_run,
     fit_exponent,
     interleave,
-    save_record,
+    load_average,
+    run_benchmark,
     spread,
 )
 from modeling_memory import MaskedMixerConfig, MemoryEncoderDecoderConfig, MemoryEncoderDecoderForCausalLM
 from tests.reference import memory_loop
-from training.record import peak_memory_bytes
-from training.strict_yaml import portable_path
+from training.records.record import peak_memory_bytes
 
 # float32 sums in another order: 4e-6 of the largest value measured, gradients included.
 TOLERANCE = 1e-4
@@ -273,41 +271,12 @@ def scaling_lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Build the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.speed",
-        description="Time the batched memory model against the plain loop, and its cost against the length of a text.",
-    )
-    parser.add_argument("--quick", action="store_true", help="toy sizes: checks that everything runs, says nothing")
-    parser.add_argument("--out", help="where the record goes (default: benchmarks/results/speed.json)")
-    parser.add_argument("--repetitions", type=int, default=7, help="timed rounds (default: 7)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: 0)")
-    return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns 2 for a user's mistake and 1 if the two paths disagree."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = build_parser().parse_args(arguments)
-    for name in ("repetitions", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            print(f"error: --{name} is {value}, expected 1 or more", file=sys.stderr)
-            return 2
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
+    """Measure and return the record."""
     sizes = QUICK if options.quick else Sizes()
-    words = [portable_path(word) for word in arguments]
-    record = describe_run("speed", shlex.join(["python", "-m", "benchmarks.speed", *words]), {"weights": options.seed})
-    load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    try:
-        metrics = measure(sizes, repetitions=options.repetitions, seed=options.seed)
-    except UnequalPathsError as error:
-        print(f"error: {error}; nothing is reported", file=sys.stderr)
-        return 1
-    record["hardware"]["load_before"] = load_before
+    record = describe_run("speed", command, {"weights": options.seed})
+    record["hardware"]["load_before"] = load_average()
+    metrics = measure(sizes, repetitions=options.repetitions, seed=options.seed)
     record.update(
         quick=options.quick,
         dtype="float32",
@@ -316,9 +285,15 @@ def main(arguments: list[str] | None = None) -> int:
         metrics=metrics,
         peak_memory_bytes=peak_memory_bytes(),
     )
-    print(f"peak memory of the process {record['peak_memory_bytes']['process'] / 2**30:.2f} GiB")
-    print(f"record: {portable_path(save_record(record, 'speed', options.out, publish=not options.quick))}")
-    return 0
+    return record
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line."""
+    parser = benchmark_parser("speed", "Time the batched memory model against the plain loop, and long texts.")
+    parser.add_argument("--repetitions", type=int, default=7, help="timed rounds (default: 7)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: 0)")
+    return run_benchmark(parser, run, arguments)
 
 
 if __name__ == "__main__":

@@ -10,21 +10,21 @@ published, read the validation and test splits of the text that ships.
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import ModelCard
 
-from benchmarks.measure import describe_run, save_record
-from training.data import load_texts
-from training.evaluate import evaluate
-from training.hub_folder import load_checkpoint, load_processor
-from training.record import read_json
-from training.strict_yaml import REPOSITORY, portable_path
+from benchmarks.measure import benchmark_parser, describe_run, run_benchmark
+from benchmarks.quality_tables import starters as starters_table
+from benchmarks.table import print_table
+from training.data.texts import load_texts
+from training.evaluate import measure_suites
+from training.places import REPOSITORY
+from training.publishing.hub_folder import load_checkpoint, load_processor
+from training.records.record import read_json
 
 Record = dict[str, Any]
 
@@ -32,7 +32,10 @@ FOLDERS = REPOSITORY / "model_cards"
 CORPORA = REPOSITORY / "training" / "corpora"
 TEXTS = ("books", "wikinews")
 SPLITS = ("validation", "test")
-KEPT = ("token_accuracy", "token_accuracy_interval", "loss", "num_tokens", "num_rows", "short_chunks")
+KEPT = (
+    *("token_accuracy", "token_accuracy_interval", "loss", "num_tokens", "num_rows", "short_chunks"),
+    *("exact_match", "exact_match_interval", "num_generated_rows", "generated_token_accuracy"),
+)
 ROW_LENGTH = 512
 
 # Seconds from imported libraries to a model that can be called, in a process that has loaded nothing yet.
@@ -84,9 +87,7 @@ def measure_starter(folder: Path, *, limit: int, repetitions: int) -> Record:
         for split in SPLITS:
             documents = load_texts([CORPORA / text / f"{split}.parquet"])
             rows = limit * ROW_LENGTH // (length or config.chunk_length)
-            metrics = evaluate(
-                model, tokenizer, documents, suites, limit=rows, length=length, batch_size=16, num_generated_rows=0
-            )
+            metrics = measure_suites(model, tokenizer, documents, suites, limit=rows, length=length, batch_size=16)
             found["splits"][f"{text}, {split}"] = {
                 suite: {
                     condition: {name: values[name] for name in KEPT if name in values}
@@ -110,90 +111,27 @@ def seconds_to_load(folder: Path, model_type: str) -> float:
     return float(done.stdout.split()[-1])
 
 
-def starters_lines(record: Record, link: str) -> list[str]:
-    """A row for each starter: what it is, its size, what it had to reach and what it reached."""
-    lines = ["| starter | parameters | MB | seconds to load | must reach | reached |", "|---|---:|---:|---:|---|---|"]
-    for name, found in record["metrics"]["starters"].items():
-        goal, reached = goal_and_result(found)
-        lines.append(
-            f"| [{name}]({Path(link).parents[2] / 'model_cards' / name}) | {found['parameters'] / 1e6:.1f} M | "
-            f"{found['bytes'] / 1e6:.1f} | {statistics.median(found['seconds_to_load']):.1f} | {goal} | "
-            f"[{reached}]({link}) |"
-        )
-    return [
-        *lines,
-        "",
-        "Token accuracy of the published, rounded weights on the validation and test splits of books and news, the "
-        "lowest of the four named; causal losses in nats per token on the test split, by the run that made the model.",
-    ]
-
-
-def goal_and_result(found: Record) -> tuple[str, str]:
-    """Return a starter's goal and what it reached, in words."""
-    if found["model_type"] == "memory_autoencoder":
-        length = found["chunk_length"]
-        goal = {32: "99.5 %", 64: "97 %"}.get(length, "reported")
-        return f"{goal} of {length} tokens a vector", f"{lowest(found, 'retention')}"
-    if found["model_type"] == "memory_encoder_decoder":
-        clm = found["run_metrics"].get("clm", {})
-        length = found["source_length"]
-        vectors = length // found["chunk_length"]
-        goal = "98 % of blank copy and copy, causal loss under no memory" if length >= 512 else "reported"
-        reached = (
-            f"{length} tokens through {vectors} vectors: blank copy {lowest(found, 'blank_copy')}, "
-            f"copy {lowest(found, 'copy')}"
-        )
-        if "no_memory_model" in clm:
-            memory, without = clm["memory"]["loss"], clm["no_memory_model"]["loss"]
-            reached += f"; causal {memory:.3f}, no memory {without:.3f}{'' if memory < without else ' (missed)'}"
-        return goal, reached
-    validation = next(iter(found["run_metrics"].values()), {}).get("validation_split", {})
-    return "a causal decoder", f"{validation['loss']:.3f} nats per token" if "loss" in validation else "not measured"
-
-
-def lowest(found: Record, suite: str) -> str:
-    """Lowest accuracy over the splits, and where it is."""
-    accuracy, split = min(
-        (values[suite]["memory"]["token_accuracy"], name) for name, values in found["splits"].items()
-    )
-    return f"{accuracy:.2%} ({split})"
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Build the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.starters", description="Measure the starters as they are published."
-    )
-    parser.add_argument("folders", nargs="*", help="folders (default: all of model_cards/)")
-    parser.add_argument("--limit", type=int, default=64, metavar="N", help="most rows of 512 tokens (default 64)")
-    parser.add_argument("--repetitions", type=int, default=3, metavar="N", help="times each is loaded (default 3)")
-    parser.add_argument("--threads", type=int, metavar="N", help="processor threads")
-    parser.add_argument("--out", help="where the record goes (default: benchmarks/results/starters.json)")
-    return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    words = sys.argv[1:] if arguments is None else arguments
-    options = build_parser().parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+def run(options: argparse.Namespace, command: str) -> Record:
+    """Measure the folders asked for and return the record."""
     folders = [Path(name) for name in options.folders] or sorted(path for path in FOLDERS.iterdir() if path.is_dir())
-    command = " ".join(["python -m benchmarks.starters", *map(portable_path, words)])
     record = describe_run("starters", command, {})
-    try:
-        starters = {
+    record["metrics"] = {
+        "starters": {
             folder.name: measure_starter(folder, limit=options.limit, repetitions=options.repetitions)
             for folder in folders
         }
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    record["metrics"] = {"starters": starters}
-    for name, found in starters.items():
-        print(f"{name}: {goal_and_result(found)[1]}")
-    print(f"record: {portable_path(save_record(record, 'starters', options.out))}")
-    return 0
+    }
+    print("\n".join(print_table(starters_table(record), [])))
+    return record
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line."""
+    parser = benchmark_parser("starters", "Measure the starters as they are published.", quick=False)
+    parser.add_argument("folders", nargs="*", help="folders (default: all of model_cards/)")
+    parser.add_argument("--limit", type=int, default=64, metavar="N", help="most rows of 512 tokens (default 64)")
+    parser.add_argument("--repetitions", type=int, default=3, metavar="N", help="times each is loaded (default 3)")
+    return run_benchmark(parser, run, arguments)
 
 
 if __name__ == "__main__":

@@ -1,229 +1,121 @@
-"""What a memory store costs and keeps: bytes for each token of text, what survives in each number format, and speed.
+"""What a memory store costs: processor time of each thing done with it, bytes, and memory at the peak.
 
 ```bash
-python -m benchmarks.store                 # the quickstart's model on its test text, minutes
+python -m benchmarks.store                 # 20,000 texts of 8 chunks, minutes
 ```
 
-*Speed*: the same texts by one `MemoryStore.append`, in batches of 256 chunks, and by a loop that encodes one chunk
-after the other and stores each text when it is done, in turn; files written included. The memories must be equal
-first. *Formats*: memories of texts in every number format; bytes are those of all files of the store, without
-the text. What a format keeps is measured by blank copy (the text written from stored memories alone) and by the loss
-of the text that follows stored memories, beside the same with the memories as they were encoded. *Search*: nearest
-neighbours of one query among all chunks, exact.
+Memories are random numbers, texts random words: neither changes what storing them costs. Seconds are of the processor
+(`process_time`), which other programs on the machine disturb less than the clock.
 """
 
 import argparse
+import random
+import resource
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.measure import compare, describe_run, interleave, save_record, spread
-from modeling_memory import MemoryStore, quantization_report
-from modeling_memory.memory_codec import DTYPES
-from modeling_memory.memory_fingerprint import fingerprint
-from training.data import file_checksums, load_texts
-from training.objectives import IGNORED, SpecialTokens
-from training.recipe import resolve_files
-from training.remember import load_memory_model
-from training.strict_yaml import REPOSITORY, portable_path
-from training.suites import spread_rows
-from training.tokenizer import special_tokens_of
+from benchmarks.measure import describe_run, save_record
+from modeling_memory import MemoryStore, StoredText
+from modeling_memory.store.codec import DTYPES, code_sizes
+from training.places import REPOSITORY
 
-BATCH = 256
-TEXT = "training/corpora/books/test.parquet"
-TARGET_SPEED, TARGET_COST = 4.0, 0.01
-# float32 sums in another order; and float16 is what the stores hold: one step of it is 1e-3.
-TOLERANCE = 2e-3
+CHUNKS, CHUNK, WORDS, ALONE, BATCH, ASKED = 8, 16, 80, 500, 1000, 200
 
 
-def cut_texts(documents: list[str], characters: int, number: int) -> dict[str, str]:
-    """The first pieces of so many characters of all documents, by turns, under names of their own."""
-    pieces = [text[i : i + characters] for text in documents for i in range(0, len(text) - characters + 1, characters)]
-    step = max(len(pieces) // number, 1)
-    return {f"text {place}": piece for place, piece in enumerate(pieces[::step][:number])}
-
-
-def measure_speed(model: Any, processor: Any, texts: dict[str, str], repetitions: int, folder: Path) -> dict[str, Any]:
-    """Time batches against single chunks, into a new store each time."""
-
-    def into_a_store(append: Callable[[MemoryStore], Any]) -> Callable[[], dict[str, torch.Tensor]]:
-        def run() -> dict[str, torch.Tensor]:
-            store = MemoryStore.create(tempfile.mkdtemp(dir=folder), identity)
-            store.model, store.processor = model, processor  # the store of this very model: no need to compare
-            append(store)
-            return {text_id: store.memories(store.chunks(text_id)) for text_id in texts}
-
-        return run
-
-    def one_by_one(store: MemoryStore) -> None:
-        for text_id, text in texts.items():
-            store.append({text_id: text}, batch_size=1)
-
-    identity = fingerprint(model, processor)
-    batched = into_a_store(lambda store: store.append(texts, batch_size=BATCH))
-    result = compare(batched, into_a_store(one_by_one), tolerance=TOLERANCE, repetitions=repetitions)
-    store = MemoryStore.open(folder / "speed", model, processor, create=True)
-    store.append(texts)
-    seconds = {name: result["spread"][name]["median"] for name in ("fast", "plain")}
-    given = {"texts": len(texts), "tokens": store.num_tokens, "chunks": store.num_chunks, "batch_size": BATCH}
-    return {
-        "given": given,
-        "target": TARGET_SPEED,
-        "tokens_per_second": {name: store.num_tokens / value for name, value in seconds.items()},
-        **result,
-    }
-
-
-def copy_inputs(model: Any, special: SpecialTokens, sources: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-    """Blank copy of sources `(B, H)`, window by window, each behind the memories of all that stands before it.
-
-    In the model's own layout the source is followed by blank windows, of which each reads the memories of the source
-    and of the blank windows before it. Here these memories are given, so that they can have been stored.
-    """
-    window = model.config.window_length
-    blanks = torch.full_like(sources, special.blank)
-    parts = []
-    for first in range(0, sources.shape[1], window):
-        context = torch.cat([sources, blanks[:, :first]], 1)
-        text, targets = blanks[:, :window], sources[:, first : first + window]
-        parts.append(behind_memories(model, special, context, text, targets))
+def identity(width: int) -> dict[str, Any]:
+    """A fingerprint of no model."""
+    parts: dict[str, Any] = {part: {"sha256": part} for part in ("encoder", "projector", "tokenizer", "cut")}
+    parts["cut"] |= {"chunk_length": CHUNK, "memories_per_chunk": 1, "hidden_size": width}
     return parts
 
 
-def causal_inputs(model: Any, special: SpecialTokens, rows: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-    """Next tokens of the last window of rows `(B, T)`, behind the memories of all before."""
-    context, text = rows[:, : -model.config.window_length], rows[:, -model.config.window_length :]
-    targets = torch.cat([text[:, 1:], torch.full_like(text[:, :1], IGNORED)], 1)
-    return [behind_memories(model, special, context, text, targets)]
+def make_texts(number: int, width: int, words: list[str]) -> Iterator[StoredText]:
+    """Texts of eight chunks, one at a time."""
+    dice, generator = random.Random(0), torch.Generator().manual_seed(0)
+    for place in range(number):
+        text = " ".join(dice.choices(words, k=WORDS))
+        step = len(text) // CHUNKS
+        spans = [(i * step, (i + 1) * step) for i in range(CHUNKS)]
+        memories = torch.randn(CHUNKS, 1, width, generator=generator)
+        yield StoredText(f"text {place}", memories, [CHUNK] * CHUNKS, spans, text)
 
 
-def behind_memories(
-    model: Any, special: SpecialTokens, context: torch.Tensor, text: torch.Tensor, targets: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Encode contexts `(B, C*L)` and put a slot for each memory in front of texts `(B, W)`."""
-    with torch.no_grad():
-        memory_embeds, _ = model.encode_memories(context.unflatten(1, (-1, model.config.chunk_length)))  # (B, M, D)
-    slots = torch.full(memory_embeds.shape[:2], special.memory)
+def measure(texts: int, width: int, folder: Path) -> dict[str, Any]:
+    """Milliseconds of the processor for each thing, once, on a store of so many texts with their text kept."""
+    dice = random.Random(1)
+    words = ["".join(dice.choices("abcdefghijklmnop", k=dice.randint(3, 9))) for _ in range(20_000)]
+    milliseconds: dict[str, float] = {}
+
+    def timed(name: str, work: Callable[[], Any], number: int = 1) -> None:
+        started = time.process_time()
+        work()
+        milliseconds[name] = 1000 * (time.process_time() - started) / number
+
+    store = MemoryStore.create(folder / "store", identity(width), keep_text=True)
+    source = make_texts(texts, width, words)
+    alone = [next(source) for _ in range(ALONE)]
+    timed("append a text, one a call", lambda: [store.append_memories([text]) for text in alone], ALONE)
+    waiting = list(alone[:0])
+    for text in source:
+        waiting.append(text)
+        if len(waiting) == BATCH:
+            batch = list(waiting)
+            timed(f"append a text, {BATCH:,} a call", lambda: store.append_memories(batch), BATCH)  # noqa: B023
+            waiting.clear()
+    store.append_memories(waiting)
+    size = store.num_bytes
+    timed("open", lambda: MemoryStore(store.folder).close())
+    reader = MemoryStore(store.folder)
+    chunks = [dice.choice(reader.chunks(f"text {dice.randrange(texts)}")) for _ in range(ASKED)]
+    timed("fetch a chunk", lambda: [reader.memories([chunk]) for chunk in chunks], ASKED)
+    query = torch.randn(1, width)
+    timed("exact search, the first: every row checked", lambda: reader.nearest(query, 8))
+    timed("exact search", lambda: reader.nearest(query, 8))
+    questions = [" ".join(dice.choices(words, k=8)) for _ in range(50)]
+    timed("search by words (BM25)", lambda: [reader.search_text(question) for question in questions], len(questions))
+    timed("verify", reader.verify)
+    reader.close()
+    timed("delete a text", lambda: store.delete("text 0"))
+    timed("vacuum after that", store.vacuum)
+    timed("delete half", lambda: store.delete([f"text {place}" for place in range(2, texts, 2)]))
+    timed("vacuum after that half", store.vacuum)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
-        "memory_embeds": memory_embeds,
-        "input_ids": torch.cat([slots, text], 1),
-        "shift_labels": torch.cat([torch.full_like(slots, IGNORED), targets], 1),
+        "texts": texts,
+        "chunks": texts * CHUNKS,
+        "width": width,
+        "milliseconds": milliseconds,
+        "bytes": {"store": size, "after deleting half": store.num_bytes, "peak memory": peak},
+        "bytes_per_chunk": {dtype: sum(code_sizes(dtype, 1, width)) for dtype in DTYPES},
     }
-
-
-def report(model: Any, parts: list[dict[str, torch.Tensor]]) -> dict[str, dict[str, float]]:
-    """One report of several batches with equally many targets."""
-    reports = [quantization_report(model, **part) for part in parts]
-    joined = {}
-    for dtype in reports[0]:
-        own = [one[dtype] for one in reports]
-        joined[dtype] = {
-            "loss": sum(one["loss"] for one in own) / len(own),
-            "token_accuracy": sum(one["token_accuracy"] for one in own) / len(own),
-            "num_tokens": sum(one["num_tokens"] for one in own),
-            "bytes_per_memory": own[0]["bytes_per_memory"],
-        }
-        joined[dtype]["loss_increase"] = joined[dtype]["loss"] / joined["encoded"]["loss"] - 1
-    return joined
-
-
-def measure_formats(
-    model: Any, processor: Any, texts: dict[str, str], rows: torch.Tensor, source_length: int, folder: Path
-) -> dict[str, Any]:
-    """Store texts in every format, and measure what each keeps."""
-    special = special_tokens_of(processor.tokenizer)
-    whole = MemoryStore.open(folder / "whole", model, processor, create=True, dtype="float32")
-    whole.append(texts)
-    reports = {
-        "blank_copy": report(model, copy_inputs(model, special, rows[:, :source_length])),
-        "causal": report(model, causal_inputs(model, special, rows)),
-    }
-    formats: dict[str, Any] = {}
-    for dtype in DTYPES:
-        store = MemoryStore.create(folder / dtype, whole.fingerprint, dtype=dtype)
-        store.merge(whole)
-        formats[dtype] = {
-            "bytes": store.num_bytes,
-            "bytes_per_token": store.num_bytes / store.num_tokens,
-            "bytes_of_memories_per_token": reports["causal"][dtype]["bytes_per_memory"]
-            * model.config.memories_per_chunk
-            / model.config.chunk_length,
-            **{name: report[dtype] for name, report in reports.items()},
-        }
-    return {
-        "target_loss_increase": TARGET_COST,
-        "tokens": whole.num_tokens,
-        "chunks": whole.num_chunks,
-        "text_bytes_per_token": sum(len(text.encode()) for text in texts.values()) / whole.num_tokens,
-        "encoded": {name: report["encoded"] for name, report in reports.items()},
-        "formats": formats,
-    }
-
-
-def measure_search(model: Any, processor: Any, folder: Path, repetitions: int) -> dict[str, Any]:
-    """Time opening, the first and a later search, and loading sixteen chunks, on the float16 store of the formats."""
-    place = folder / "float16"
-    warm = MemoryStore(place)
-    chunks = warm.chunks()[:16]
-    query = warm.memories(chunks[:1])[:, 0]
-    runs = {
-        "open": lambda: MemoryStore(place),
-        "open with its model": lambda: MemoryStore(place, model, processor),
-        "open, first search": lambda: MemoryStore(place).nearest(query, 8),
-        "search": lambda: warm.nearest(query, 8),
-        "load 16 chunks": lambda: warm.load(chunks),
-    }
-    seconds = interleave(runs, repetitions=repetitions)
-    return {"chunks": warm.num_chunks, "seconds": {name: spread(values) for name, values in seconds.items()}}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.store", description="Cost and quality of a store.")
-    add = parser.add_argument
-    add("--model", default="runs/quickstart/hub", help="folder or Hub id of a memory model with one tokenizer")
-    add("--text", default=TEXT, metavar="FILE", help="text that the model never saw")
-    add("--texts", type=int, default=64, help="texts of the comparison of speed")
-    add("--stored", type=int, default=128, help="texts of 2,000 characters that are stored in every format")
-    add("--rows", type=int, default=512, help="rows of text that formats are measured on")
-    add("--row-length", type=int, default=128, help="tokens of a row")
-    add("--source-length", type=int, default=32, help="tokens of a row that are copied")
-    add("--repetitions", type=int, default=5, help="timed rounds")
-    add("--threads", type=int, default=1, help="processor threads")
-    add("--out", help="file of the record; default: benchmarks/results/store.json")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.store", description="What a memory store costs.")
+    parser.add_argument("--texts", type=int, default=20_000, help="texts of 8 chunks (20,000)")
+    parser.add_argument("--width", type=int, default=256, help="numbers of a memory (256)")
+    parser.add_argument("--out", help="file of the record; default: benchmarks/results/store.json")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     options = build_parser().parse_args(argv)
-    torch.set_num_threads(options.threads)
-    files = resolve_files([options.text], "--text")
-    documents = load_texts(files)
-    model, processor = load_memory_model(options.model)
-    model = model.float()
-    words = f"--model {portable_path(options.model)} --texts {options.texts} --rows {options.rows} "
-    words += f"--stored {options.stored} --repetitions {options.repetitions}"
-    record = describe_run("store", f"python -m benchmarks.store {words}", {})
-    record["inputs"] = {"files": file_checksums(files), "model": portable_path(options.model)}
-    record["repetitions"] = options.repetitions
-    tokens = torch.tensor(processor.tokenizer("\n".join(documents))["input_ids"])
-    rows = spread_rows(tokens, row_length=options.row_length, limit=options.rows)
-    given = {"rows": len(rows), "row_length": options.row_length, "source_length": options.source_length}
-    (REPOSITORY / "runs").mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=REPOSITORY / "runs") as name:
-        folder = Path(name)
-        texts, stored = (cut_texts(documents, 2000, number) for number in (options.texts, options.stored))
-        record["metrics"] = {
-            "speed": measure_speed(model, processor, texts, options.repetitions, folder),
-            "formats": measure_formats(model, processor, stored, rows, options.source_length, folder),
-            "search": measure_search(model, processor, folder, options.repetitions),
-        }
-    record["given"] = {**given, "tokens_per_memory": model.config.chunk_length // model.config.memories_per_chunk}
+    torch.set_num_threads(1)
+    record = describe_run("store", f"python -m benchmarks.store --texts {options.texts} --width {options.width}", {})
+    with tempfile.TemporaryDirectory() as folder:
+        record["metrics"] = measure(options.texts, options.width, Path(folder))
+    for name, value in record["metrics"]["milliseconds"].items():
+        print(f"{value:10.3f} ms  {name}")
+    for name, value in record["metrics"]["bytes"].items():
+        print(f"{value / 1e6:10.1f} MB  {name}")
     path = save_record(record, "store", options.out)
     print(f"record: {path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path}")
     return 0

@@ -28,19 +28,19 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.measure import UnequalPathsError, describe_run, interleave, save_record, spread
+from benchmarks.measure import UnequalPathsError, benchmark_parser, describe_run, interleave, run_benchmark, spread
 from benchmarks.speed import QUICK, Sizes, build_model, random_tokens
-from training.chunked_loss import chunked_cross_entropy
-from training.data import tokenise_documents
-from training.documents import DocumentRows
-from training.encoded import encode_once
-from training.objectives import SpecialTokens
-from training.record import fingerprint, read_json, write_json
-from training.rows import ObjectiveCollator, TokenRows
-from training.sources import read_file
-from training.strict_yaml import REPOSITORY
-from training.tokenizer import train_tokenizer
-from training.trainer import checkpoint_activations, compile_blocks, run_objective, run_objective_chunked
+from training.data.documents import DocumentRows
+from training.data.encoded import encode_once
+from training.data.objectives import BatchSpec, SpecialTokens
+from training.data.rows import ObjectiveCollator, TokenRows
+from training.data.sources import read_file
+from training.data.texts import tokenise_documents
+from training.data.tokenizer import train_tokenizer
+from training.places import REPOSITORY
+from training.records.record import data_digest, read_json, write_json
+from training.train.chunked_loss import chunked_cross_entropy
+from training.train.trainer import checkpoint_activations, compile_blocks, run_objective, run_objective_chunked
 
 SEED, ROWS, CHUNK_OF_LOSS = 0, 16, 256
 TOLERANCE = {"bf16": 2e-2, "all three": 2e-2, "compiled, all three": 2e-2}
@@ -48,7 +48,7 @@ TEXT = REPOSITORY / "training" / "corpora" / "wikinews" / "validation.parquet"
 
 
 def special_tokens(sizes: Sizes) -> SpecialTokens:
-    """Ids that random tokens never take, and the slot behind the table."""
+    """Ids that random tokens never take, and the slot after the table."""
     return SpecialTokens(pad=0, eos=2, copy=3, blank=4, memory=sizes.vocab_size)
 
 
@@ -78,11 +78,13 @@ def batches(sizes: Sizes, model: Any, folder: Path) -> dict[str, dict[str, torch
     encoded = encode_once(model, tokens, folder, bf16=False, device=torch.device("cpu"))
     collator = ObjectiveCollator(
         ["blank_copy"],
-        special_tokens(sizes),
-        chunk_length=sizes.chunk_length,
-        window_length=sizes.window_length,
-        memories_per_chunk=sizes.memories_per_chunk,
-        layout="slots",
+        BatchSpec(
+            special_tokens(sizes),
+            chunk_length=sizes.chunk_length,
+            window_length=sizes.window_length,
+            memories_per_chunk=sizes.memories_per_chunk,
+            layout="slots",
+        ),
     )
     rows = TokenRows(tokens, row_length=source, num_items=ROWS, seed=SEED, encoded=encoded)
     items = [rows[i] for i in range(ROWS)]
@@ -163,10 +165,9 @@ def measure_lengths(sizes: Sizes, repetitions: int, num_steps: int, row_length: 
     model = build_model(replace(sizes, max_position_embeddings=2 * row_length), SEED).train()
     collator = ObjectiveCollator(
         ["causal"],
-        special_tokens(sizes),
-        chunk_length=sizes.chunk_length,
-        window_length=sizes.window_length,
-        padded=True,
+        BatchSpec(
+            special_tokens(sizes), chunk_length=sizes.chunk_length, window_length=sizes.window_length, documents=True
+        ),
     )
     passes, paddings, losses = {}, {}, {}
     for name, grouped in (("rows of any length", False), ("rows grouped by length", True)):
@@ -218,7 +219,8 @@ def process(rank: int, port: int, sizes: Sizes, repetitions: int, results: Any) 
     length = sizes.window_length * sizes.train_windows
     texts = random_tokens(sizes, ROWS, length, seed=SEED)
     collator = ObjectiveCollator(
-        ["causal"], special_tokens(sizes), chunk_length=sizes.chunk_length, window_length=sizes.window_length
+        ["causal"],
+        BatchSpec(special_tokens(sizes), chunk_length=sizes.chunk_length, window_length=sizes.window_length),
     )
     batch = collator(list(enumerate(texts)))["causal"]
     share = collator(list(enumerate(texts))[rank::2])["causal"]
@@ -318,45 +320,34 @@ def parts(sizes: Sizes, repetitions: int, *, quick: bool) -> dict[str, Callable[
     }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Build the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.switches", description="Measure the switches.")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--repetitions", type=int, default=5, help="timed rounds")
-    parser.add_argument("--part", help="measure only this part, if it is not there yet")
-    parser.add_argument("--folder", default="runs/switches", help="where measured parts are kept")
-    parser.add_argument("--quick", action="store_true", help="toy sizes; the record goes to scratch/")
-    parser.add_argument("--out", help="file of the record; default: benchmarks/results/switches.json")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns 3 while parts are missing."""
-    options = build_parser().parse_args(argv)
-    torch.set_num_threads(options.threads)
+def run(options: argparse.Namespace, command: str) -> dict[str, Any] | None:
+    """Measure the parts asked for that are not there yet; returns the record when there are all."""
     sizes = QUICK if options.quick else Sizes()
-    command = f"python -m benchmarks.switches --threads {options.threads} --repetitions {options.repetitions}"
     record = describe_run("switches", command, {"weights": SEED})
     known = parts(sizes, options.repetitions, quick=options.quick)
     if options.part is not None and options.part not in known:
-        print(f"error: there is no part {options.part!r}; known: {', '.join(known)}", file=sys.stderr)
-        return 2
-    key = fingerprint({"code": record["code"], "command": command, "quick": options.quick})
-    folder = REPOSITORY / options.folder / key[:16]
+        raise ValueError(f"there is no part {options.part!r}; known: {', '.join(known)}")
+    given = {"threads": torch.get_num_threads(), "repetitions": options.repetitions, "quick": options.quick}
+    folder = REPOSITORY / options.folder / data_digest({"code": record["code"], **given})[:16]
     for name, measure in known.items():
         if options.part in (None, name) and not (folder / f"{name}.json").exists():
             write_json(folder / f"{name}.json", measure())
             print(f"{name} measured", flush=True)
     measured = {name: read_json(folder / f"{name}.json") for name in known}
-    missing = [name for name, result in measured.items() if result is None]
-    if missing:
-        print(f"not done yet: {', '.join(missing)}")
-        return 3
-    record["metrics"] = measured
-    record["repetitions"] = options.repetitions
-    path = save_record(record, "switches", options.out, publish=not options.quick)
-    print(f"record: {path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path}")
-    return 0
+    if None in measured.values():
+        return None
+    record.update(metrics=measured, repetitions=options.repetitions)
+    return record
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns 3 while parts are missing."""
+    parser = benchmark_parser("switches", "Measure what the switches of a stage cost and save.")
+    parser.set_defaults(threads=1)
+    parser.add_argument("--repetitions", type=int, default=5, help="timed rounds")
+    parser.add_argument("--part", help="measure only this part, if it is not there yet")
+    parser.add_argument("--folder", default="runs/switches", help="where measured parts are kept")
+    return run_benchmark(parser, run, arguments)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,6 @@ too or has used `--max-ratio` times the recipe's time; then the ratio is known f
 
 import argparse
 import copy
-import os
-import shlex
 import sys
 import tempfile
 import time
@@ -32,23 +30,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import PartialState
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from benchmarks.measure import UnequalPathsError, assert_equal, describe_run, save_record
+from benchmarks.measure import assert_equal, benchmark_parser, describe_run, load_average, run_benchmark
 from modeling_memory import MemoryAutoencoder
 from tests.reference.plain_autoencoder import plain_autoencoder
-from training.build import build_stage_model, count_parameters
-from training.inputs import Inputs, prepare_inputs
-from training.recipe import Recipe, StageRecipe, load_recipe
-from training.record import peak_memory_bytes
-from training.rows import ObjectiveCollator, TokenRows
-from training.sources import SUFFIXES
-from training.strict_yaml import portable_path
-from training.suites import spread_rows
-from training.trainer import MemoryTrainer, training_arguments
+from training.data.objectives import BatchSpec
+from training.data.rows import ObjectiveCollator, TokenRows
+from training.measure.suites import spread_rows
+from training.recipes.recipe import Recipe, StageRecipe, load_recipe
+from training.records.record import peak_memory_bytes
+from training.train.build import build_stage_model, count_parameters
+from training.train.inputs import Inputs, prepare_inputs
+from training.train.trainer import MemoryTrainer, training_arguments
 
 BASELINE_LEARNING_RATE = 5e-4
 BASELINE_CLIP = 1.0
@@ -171,10 +167,12 @@ def prepare(recipe: Recipe, stage_name: str | None, folder: Path, *, eval_steps:
     model = build_stage_model(stage, special_tokens=inputs.special_tokens, vocab_size=vocab_size, load=_no_stage)
     collator = ObjectiveCollator(
         ["reconstruction"],
-        inputs.special_tokens,
-        chunk_length=model.config.chunk_length,
-        window_length=model.config.chunk_length,
-        memories_per_chunk=model.config.memories_per_chunk,
+        BatchSpec(
+            inputs.special_tokens,
+            chunk_length=model.config.chunk_length,
+            window_length=model.config.chunk_length,
+            memories_per_chunk=model.config.memories_per_chunk,
+        ),
     )
     rows = spread_rows(inputs.tokens["validation"], row_length=stage.data.row_length, limit=eval_rows)
     return Task(stage, seed, model, collator, inputs.tokens["train"], rows, eval_steps)
@@ -323,113 +321,42 @@ def run(task: Task, *, target: float, max_ratio: float, folder: Path) -> dict[st
     return {"equality": equality, **sides, **compare_times(recipe, baseline)}
 
 
-def with_data(folder: str) -> list[str]:
-    """Return overrides that read the splits from a folder with one file each: train, validation, test.
-
-    Raises:
-        ValueError: If a split is missing.
-    """
-    overrides = []
-    for split in ("train", "validation", "test"):
-        files = [path for suffix in SUFFIXES if (path := Path(folder) / f"{split}{suffix}").is_file()]
-        if not files:
-            raise ValueError(f"{folder} has no file {split} with an ending of {', '.join(SUFFIXES)}")
-        overrides.append(f"data.{split}=[{str(files[0])!r}]")
-    return overrides
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Build the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.time_to_accuracy",
-        description="Train the autoencoder as the recipe says and as research code does; compare the times.",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace a value of the recipe")
-    parser.add_argument(
-        "--recipe", default="quickstart", help="recipe with an autoencoder stage (default: quickstart)"
-    )
-    parser.add_argument("--stage", help="name of that stage (default: the recipe's first)")
-    parser.add_argument("--chunk-length", type=int, default=32, help="tokens of a chunk (default: 32)")
-    parser.add_argument("--data", help="folder with train, validation and test files (default: the recipe's text)")
-    parser.add_argument("--threads", type=int, help="CPU threads of both sides (default: the recipe's)")
-    parser.add_argument("--target", type=float, default=0.9, help="token accuracy to reach (default: 0.9)")
-    parser.add_argument(
-        "--max-ratio",
-        type=float,
-        default=10.5,
-        help="give the baseline so many times the recipe's time (default: 10.5)",
-    )
-    parser.add_argument("--eval-steps", type=int, default=25, help="steps between two evaluations (default: 25)")
-    parser.add_argument("--eval-rows", type=int, default=512, help="validation rows of one evaluation (default: 512)")
-    parser.add_argument("--out", help="where the record goes (default: benchmarks/results/time_to_accuracy.json)")
-    return parser
-
-
 def check_options(options: argparse.Namespace) -> None:
     """Refuse options that cannot be meant.
 
     Raises:
         ValueError: Naming the option.
     """
-    for name in ("threads", "chunk_length", "eval_steps", "eval_rows"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected 1 or more")
     if not 0 < options.target <= 1:
         raise ValueError(f"--target is {options.target}, expected a share above 0 and at most 1")
     if options.max_ratio <= 0:
         raise ValueError(f"--max-ratio is {options.max_ratio}, expected a number above 0")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns 2 for a user's mistake, 1 if there is nothing to compare."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = build_parser().parse_args(arguments)
-    command = shlex.join(["python", "-m", "benchmarks.time_to_accuracy", *map(portable_path, arguments)])
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        check_options(options)
-        overrides = [*(with_data(options.data) if options.data else []), *options.overrides]
-        recipe = load_recipe(options.recipe, overrides)
-        overrides += with_chunk_length(recipe, options.stage, options.chunk_length)
-        recipe = load_recipe(options.recipe, overrides)
-        threads = options.threads or recipe.threads
-        if threads is not None:
-            torch.set_num_threads(threads)
-        with tempfile.TemporaryDirectory() as folder:
-            task = prepare(
-                recipe,
-                options.stage,
-                Path(folder) / "inputs",
-                eval_steps=options.eval_steps,
-                eval_rows=options.eval_rows,
-            )
-            record = describe_run("time_to_accuracy", command, {"weights_and_order": task.seed})
-            record["hardware"]["load_before"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-            metrics = run(task, target=options.target, max_ratio=options.max_ratio, folder=Path(folder) / "trainer")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except UnequalPathsError as error:
-        print(f"error: {error}; nothing is reported", file=sys.stderr)
-        return 1
-    return report(record, task, recipe, metrics, options)
-
-
-def report(
-    record: dict[str, Any], task: Task, recipe: Recipe, metrics: dict[str, Any], options: argparse.Namespace
-) -> int:
-    """Complete, print and write the record; returns the exit status."""
-    config = task.model.config
-    reached = metrics["recipe"]["reached"]
-    record["run"]["status"] = "success" if reached else "the recipe did not reach the accuracy"
+def measure(options: argparse.Namespace, command: str) -> dict[str, Any]:
+    """Train both sides and return the record."""
+    check_options(options)
+    recipe = load_recipe(options.recipe, options.overrides)
+    lengths = with_chunk_length(recipe, options.stage, options.chunk_length)
+    recipe = load_recipe(options.recipe, [*options.overrides, *lengths])
+    if options.threads is None and recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = Path(folder) / "inputs"
+        task = prepare(recipe, options.stage, inputs, eval_steps=options.eval_steps, eval_rows=options.eval_rows)
+        record = describe_run("time_to_accuracy", command, {"weights_and_order": task.seed})
+        record["hardware"]["load_before"] = load_average()
+        metrics = run(task, target=options.target, max_ratio=options.max_ratio, folder=Path(folder) / "trainer")
+    config, mapping = task.model.config, recipe.to_mapping()
+    if not metrics["recipe"]["reached"]:
+        record["run"]["status"] = "the recipe did not reach the accuracy"
     record.update(
         target=options.target,
         max_ratio=options.max_ratio,
         given={
             "recipe": recipe.name,
-            "stage": next(s for s in recipe.to_mapping()["stages"] if s["name"] == task.stage.name),
-            "data": recipe.to_mapping()["data"],
+            "stage": next(stage for stage in mapping["stages"] if stage["name"] == task.stage.name),
+            "data": mapping["data"],
             "tokens_per_memory": config.chunk_length / config.memories_per_chunk,
             "rows_per_step": task.rows_per_step,
             "row_length": task.stage.data.row_length,
@@ -441,14 +368,25 @@ def report(
         metrics=metrics,
         peak_memory_bytes=peak_memory_bytes(),
     )
-    if reached:
-        one, other = metrics["recipe"], metrics["baseline"]
-        bound = "more than " if metrics["is_lower_bound"] else ""
-        print(f"recipe: {one['seconds']:.1f} s in {one['steps']} steps; baseline: {other['seconds']:.1f} s in "
-              f"{other['steps']} steps, at {other['token_accuracy']:.2%}; ratio {bound}{metrics['ratio']:.2f} "
-              f"(CPU time {bound}{metrics['cpu_ratio']:.2f})")  # fmt: skip
-    print(f"record: {portable_path(save_record(record, 'time_to_accuracy', options.out, publish=reached))}")
-    return 0 if reached else 1
+    return record
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns 1 if there is nothing to compare."""
+    parser = benchmark_parser(
+        "time_to_accuracy",
+        "Train the autoencoder as the recipe says and as research code does; compare the times.",
+        quick=False,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace a value of the recipe")
+    parser.add_argument("--recipe", default="quickstart", help="recipe with an autoencoder stage")
+    parser.add_argument("--stage", help="name of that stage (default: the recipe's first)")
+    parser.add_argument("--chunk-length", type=int, default=32, help="tokens of a chunk (default: 32)")
+    parser.add_argument("--target", type=float, default=0.9, help="token accuracy to reach (default: 0.9)")
+    parser.add_argument("--max-ratio", type=float, default=10.5, help="most times the recipe's time (default: 10.5)")
+    parser.add_argument("--eval-steps", type=int, default=25, help="steps between two evaluations (default: 25)")
+    parser.add_argument("--eval-rows", type=int, default=512, help="validation rows of one evaluation (default: 512)")
+    return run_benchmark(parser, measure, arguments)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,6 @@ from .configuration_masked_mixer import MaskedMixerConfig
 from .configuration_memory import MemoryEncoderDecoderConfig
 from .configuration_memory_autoencoder import MemoryAutoencoderConfig
 from .memory_cache import MemoryCache
-from .memory_codec import quantization_report
-from .memory_files import MemoryStoreError
-from .memory_shard import Chunk, StoredText
-from .memory_store import MemoryStore
 from .modeling_masked_mixer import MaskedMixerForCausalLM, MaskedMixerModel
 from .modeling_memory import (
     MemoryCausalLMOutputWithPast,
@@ -23,6 +19,7 @@ from .modeling_memory import (
 )
 from .modeling_memory_autoencoder import MemoryAutoencoder
 from .processing_memory import MemoryProcessor
+from .store import Chunk, MemoryStore, MemoryStoreError, Passage, StoredText, quantization_report
 
 __all__ = [
     "Chunk",
@@ -40,6 +37,7 @@ __all__ = [
     "MemoryProcessor",
     "MemoryStore",
     "MemoryStoreError",
+    "Passage",
     "StoredText",
     "quantization_report",
 ]

@@ -1,5 +1,7 @@
-"""Generation with memories: context read once, full windows folded while the text grows."""
+"""Generation with memories: a context is read once, and full windows become memories while the text grows."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -7,9 +9,9 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.generation.logits_process import LogitsProcessorList
 
-from .memory_cache import MemoryCache
-from .memory_merging import merge_plan
-from .memory_text import check_has_owner
+from .memory_cache import MemoryCache, mark_of
+from .memory_checks import Call, check_capacity, check_owners, check_positions, check_rolling, check_view
+from .memory_layout import Text
 
 
 class MemoryGenerationMixin(GenerationMixin):
@@ -29,6 +31,8 @@ class MemoryGenerationMixin(GenerationMixin):
     ) -> Any:
         """Generate as the library does, from plain text of any length or from a prompt with memories in its slots.
 
+        While a model trains under activation checkpointing, which keeps no cache, it generates without that.
+
         Args:
             inputs (`torch.LongTensor` of shape `(B, T)`, *optional*): Prompt, also as `input_ids`; padded on the left.
             generation_config (`GenerationConfig`, *optional*): As in the library.
@@ -36,54 +40,112 @@ class MemoryGenerationMixin(GenerationMixin):
             context_input_ids (`torch.LongTensor` of shape `(B, C, L)`, *optional*): Chunks of a context; encoded once.
             context_attention_mask (`torch.LongTensor` of shape `(B, C, L)`, *optional*): 1 for tokens, 0 for padding.
             context_num_memories (`torch.LongTensor` of shape `(B, C)`, *optional*): Memories of each chunk.
-            rolling_memory (`bool`, *optional*): Whether a window that fills up while writing folds into memories; if
-                not, it grows on. Default: `config.self_memory` for plain text, no behind memories, where True folds
-                what follows the last slot.
-            kwargs: As in the library; `memory_embeds` and `memory_mask` are ready memories for the prompt's slots.
+            rolling_memory (`bool`, *optional*): Whether a window that fills up while writing becomes memories; if
+                not, it grows on. Default: `config.self_memory` for plain text, no after memories, where True
+                compresses what follows the last slot.
+            kwargs: As in the library; `memory_embeds`, `memory_mask` and `memory_num_tokens` are ready memories for
+                the prompt's slots, or with `inputs_embeds` before them.
 
         Returns:
             What the library returns: prompt and new tokens, or a generation output.
 
         Raises:
-            ValueError: If an option cannot be right with memories, or a prompt is padded on the right.
+            ValueError: If an option cannot be right with memories, a prompt is padded on the right, or the decoder has
+                no room for what may be written.
         """
-        check_has_owner("context_attention_mask", context_attention_mask, "context_input_ids", context_input_ids)
-        check_has_owner("memory_mask", kwargs.get("memory_mask"), "memory_embeds", kwargs.get("memory_embeds"))
-        if context_input_ids is not None:
-            kwargs["memory_embeds"], kwargs["memory_mask"] = self._context_memories(
-                context_input_ids, context_attention_mask, kwargs.get("memory_embeds"), context_num_memories
-            )
-        has_memories = kwargs.get("memory_embeds") is not None
-        has_ids = kwargs.get("inputs_embeds") is None
-        if rolling_memory and not (self.config.self_memory and has_ids):
-            reason = "embeddings were given" if self.config.self_memory else "`config.self_memory` is False"
-            raise ValueError(
-                f"`rolling_memory=True` folds text of the encoder's own tokenizer, but {reason}. Leave it out."
-            )
-        plain = has_ids and not has_memories
-        rolling = self.config.self_memory and plain if rolling_memory is None else rolling_memory
-        self._check_generation_options(generation_config, kwargs, rolling)
-        if plain and rolling_memory is False and self.config.self_memory:
-            self._check_cached(generation_config, kwargs)
-        if has_memories and kwargs.get("memory_mask") is None:
-            kwargs["memory_mask"] = torch.ones_like(kwargs["memory_embeds"][..., 0], dtype=torch.long)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if input_ids is not None:
+        embeds = kwargs.get("inputs_embeds")
+        tokens = embeds if input_ids is None else input_ids
+        call = Call(
+            Text(input_ids, kwargs.get("attention_mask"), embeds, tokens=tokens), context_input_ids,
+            context_attention_mask, context_num_memories, kwargs.get("memory_embeds"), kwargs.get("memory_mask"),
+            kwargs.get("memory_num_tokens"),
+            has_memories=context_input_ids is not None or kwargs.get("memory_embeds") is not None,
+        )  # fmt: skip
+        check_owners(call)
+        if call.has_memories:
+            if context_input_ids is not None and call.memory_embeds is not None:
+                raise ValueError(
+                    "Both `context_input_ids` and `memory_embeds` were given, but a prompt has one context. Give the "
+                    "context or its ready memories."
+                )
+            kwargs.update(self._memories_of_prompt(call))
+        has_ids = embeds is None
+        if rolling_memory:
+            check_rolling(self.config, has_ids)
+        plain = has_ids and not call.has_memories
+        rolling = bool(self.config.self_memory and plain if rolling_memory is None else rolling_memory)
+        if input_ids is not None and (has_ids or 0 not in input_ids.shape):
             self._check_padding_side(input_ids, kwargs.get("attention_mask"))
-            if has_memories and len(kwargs["memory_embeds"]) == 1:
-                kwargs["memory_embeds"] = kwargs["memory_embeds"].expand(len(input_ids), -1, -1)
-                kwargs["memory_mask"] = kwargs["memory_mask"].expand(len(input_ids), -1)
-        return super().generate(inputs, generation_config, *args, rolling_memory=rolling, **kwargs)
+        self._check_generation_options(generation_config, kwargs, input_ids, rolling)
+        if has_ids and input_ids is not None:
+            kwargs["prompt_columns"] = self._columns_of_prompt(input_ids, call.has_memories)
+        with without_checkpointing(self):
+            return super().generate(inputs, generation_config, *args, rolling_memory=rolling, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: continuous batching pages keys and values of its own, and knows no memories.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "`generate_batch` and continuous batching keep keys and values in pages of their own, in which memories "
+            "have no place. Call `generate` with a batch that is padded on the left."
+        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+    def _memories_of_prompt(self, call: Call) -> dict[str, torch.Tensor]:
+        """Encode the context of a prompt once, and give every row of the prompt its memories."""
+        model: Any = self
+        embeds, mask, num_tokens = call.memory_embeds, call.memory_mask, call.memory_num_tokens
+        if call.context_input_ids is not None:
+            embeds, mask, num_tokens = model.encode_memories(
+                call.context_input_ids, call.context_attention_mask, call.context_num_memories, return_num_tokens=True
+            )
+        if mask is None and isinstance(embeds, torch.Tensor):
+            mask = torch.ones_like(embeds[..., 0], dtype=torch.long)
+        given = {"memory_embeds": embeds, "memory_mask": mask, "memory_num_tokens": num_tokens}
+        tokens = call.text.tokens
+        if isinstance(embeds, torch.Tensor) and len(embeds) == 1 and isinstance(tokens, torch.Tensor):
+            given = {
+                name: None if value is None else value.expand(len(tokens), *value.shape[1:])
+                for name, value in given.items()
+            }
+        return {name: value for name, value in given.items() if value is not None}
+
+    def _columns_of_prompt(self, input_ids: torch.Tensor, has_memories: bool) -> tuple[int, ...]:
+        """Return the number of columns of a prompt, and if it has memories its first and its last column with a slot."""
+        if not has_memories or self.config.memory_token_id is None:
+            return (input_ids.shape[1],)
+        slots = (input_ids == self.config.memory_token_id).any(0).nonzero().flatten().tolist()
+        return (input_ids.shape[1], slots[0], slots[-1]) if slots else (input_ids.shape[1],)
+
+    def _needs_own_cache(self, has_memories: bool, has_ids: bool, num_columns: int, rolling: bool) -> bool:
+        """Whether later steps need what only a [`MemoryCache`] knows."""
+        config = self.config
+        if rolling or config.memory_positions in ("fixed", "spread"):
+            return True
+        if has_memories:
+            return config.window_positions or config.memory_positions == "source" or not has_ids
+        return config.self_memory and has_ids and num_columns > config.window_length
 
     def _check_generation_options(
-        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any], rolling: bool
+        self,
+        generation_config: GenerationConfig | None,
+        kwargs: dict[str, Any],
+        input_ids: torch.Tensor | None,
+        rolling: bool,
     ) -> None:
-        def option(name: str) -> Any:
-            given = kwargs.get(name)
-            return getattr(generation_config or self.generation_config, name, None) if given is None else given
+        settings = {name: value for name, value in kwargs.items() if value is not None}
+        stored = generation_config or self.generation_config
 
-        assistant = "assistant_model" if kwargs.get("assistant_model") is not None else "assistant_early_exit"
-        if kwargs.get("assistant_model") is not None or option("assistant_early_exit") is not None:
+        def option(name: str) -> Any:
+            return settings.get(name, getattr(stored, name, None))
+
+        assistant = "assistant_model" if "assistant_model" in settings else "assistant_early_exit"
+        if option(assistant) is not None:
             raise ValueError(
                 f"`{assistant}` was given, but an assistant does not see the memories and its rejected tokens cannot "
                 "be taken out of them. Generate without it."
@@ -93,30 +155,42 @@ class MemoryGenerationMixin(GenerationMixin):
                 f"`prefill_chunk_size` is {option('prefill_chunk_size')}, but a prompt cut at arbitrary columns loses "
                 "its slots and windows. Leave it out: the windows are short already."
             )
-        if not (rolling or self.config.window_positions):
+        has_ids, has_memories = "inputs_embeds" not in settings, "memory_embeds" in settings
+        if option("use_cache") is False and not has_ids:
+            raise ValueError(
+                "`inputs_embeds` were given with `use_cache=False`, but later steps know only the new tokens. Leave "
+                "`use_cache` out, or give `input_ids`."
+            )
+        if option("use_cache") is False and has_ids and not has_memories and not rolling and self.config.self_memory:
+            raise ValueError(
+                "`rolling_memory` is False and so is `use_cache`, but with no cache every step reads all text and "
+                "compresses its full windows. Leave one of them out."
+            )
+        num_columns = 0 if input_ids is None else input_ids.shape[-1]
+        if not self._needs_own_cache(has_memories, has_ids, num_columns, rolling):
             return
+        remedy = "Leave it out."
+        if rolling and not self._needs_own_cache(has_memories, has_ids, num_columns, False):
+            remedy = "Leave it out, or pass `rolling_memory=False`."
+        elif not has_memories and self.config.memory_positions not in ("fixed", "spread"):
+            remedy = "Leave it out, or give a prompt of one window and `rolling_memory=False`."
         if option("prompt_lookup_num_tokens") is not None:
             raise ValueError(
                 f"`prompt_lookup_num_tokens` is {option('prompt_lookup_num_tokens')}, but rejected tokens cannot be "
-                "taken out of a memory. Leave it out, or pass `rolling_memory=False` with a prompt of one window."
+                f"taken out of a memory. {remedy}"
             )
         if option("cache_implementation") not in (None, "dynamic"):
             raise ValueError(
-                f"`cache_implementation` is {option('cache_implementation')!r}, but a text that folds into memories "
-                "needs its own cache. Leave it out, or pass `rolling_memory=False` with a prompt of one window."
-            )
-
-    def _check_cached(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
-        use_cache = kwargs.get("use_cache")
-        if use_cache is None:
-            use_cache = getattr(generation_config or self.generation_config, "use_cache", None)
-        if use_cache is False:
-            raise ValueError(
-                "`rolling_memory` is False and so is `use_cache`, but with no cache every step reads all text and "
-                "folds its full windows. Leave one of them out."
+                f"`cache_implementation` is {option('cache_implementation')!r}, but this text needs a cache that knows "
+                f"its memories. {remedy}"
             )
 
     def _check_padding_side(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        if not isinstance(input_ids, torch.Tensor):
+            raise ValueError(
+                f"The prompt is a {type(input_ids).__name__}; expected a torch tensor of (batch, tokens). Use "
+                "`return_tensors='pt'` when tokenising."
+            )
         if input_ids.dim() != 2 or 0 in input_ids.shape:
             raise ValueError(
                 f"The prompt has shape {tuple(input_ids.shape)}; expected (batch, tokens), none of them 0. Give at "
@@ -143,7 +217,9 @@ class MemoryGenerationMixin(GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         memory_embeds: torch.Tensor | None = None,
         memory_mask: torch.Tensor | None = None,
+        memory_num_tokens: torch.Tensor | None = None,
         rolling_memory: bool | None = None,
+        prompt_columns: tuple[int, ...] | None = None,
         is_first_iteration: bool = False,
         use_cache: bool = True,
         **kwargs: Any,
@@ -159,59 +235,81 @@ class MemoryGenerationMixin(GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
+        model_inputs["rolling_memory"] = rolling_memory
         if memory_embeds is not None and (is_first_iteration or not use_cache):
-            model_inputs.update(memory_embeds=memory_embeds, memory_mask=memory_mask, rolling_memory=rolling_memory)
+            model_inputs.update(
+                memory_embeds=memory_embeds, memory_mask=memory_mask, memory_num_tokens=memory_num_tokens
+            )
         mask = model_inputs.get("attention_mask")
         if mask is None or mask.dim() == 2:  # the model derives positions itself: they depend on memories
             model_inputs.pop("position_ids", None)
+        if not is_first_iteration and use_cache and past_key_values is not None:
+            # New tokens are never padding. A cache that knows what it holds needs no mask, which the library would
+            # have to read on the device at every step.
+            mark = None if past_key_values.is_compileable else mark_of(past_key_values)
+            if isinstance(past_key_values, MemoryCache) or (mark is not None and not mark.has_gaps):
+                model_inputs["attention_mask"] = None
         return model_inputs
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Give a text that folds the cache for it; leave the rest to the library."""
+        """Give a text the cache that it needs; leave the rest to the library."""
         rolling = bool(model_kwargs.get("rolling_memory"))
-        if rolling:
-            self._check_memories_to_come(generation_config.max_length, model_kwargs)
-        plain = model_kwargs.get("memory_embeds") is None and model_kwargs.get("inputs_embeds") is None
-        own_cache = rolling or (self.config.self_memory and plain) or self.config.text_start is not None
-        own_cache = own_cache or self.config.window_positions
+        self._check_room_to_come(generation_config.max_length, model_kwargs, rolling)
+        embeds, num_columns = model_kwargs.get("inputs_embeds"), (model_kwargs.get("prompt_columns") or (1,))[0]
+        has_memories = model_kwargs.get("memory_embeds") is not None
         dynamic = generation_config.use_cache is not False and generation_config.cache_implementation in (
             None,
             "dynamic",
         )
-        if own_cache and dynamic and model_kwargs.get("past_key_values") is None:
+        needs_own = self._needs_own_cache(has_memories, embeds is None, num_columns, rolling)
+        if needs_own and dynamic and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = MemoryCache(rolling=rolling)
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
-    def _check_memories_to_come(self, max_length: int, model_kwargs: dict[str, Any]) -> None:
-        """Refuse before the first step what could not be written to its end for want of room for memories."""
-        config, mask = self.config, model_kwargs.get("attention_mask")
-        if config.memory_policy not in ("error", "merge") or config.memory_capacity is None:
-            return
-        memory_mask = model_kwargs.get("memory_mask")
+    def _check_room_to_come(self, max_length: int, model_kwargs: dict[str, Any], rolling: bool) -> None:
+        """Refuse before the first step what could not be written to its end for want of room or positions."""
+        config, mask, model = self.config, model_kwargs.get("attention_mask"), self
+        embeds, memory_mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("memory_mask")
         num_context = 0 if memory_mask is None else int(memory_mask.sum(1).max())
+        if embeds is not None:  # whose columns the library does not count
+            max_length = max_length + embeds.shape[1]
         padding = 0 if mask is None else mask.shape[1] - int(mask.sum(1).max())
-        num_tokens = max_length - padding - num_context
-        # The last token is written and not read, and a window folds when the token behind it is read.
-        num_folded = max(0, num_tokens - 2) // config.window_length
-        num_memories = num_context + num_folded * config.memories_per_window
-        if config.memory_policy == "merge":  # refuses what cannot be merged
-            merge_plan(
-                [],
-                num_folded + 1,
-                config.window_length // config.chunk_length,
-                (config.memory_capacity - num_context) // config.memories_per_chunk,
-                config.mergeable_chunks,
+        num_columns = max_length - 1 - padding  # the last token is written and not read
+        slots = (model_kwargs.get("prompt_columns") or (1,))[1:]
+        if rolling:
+            ahead = slots[1] + 1 - padding if slots else 0  # up to the last slot, whatever is compressed
+            num_folded = max(0, num_columns - num_context - 1) // config.window_length
+            num_memories = num_context + num_folded * config.memories_per_window
+            capacity = config.memory_capacity
+            if config.memory_policy == "error" and capacity is not None and num_memories > capacity:
+                raise ValueError(
+                    f"Prompt and new tokens may become {num_memories} memories, but the model takes {capacity} "
+                    f"(`max_memories` {config.max_memories}). Lower `max_new_tokens`, or let the oldest make room "
+                    "(`model.config.memory_policy = 'drop_oldest'`)."
+                )
+            num_memories = num_memories if capacity is None else min(num_memories, capacity)
+            end = max(ahead, num_context) - num_context + num_memories + min(config.window_length, num_columns)
+            end = num_columns if config.memory_positions == "source" else end
+        elif embeds is not None:
+            check_capacity(config, num_context)
+            end = num_columns + num_context
+        else:
+            end = num_columns
+        if config.memory_positions in ("fixed", "spread"):
+            end = config.text_start + (
+                min(config.window_length, num_columns) if rolling else num_columns - num_context
             )
-        elif num_memories > config.memory_capacity:
-            raise ValueError(
-                f"Prompt and new tokens may fold into {num_memories} memories, but the model takes "
-                f"{config.memory_capacity} (`max_memories` {config.max_memories}). Lower `max_new_tokens`, or let the "
-                "oldest make room (`model.config.memory_policy = 'drop_oldest'`), or the least alike "
-                "('keep_nearest'), or let old neighbours be merged ('merge')."
-            )
+        elif config.memory_positions == "source" and memory_mask is not None:
+            num_tokens = model_kwargs.get("memory_num_tokens")
+            taken = num_context * config.chunk_length // config.memories_per_chunk
+            taken = taken if num_tokens is None else int((num_tokens * memory_mask).sum(1).max())
+            end = num_columns - (num_context if embeds is None else 0) + taken
+        check_positions(model.decoder, end)  # type: ignore[attr-defined]
+        if not rolling and num_context and (slots or embeds is not None):
+            check_view(config, num_columns + padding - slots[0] if slots else num_columns + num_context)
 
     def create_masks_for_generate(self, attention_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor | None:
         """Leave the mask as it is, 1 for tokens: the decoder makes its own of it, for a static cache too."""
@@ -238,10 +336,28 @@ class SlotlessLogitsProcessors(LogitsProcessorList):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.FloatTensor:
         """Process scores `(B, V)` of the texts `input_ids` `(B, T)`; a slot counts as the row's first token."""
+        if input_ids.shape[1] == 0:  # a prompt of embeddings, and nothing written yet
+            scores = super().__call__(input_ids, scores, **kwargs)
+            return self._without_slot(scores)
         slots = input_ids == self.memory_token_id
         first = input_ids.gather(1, (~slots).long().argmax(1, keepdim=True))
         first = first.masked_fill(first == self.memory_token_id, 0)
-        scores = super().__call__(torch.where(slots, first, input_ids), scores, **kwargs)
+        return self._without_slot(super().__call__(torch.where(slots, first, input_ids), scores, **kwargs))
+
+    def _without_slot(self, scores: torch.FloatTensor) -> torch.FloatTensor:
         if self.memory_token_id < scores.shape[-1]:
             scores = scores.index_fill(1, torch.tensor([self.memory_token_id], device=scores.device), -torch.inf)
         return scores
+
+
+@contextmanager
+def without_checkpointing(model: Any) -> Iterator[None]:
+    """Switch activation checkpointing off inside this context: it keeps no cache, and nothing is to be recomputed."""
+    switched = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in switched:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in switched:
+            module.gradient_checkpointing = True

@@ -1,75 +1,92 @@
-"""The cache of a text that folds into memories while it grows.
+"""Memories, and the cache of a text that is read token by token while full windows become memories.
 
-B rows, M memories, S columns of the decoder's cache, H heads, W window length, D decoder width.
+B rows, M memories, S columns of the decoder's cache, T columns of a call, W window length, D decoder width.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache
+from torch.nn import functional as F
+from transformers.cache_utils import Cache, DynamicCache
+
+
+@dataclass
+class Memories:
+    """What stands before a text: memories, and the tokens around them where a context was laid into slots.
+
+    Attributes:
+        embeds (`torch.FloatTensor` of shape `(B, M, D)`): Vectors in the decoder's input space.
+        mask (`torch.LongTensor` of shape `(B, M)`): 1 for present ones.
+        num_tokens (`torch.LongTensor` of shape `(B, M)`): How many tokens each stands for, counted from the end of the
+            one before it.
+        num_pinned (`torch.LongTensor` of shape `(B,)`): How many belong to a context, which stays in front whatever
+            becomes a memory after it.
+        num_embedded (`torch.LongTensor` of shape `(B,)`): How many of the pinned are embedded tokens.
+    """
+
+    embeds: torch.Tensor
+    mask: torch.Tensor
+    num_tokens: torch.Tensor
+    num_pinned: torch.Tensor
+    num_embedded: torch.Tensor
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Memories":
+        """Apply a function of rows, such as a selection, to every tensor."""
+        return Memories(*(function(getattr(self, field.name)) for field in fields(self)))
+
+    @property
+    def batch_size(self) -> int:
+        """Rows (B)."""
+        return self.embeds.shape[0]
 
 
 class MemoryCache(DynamicCache):
     """Keys and values of each row's open window and of the memories before it.
 
-    Beside the decoder's keys and values the cache holds what a roll-over needs: the tokens of the open window, which
+    Beside the decoder's keys and values the cache holds what compressing needs: the tokens of the open window, which
     become memories when it is full, and the memories so far. `get_seq_length()` counts columns of *text*, as
     everything outside the model expects; the number of columns in the decoder's cache differs from it.
 
     Args:
-        rolling (`bool`): Whether a full window folds into memories when the next token comes. If not, the last window
+        rolling (`bool`): Whether a full window becomes memories when the next token comes. If not, the last window
             grows on.
 
     Attributes:
+        num_columns (`int`): Columns of text read so far, padding included.
         column_mask (`torch.LongTensor` of shape `(B, S)`): 1 where a column of the decoder's cache holds a memory or
             token of the row.
+        has_gaps (`bool`): Whether some column may hold none. Without gaps the decoder needs no mask.
+        next_position (`torch.LongTensor` of shape `(B,)`): Position of the next token.
+        end (`int`): No row's next position is higher.
         window_input_ids (`torch.LongTensor` of shape `(B, at most W)`): Tokens of the open windows, padded on the
-        right.
+            right; empty where nothing will be compressed.
         window_fill (`torch.LongTensor` of shape `(B,)`): Number of tokens in each open window.
-        memory_embeds (`torch.FloatTensor` of shape `(B, M, D)`): Memories before the open windows.
-        memory_mask (`torch.LongTensor` of shape `(B, M)`): 1 for present memories.
+        max_fill (`int`): No window holds more tokens: known without asking the device.
         asked (`torch.BoolTensor` of shape `(B,)`): Whether a marker stands before the open window.
-        num_pinned (`torch.LongTensor` of shape `(B,)`): How many of the memories belong to the context in the slots,
-            which stays in front whatever folds behind it.
-        num_clear (`torch.LongTensor` of shape `(B,)`): How many of those are embedded tokens around the slots.
-        folded_input_ids (`torch.LongTensor` of shape `(B, F)`): Under `memory_policy="merge"` the tokens of all folded
-            windows; else none.
-        segment_sizes (`torch.LongTensor` of shape `(B, S)`): Under that policy the chunks that each K memories behind
-            the pinned stand for; 0 where a row has fewer.
-        rolls_behind_slots (`bool`): Whether a text with slots that fills the cache folds behind them.
+        marked (`torch.BoolTensor` of shape `(B,)`): Whether one was read so far, the open window included.
+        memories ([`Memories`]): Those before the open windows.
+        sees_memories (`bool` or `torch.BoolTensor` of shape `(B,)`): Whether the next tokens see memories.
+        first_memory (`int`, *optional*): First column of text that is a memory, where the decoder is short-sighted.
     """
 
     def __init__(self, rolling: bool = True):
         super().__init__()
-        self.rolling = rolling
-        self.num_columns = 0
+        self.rolling = self._made_rolling = rolling
+        self.num_columns = self.max_fill = self.end = 0
+        self.has_gaps = False
+        self.sees_memories: bool | torch.Tensor = False
+        self.first_memory: int | None = None
         self.column_mask: Any = None
+        self.next_position: Any = None
         self.window_input_ids: Any = None
         self.window_fill: Any = None
-        self.memory_embeds: Any = None
-        self.memory_mask: Any = None
         self.asked: Any = None
-        self.num_pinned: Any = None
-        self.num_clear: Any = None
-        self.folded_input_ids: Any = None
-        self.segment_sizes: Any = None
-        self.rolls_behind_slots = False
+        self.marked: Any = None
+        self.memories: Any = None
 
-    _row_state = (
-        "column_mask",
-        "window_input_ids",
-        "window_fill",
-        "memory_embeds",
-        "memory_mask",
-        "asked",
-        "num_pinned",
-        "num_clear",
-        "folded_input_ids",
-        "segment_sizes",
-    )
-
-    _merging_state = ("folded_input_ids", "segment_sizes")
+    _rows = ("column_mask", "next_position", "window_input_ids", "window_fill", "asked", "marked")
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of text columns read so far, padding included."""
@@ -81,83 +98,136 @@ class MemoryCache(DynamicCache):
         cache.layers = self.layers
         return cache
 
-    def start(self, cache: DynamicCache, **state: torch.Tensor) -> None:
-        """Take over the keys and values of `cache` and the row state that belongs to them.
+    def open(
+        self,
+        cache: Cache,
+        memories: Memories,
+        column_mask: torch.Tensor,
+        next_position: torch.Tensor,
+        window_fill: torch.Tensor,
+        *,
+        num_columns: int,
+        end: int,
+        max_fill: int,
+        window_input_ids: torch.Tensor | None = None,
+        asked: torch.Tensor | None = None,
+        marked: torch.Tensor | None = None,
+        sees_memories: bool | torch.Tensor = False,
+        has_gaps: bool = True,
+        rolling: bool = True,
+        first_memory: int | None = None,
+    ) -> "MemoryCache":
+        """Take over the keys and values of a decoder's cache, and what belongs to them; see the class.
 
         Args:
-            cache (`DynamicCache`): Cache of B rows and S columns.
-            state: Every attribute of the row state, see the class. What merging needs may be left out where nothing
-                has folded, or under another policy.
+            cache (`Cache`): Cache of B rows and S columns.
+            memories ([`Memories`]): Those in its rows.
+            column_mask (`torch.LongTensor` of shape `(B, S)`): Which of its columns count.
+            next_position (`torch.LongTensor` of shape `(B,)`): Position of the next token.
+            window_fill (`torch.LongTensor` of shape `(B,)`): Number of tokens in the open windows.
+            num_columns (`int`): Columns of text.
+            end (`int`): Bound of `next_position`.
+            max_fill (`int`): Bound of `window_fill`.
+            window_input_ids (`torch.LongTensor` of shape `(B, w)`, *optional*): Tokens of the open windows.
+            asked (`torch.BoolTensor` of shape `(B,)`, *optional*): As above. Default: none.
+            marked (`torch.BoolTensor` of shape `(B,)`, *optional*): As above. Default: none.
+            sees_memories (`bool` or `torch.BoolTensor` of shape `(B,)`): As above.
+            has_gaps (`bool`): As above.
+            rolling (`bool`): Whether full windows become memories from now on; a cache made not to roll never does.
+            first_memory (`int`, *optional*): As above.
         """
         self.layers = cache.layers
-        nothing = torch.zeros_like(state["window_input_ids"][:, :0])
-        for name in self._row_state:
-            setattr(self, name, state.get(name, nothing) if name in self._merging_state else state[name])
+        self.memories, self.column_mask, self.next_position = memories, column_mask, next_position
+        self.window_fill, self.max_fill, self.end = window_fill, max_fill, end
+        none = torch.zeros_like(window_fill, dtype=torch.bool)
+        self.asked, self.marked = (none if asked is None else asked), (none if marked is None else marked)
+        self.window_input_ids = window_fill[:, None][:, :0] if window_input_ids is None else window_input_ids
+        self.num_columns, self.has_gaps, self.sees_memories = num_columns, has_gaps, sees_memories
+        self.rolling, self.first_memory = self._made_rolling and rolling, first_memory
+        return self
 
-    def row_state(self) -> dict[str, torch.Tensor]:
-        """Return the tensors of the row state by name."""
-        return {name: getattr(self, name) for name in self._row_state}
-
-    def append(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
-        """Note tokens that the decoder has just read behind the open windows.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(B, Q)`): The tokens.
-            attention_mask (`torch.LongTensor` of shape `(B, Q)`): 1 for tokens, 0 for padding.
-        """
-        present = attention_mask.bool()
-        place = self.window_fill[:, None] + present.cumsum(1) - 1  # (B, Q)
-        fill = self.window_fill + present.sum(1)
-        width = max(int(fill.max()), self.window_input_ids.shape[1])
-        window = self.window_input_ids.new_zeros(len(fill), width)
-        window[:, : self.window_input_ids.shape[1]] = self.window_input_ids
-        row = torch.arange(len(fill), device=fill.device)[:, None].expand_as(place)
-        window[row[present], place[present]] = input_ids[present]
-        self.window_input_ids, self.window_fill = window, fill
-        self.column_mask = torch.cat([self.column_mask, attention_mask.to(self.column_mask)], 1)
-
-    def replace_rows(self, rows: torch.Tensor, other: "MemoryCache") -> None:
-        """Put the rows of another cache in the place of some rows of this one, each row at its own length.
+    def append(
+        self, input_ids: torch.Tensor | None, mask: torch.Tensor, marked: torch.Tensor | None, masked: bool
+    ) -> None:
+        """Note tokens that the decoder has just read after those of the open windows.
 
         Args:
-            rows (`torch.LongTensor` of shape `(R,)`): Rows to replace.
-            other ([`MemoryCache`]): Cache of R rows.
+            input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): The tokens, if they may be compressed.
+            mask (`torch.LongTensor` of shape `(B, T)`): 1 for tokens, 0 for padding.
+            marked (`torch.BoolTensor` of shape `(B,)`, *optional*): Whether a marker was read by now.
+            masked (`bool`): Whether there may be padding among them.
         """
-        keep = torch.ones(len(self.column_mask), dtype=torch.bool, device=rows.device).index_fill(0, rows, False)
-        num_columns = max(int(self.column_mask[keep].sum(1).max()), int(other.column_mask.sum(1).max()))
-        self._pack_columns(num_columns)
-        other._pack_columns(num_columns)
-        for layer, other_layer in zip(self.layers, other.layers, strict=True):
-            layer.keys = layer.keys.index_copy(0, rows, other_layer.keys)
-            layer.values = layer.values.index_copy(0, rows, other_layer.values)
-        for name in self._row_state:
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine.dim() > 1:
-                width = max(mine.shape[1], theirs.shape[1])
-                mine, theirs = _widen(mine, width), _widen(theirs, width)
-            setattr(self, name, mine.index_copy(0, rows, theirs))
+        length, number = mask.shape[1], mask.sum(1)
+        if self.rolling and input_ids is not None:
+            # Padding goes to a column too many, which is cut off: no row's number of tokens is asked for.
+            width = max(self.max_fill + length, self.window_input_ids.shape[1])
+            place = self.window_fill[:, None] + mask.cumsum(1) - 1
+            room = F.pad(self.window_input_ids, (0, width + 1 - self.window_input_ids.shape[1]))
+            room = room.scatter(1, place.masked_fill(mask == 0, width), input_ids.to(room))
+            self.window_input_ids = room[:, :width]
+        self.window_fill, self.next_position = self.window_fill + number, self.next_position + number
+        self.column_mask = torch.cat([self.column_mask, mask.to(self.column_mask)], 1)
+        self.marked = self.marked if marked is None else marked
+        self.max_fill, self.end = self.max_fill + length, self.end + length
+        self.num_columns, self.has_gaps = self.num_columns + length, self.has_gaps or masked
+
+    def select(self, rows: torch.Tensor) -> "MemoryCache":
+        """Return some rows as a cache of their own.
+
+        Args:
+            rows (`torch.LongTensor` of shape `(R,)`): Their numbers.
+        """
+        part = MemoryCache()
+        vars(part).update(vars(self))
+        part.layers = share_columns(self, self.column_mask.shape[1], rows).layers
+        part._apply_to_rows(lambda state: state[rows])
+        return part
+
+    def join(self, parts: "list[tuple[torch.Tensor, MemoryCache]]") -> None:
+        """Take over the rows of other caches, each row at its own length.
+
+        Args:
+            parts (`list`): Numbers of rows `(R,)`, which together are all, and a cache of those rows.
+        """
+        order = torch.cat([rows for rows, _ in parts]).argsort()
+        caches = [cache for _, cache in parts]
+        width = max(int(cache.column_mask.sum(1).max()) for cache in caches)
+        for cache in caches:
+            cache._pack_columns(width)
+        self.layers = caches[0].layers
+        for layers in zip(*(cache.layers for cache in caches), strict=True):
+            layers[0].keys = torch.cat([layer.keys for layer in layers])[order]
+            layers[0].values = torch.cat([layer.values for layer in layers])[order]
+        for name in self._rows:
+            setattr(self, name, _stack([getattr(cache, name) for cache in caches])[order])
+        self.memories = Memories(
+            *(_stack([getattr(cache.memories, field.name) for cache in caches])[order] for field in fields(Memories))
+        )
+        sees = [_per_row(cache.sees_memories, cache.window_fill) for cache in caches]
+        self.sees_memories = torch.cat(sees)[order]
+        self.has_gaps = True
+        self.num_columns = caches[0].num_columns
+        self.max_fill = max(cache.max_fill for cache in caches)
+        self.end = max(cache.end for cache in caches)
 
     def _pack_columns(self, num_columns: int) -> None:
         """Move the held columns of each row to the front, in order, and keep `num_columns` of them."""
         order = torch.argsort(self.column_mask, dim=1, descending=True, stable=True)[:, :num_columns]  # (B, S')
+        row = torch.arange(len(order), device=order.device)[:, None]
         for layer in self.layers:
-            index = order[:, None, :, None]
-            layer.keys = _widen(
-                layer.keys.gather(2, index.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])),
-                num_columns,
-                2,
-            )
-            layer.values = _widen(
-                layer.values.gather(2, index.expand(-1, layer.values.shape[1], -1, layer.values.shape[3])),
-                num_columns,
-                2,
-            )
+            # (B, S', H, head) by plain indexing, which needs no index as large as what it moves
+            layer.keys = _widen(layer.keys.transpose(1, 2)[row, order].transpose(1, 2), num_columns, 2)
+            layer.values = _widen(layer.values.transpose(1, 2)[row, order].transpose(1, 2), num_columns, 2)
         self.column_mask = _widen(self.column_mask.gather(1, order), num_columns)
 
     def _apply_to_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        for name in self._row_state:
-            if getattr(self, name) is not None:
-                setattr(self, name, function(getattr(self, name)))
+        if self.window_fill is None:
+            return
+        for name in self._rows:
+            setattr(self, name, function(getattr(self, name)))
+        self.memories = self.memories.map(function)
+        if isinstance(self.sees_memories, torch.Tensor):
+            self.sees_memories = function(self.sees_memories)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder the rows for beam search."""
@@ -175,7 +245,7 @@ class MemoryCache(DynamicCache):
         self._apply_to_rows(lambda state: state[indices])
 
     def crop(self, max_length: int) -> None:
-        """Refuse: a folded window cannot be unread.
+        """Refuse: a compressed window cannot be unread.
 
         Raises:
             ValueError: Always.
@@ -186,14 +256,45 @@ class MemoryCache(DynamicCache):
         )
 
     def reset(self) -> None:
-        """Empty the cache."""
-        fresh = MemoryCache(rolling=self.rolling)
-        fresh.rolls_behind_slots = self.rolls_behind_slots
-        for name, value in vars(fresh).items():
-            setattr(self, name, value)
+        """Empty the cache: it is then what a fresh one is."""
+        vars(self).update(vars(MemoryCache(rolling=self._made_rolling)))
 
 
-def join_rows(parts: list[tuple[DynamicCache, torch.Tensor]]) -> tuple[DynamicCache, torch.Tensor]:
+@dataclass
+class ReadMark:
+    """What a cache of the library's own kinds cannot say of what it holds.
+
+    Attributes:
+        sees_memories (`bool` or `torch.BoolTensor` of shape `(B,)`): Whether memories are among it.
+        first_memory (`int`, *optional*): Their first column, where the decoder is short-sighted.
+        has_gaps (`bool`): Whether padding may be among it.
+    """
+
+    sees_memories: bool | torch.Tensor = False
+    first_memory: int | None = None
+    has_gaps: bool = True
+
+    def rows(self, batch_size: int) -> bool | torch.Tensor:
+        """Return `sees_memories` for so many rows: each may have been repeated for beams since."""
+        sees = self.sees_memories
+        if isinstance(sees, bool) or len(sees) == batch_size:
+            return sees
+        return sees.repeat_interleave(batch_size // len(sees))
+
+
+def mark_cache(cache: Cache | None, mark: ReadMark | None) -> None:
+    """Note what a cache of the library's holds; its next tokens are then read with all that is in it."""
+    if cache is not None and not isinstance(cache, MemoryCache):
+        cache.memory_mark = mark
+
+
+def mark_of(cache: Cache | None) -> ReadMark | None:
+    """Return what was noted on a cache of the library's. One that is empty, because it was reset, holds nothing."""
+    mark = getattr(cache, "memory_mark", None)
+    return None if mark is None or int(cache.get_seq_length()) == 0 else mark
+
+
+def join_rows(parts: list[tuple[Cache, torch.Tensor]]) -> tuple[Cache, torch.Tensor]:
     """Put the rows of caches of unequal width under each other; the columns that some lack are empty.
 
     Args:
@@ -212,11 +313,11 @@ def join_rows(parts: list[tuple[DynamicCache, torch.Tensor]]) -> tuple[DynamicCa
     return cache, mask
 
 
-def share_columns(cache: DynamicCache, width: int, rows: torch.Tensor) -> DynamicCache:
+def share_columns(cache: Cache, width: int, rows: torch.Tensor) -> DynamicCache:
     """Return a cache of the first `width` columns of some rows of another, which stays as it is.
 
     Args:
-        cache (`DynamicCache`): The cache to take from.
+        cache (`Cache`): The cache to take from.
         width (`int`): Columns to take.
         rows (`torch.LongTensor` of shape `(R,)`): Rows to take; one may be taken more than once.
     """
@@ -224,6 +325,25 @@ def share_columns(cache: DynamicCache, width: int, rows: torch.Tensor) -> Dynami
     for number, layer in enumerate(cache.layers if width else []):
         shared.update(layer.keys[:, :, :width][rows], layer.values[:, :, :width][rows], number)
     return shared
+
+
+def cut_columns(cache: Cache, mask: torch.Tensor, width: int) -> torch.Tensor:
+    """Keep the first `width` columns of a cache, and of the mask over them `(B, S)`, which is returned."""
+    for layer in cache.layers if width < mask.shape[1] else []:
+        layer.keys, layer.values = layer.keys[:, :, :width], layer.values[:, :, :width]
+    return mask[:, :width]
+
+
+def _per_row(value: bool | torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else torch.full_like(rows, value, dtype=torch.bool)
+
+
+def _stack(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Put rows under each other, those of two dimensions and more at the width of the widest."""
+    if parts[0].dim() > 1:
+        width = max(part.shape[1] for part in parts)
+        parts = [_widen(part, width) for part in parts]
+    return torch.cat(parts)
 
 
 def _widen(tensor: torch.Tensor, width: int, dim: int = 1) -> torch.Tensor:

@@ -66,6 +66,7 @@ def encode_chunks(
     input_ids: torch.LongTensor,
     attention_mask: torch.Tensor | None = None,
     num_memories: torch.Tensor | None = None,
+    checked: bool = False,
 ) -> torch.Tensor:
     """Turn chunks into memory states: one batched encoder call, then the pooling.
 
@@ -81,6 +82,7 @@ def encode_chunks(
         attention_mask (`torch.Tensor` of shape `(N, L)`, *optional*): 1 for tokens, 0 for padding, anywhere. A chunk
             of padding only gives finite states, to be masked by the caller.
         num_memories (`torch.LongTensor` of shape `(N,)`, *optional*): Memories of each chunk, 1 to K. Default: K.
+        checked (`bool`): Whether the caller has looked at ids and mask, so that the device is not asked again.
 
     Returns:
         `torch.Tensor` of shape `(N, K, E)`, with [`ConcatPooling`] `(N, K, r*E)`: the memory states.
@@ -89,16 +91,17 @@ def encode_chunks(
         ValueError: If shapes differ, an id is outside the encoder's vocabulary, or a chunk is longer than it takes.
     """
     config = encoder.config
-    check_token_ids("input_ids", input_ids, getattr(config, "vocab_size", None), "the encoder")
-    limit = encoder_limit(config)
-    if limit is not None and input_ids.shape[1] > limit:
-        raise ValueError(
-            f"A chunk has {input_ids.shape[1]} tokens, but the encoder takes {limit}. Cut the text into shorter "
-            "chunks."
-        )
-    check_attention_mask("attention_mask", attention_mask, *input_ids.shape)
+    if not checked:
+        check_token_ids("input_ids", input_ids, getattr(config, "vocab_size", None), "the encoder")
+        limit = encoder_limit(config)
+        if limit is not None and input_ids.shape[1] > limit:
+            raise ValueError(
+                f"A chunk has {input_ids.shape[1]} tokens, but the encoder takes {limit}. Cut the text into shorter "
+                "chunks."
+            )
+        check_attention_mask("attention_mask", attention_mask, *input_ids.shape)
     if attention_mask is None:
-        real = visible = torch.ones_like(input_ids)
+        real, visible = torch.ones_like(input_ids), None  # a mask of ones would be read to find that out
     else:
         real = (attention_mask != 0).long()
         order = torch.argsort(1 - real, dim=1, stable=True)

@@ -15,9 +15,9 @@ from accelerate.utils.launch import (
     prepare_simple_launcher_cmd_env,
 )
 
-from training.recipe import load_recipe
+from training.places import REPOSITORY
+from training.recipes.recipe import load_recipe
 from training.run import build_parser
-from training.strict_yaml import REPOSITORY
 
 FOLDER = REPOSITORY / "configuration" / "accelerate"
 FILES = sorted(FOLDER.glob("*.yaml"))

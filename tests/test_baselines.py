@@ -24,7 +24,9 @@ from tests.reference.autoencoder_loop import expand
 from tests.reference.baseline_loop import last_logits, oracle_loop, recurrent_loop
 from tests.reference.llama_loop import llama_loop
 from tests.reference.mixer_loop import affine, mixer_loop, mixer_states
-from training.baselines import (
+from training.data.objectives import IGNORED, BatchSpec, SpecialTokens
+from training.data.rows import ObjectiveCollator
+from training.measure.baselines import (
     QUANTISATIONS,
     OracleMemory,
     RecurrentMemory,
@@ -35,9 +37,7 @@ from training.baselines import (
     quantised,
     score_next_tokens,
 )
-from training.build import child_config
-from training.objectives import IGNORED, SpecialTokens
-from training.rows import ObjectiveCollator
+from training.train.build import child_config
 
 KINDS = ("token", "embedding", "projection")
 
@@ -232,7 +232,9 @@ def test_no_memory_and_full_context_equal_the_plain_loop_with_gradients(split: b
     """Both baselines are asked for the same tokens: of no memory a window sees itself only."""
     model, rows, window = decoder(), random_ids(2, 12), 4
     special = SpecialTokens(pad=0, bos=1, eos=2, copy=3, blank=4, memory=99)
-    collate = ObjectiveCollator(["causal"], special, chunk_length=4, window_length=window, split_windows=split)
+    collate = ObjectiveCollator(
+        ["causal"], BatchSpec(special, chunk_length=4, window_length=window, split_windows=split)
+    )
     batch = collate.collate("causal", rows)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     targets = batch["shift_labels"]

@@ -18,7 +18,7 @@ from tests.conftest import build_tiny_tokenizer, tiny_decoder_config, tiny_encod
 from tests.loopback_hub import LoopbackHub, Repository
 from tests.memory_models import BLANK, CHUNK, COPY, SLOT, WINDOW, build_model, random_ids
 from training import publish
-from training.hub_folder import REPOSITORY
+from training.publishing.hub_folder import REPOSITORY
 
 COMMIT = "0" * 39 + "1"
 USER = """
@@ -75,7 +75,7 @@ def checkpoint(model, tmp_path_factory):
 
 def arguments(checkpoint, target, decoder, commit=COMMIT):
     base = ["--by-reference", "--base", f"decoder=me/base@{commit}", "--base-folder", f"decoder={decoder}"]
-    return [str(checkpoint), "--to", str(target), "--name", "me/model", *base]
+    return [str(checkpoint), "--to", str(target), "--name", "me/model", "--licence", "mit", *base]
 
 
 def answers(model):
@@ -98,13 +98,13 @@ def test_a_folder_by_reference_is_small_and_loads_in_clean_processes(
     assert (reference["id"], reference["revision"]) == ("me/base", COMMIT)
     card = ModelCard.load(tmp_path / "hub" / "README.md")
     assert card.data.base_model == ["me/base"]
-    assert f"| decoder | me/base | `{COMMIT}` | `{reference['sha256']}` |" in card.text
-    assert "the library's own to\nfetch the bases" in card.text
+    assert f"- decoder: me/base at `{COMMIT}`" in card.text and card.data.license == "mit"
+    assert "the library's own, to fetch the bases" in card.text
     for path in (tmp_path / "hub").rglob("*.*"):
         assert str(decoder).encode() not in path.read_bytes(), path
     # What was published by reference is published again, by reference and by value, without naming the base.
     monkeypatch.setattr(publish, "verify_hub_folder", lambda *_, **__: {"hub": {"loaded": ["AutoModel"]}})
-    again = [str(tmp_path / "hub"), "--base-folder", f"decoder={decoder}"]
+    again = [str(tmp_path / "hub"), "--licence", "mit", "--base-folder", f"decoder={decoder}"]
     assert publish.main([*again, "--to", str(tmp_path / "again"), "--by-reference"]) == 0
     assert json.loads((tmp_path / "again" / "config.json").read_text())["references"] == config["references"]
     assert publish.main([*again, "--to", str(tmp_path / "value")]) == 0
@@ -159,6 +159,7 @@ def test_from_the_checkpoint_to_a_user_whose_base_is_on_the_hub_too(checkpoint, 
     with LoopbackHub() as hub:
         hub.repositories["me/base"] = Repository()
         files = {path.name: path.read_bytes() for path in decoder.iterdir()}
+        files["README.md"] = b"---\nlicense: mit\n---\n# A base\n"
         commit = hub.commit("me/base", "main", files)
         hub.commit("me/base", "main", {"model.safetensors": b"a later commit, which nobody asked for"})
         environment = hub.environment(tmp_path / "home")
@@ -176,6 +177,7 @@ def test_from_the_checkpoint_to_a_user_whose_base_is_on_the_hub_too(checkpoint, 
         for found, wanted in zip(torch.load(tmp_path / "outputs.pt"), answers(model), strict=True):
             assert torch.equal(found, wanted)
         card = hub.repositories["me/model"].files()["README.md"].decode()
+        assert "Weights: mit, that of me/base." in card
         snippet = re.search(r"^```python\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
         done = run(["-P", "-c", snippet[1]], tmp_path, hub.environment(tmp_path / "user"))
         assert done.returncode == 0 and done.stdout.strip(), done.stderr

@@ -10,19 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import measure, render, snippet, speed, time_to_accuracy
+from benchmarks import measure, snippet, speed, time_to_accuracy
 from benchmarks.measure import UnequalPathsError, assert_equal, compare, fit_exponent, interleave, save_record, spread
 from modeling_memory import MemoryAutoencoder, MemoryAutoencoderConfig
 from tests.reference import memory_loop
 from tests.reference.plain_autoencoder import plain_autoencoder
-from training.record import describe_code
-from training.strict_yaml import REPOSITORY
+from training.records.record import describe_code
 
 WORDS = ["the", "old", "house", "stood", "by", "a", "river", "where", "boats", "went", "down", "to", "sea"]
 SPREAD = {"median", "min", "max", "first_quartile", "third_quartile"}
 
 
-@pytest.mark.parametrize("module", [measure, speed, time_to_accuracy, render, snippet])
+@pytest.mark.parametrize("module", [measure, speed, time_to_accuracy, snippet])
 def test_examples_in_docstrings_are_true(module: Any):
     assert doctest.testmod(module, optionflags=doctest.ELLIPSIS).failed == 0
 
@@ -244,7 +243,8 @@ def run_time_to_accuracy(data: Path, *options: str) -> tuple[int, dict[str, Any]
     sizes = ["encoder", "decoder"]
     overrides = [f"stages.autoencoder.model.{part}.hidden_size=16" for part in sizes]
     overrides += ["stages.autoencoder.training.max_steps=12", "stages.autoencoder.training.batch_size=8"]
-    arguments = ["--recipe", "debug_cpu", "--data", str(data), "--eval-steps", "3", "--eval-rows", "16"]
+    overrides += [f"data.{split}=[{str(data / f'{split}.txt')!r}]" for split in ("train", "validation", "test")]
+    arguments = ["--recipe", "debug_cpu", "--eval-steps", "3", "--eval-rows", "16"]
     arguments += ["--chunk-length", "4"]
     status = time_to_accuracy.main([*arguments, "--out", str(out), *options, *overrides, "tokenizer.vocab_size=280"])
     return status, json.loads(out.read_text()) if out.exists() else None
@@ -338,7 +338,6 @@ def test_a_plain_loop_that_disagrees_is_not_raced(
         (["--eval-steps", "0"], "--eval-steps is 0"),
         (["--max-ratio", "0"], "--max-ratio is 0.0"),
         (["--stage", "decoder"], "no autoencoder stage called 'decoder'"),
-        (["--data", str(REPOSITORY / "benchmarks")], "no file train"),
     ],
 )
 def test_time_to_accuracy_names_what_is_wrong(

@@ -24,7 +24,7 @@ from training.ceiling import (
     summarise_written,
     write,
 )
-from training.objectives import SpecialTokens
+from training.data.objectives import SpecialTokens
 
 SPECIAL = SpecialTokens(pad=0, bos=1, eos=2, copy=COPY, blank=BLANK, memory=SLOT)
 

@@ -8,9 +8,9 @@ from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from tests.test_launch import CASES, build_trainer
-from training.chunked_loss import check_head, chunked_cross_entropy, without_head
-from training.objectives import IGNORED
-from training.trainer import run_objective, run_objective_chunked
+from training.data.objectives import IGNORED
+from training.train.chunked_loss import check_head, chunked_cross_entropy, without_head
+from training.train.trainer import run_objective, run_objective_chunked
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 100])

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import build_tiny_tokenizer
-from training import data
-from training.data import (
+from training.data.sources import read_file
+from training.data.texts import (
     TokenisedSplit,
     check_splits,
     count_bytes,
@@ -22,7 +22,8 @@ from training.data import (
     sample_rows,
     tokenise_documents,
 )
-from training.tokenizer import token_byte_lengths, train_tokenizer
+from training.data.texts import texts as data
+from training.data.tokenizer import token_byte_lengths, train_tokenizer
 
 TEXTS = ["The first text.\r\nIt has two lines.", "Überall 東京 🙂", "The third\u2028one."]
 UNICODE = st.text(st.characters(codec="utf-8"), max_size=40)
@@ -266,3 +267,13 @@ def no_end_token() -> PreTrainedTokenizerFast:
 def test_bad_input_is_refused_with_what_was_given(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_half_a_character_is_named_and_can_be_skipped(tmp_path: Path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a"}\n{"text": "a\\ud800b"}\n{"text": 5}\n{"text": "c"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="line 2: 'text' holds half a character .* at 1.*Correct the row"):
+        list(read_file(file))
+    told: list[str] = []
+    assert list(read_file(file, skip=told.append)) == ["a", "c"]
+    assert len(told) == 2 and "line 2" in told[0] and "line 3: 'text' is 5" in told[1]

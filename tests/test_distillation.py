@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.memory_models import BLANK, CHUNK, COPY, SLOT, WINDOW, build_model, random_ids
-from training.objectives import IGNORED, SpecialTokens, build_batch, distillation_loss
-from training.rows import ObjectiveCollator, draw_budget
-from training.trainer import run_objective, teacher_logits
+from training.data.objectives import IGNORED, BatchSpec, ReadyContext, SpecialTokens, build_batch, distillation_loss
+from training.data.rows import ObjectiveCollator, draw_budget
+from training.train.trainer import Teaching, run_objective, teacher_says
 
 IDS = SpecialTokens(pad=0, bos=1, eos=2, memory=SLOT, copy=COPY, blank=BLANK)
 
@@ -16,10 +16,8 @@ IDS = SpecialTokens(pad=0, bos=1, eos=2, memory=SLOT, copy=COPY, blank=BLANK)
 def batch_of(lengths: list[int]) -> dict[str, torch.Tensor]:
     tokens = random_ids(len(lengths), max(lengths))
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
-    return build_batch(
-        "distillation", tokens, attention_mask=mask, window_length=WINDOW, chunk_length=CHUNK, tokens_ids=IDS,
-        layout="slots",
-    )  # fmt: skip
+    spec = BatchSpec(IDS, window_length=WINDOW, chunk_length=CHUNK, layout="slots")
+    return build_batch("distillation", tokens, spec, attention_mask=mask)
 
 
 def plain(model: Any, lengths: list[int], temperature: float) -> torch.Tensor:
@@ -47,7 +45,7 @@ def test_the_loss_and_its_gradients_equal_a_plain_computation(temperature: float
     for run in ("batched", "plain"):
         model.zero_grad()
         if run == "batched":
-            loss, logits, targets = run_objective(model, batch_of(lengths), temperature=temperature)
+            loss, logits, targets = run_objective(model, batch_of(lengths), teaching=Teaching(temperature))
             assert logits.shape[:2] == targets.shape
         else:
             loss = plain(model, lengths, temperature)
@@ -78,8 +76,9 @@ def test_the_teacher_of_a_lora_student_is_the_decoder_without_adapters():
                 parameter.normal_(std=0.3)
     trains = [parameter.requires_grad for parameter in model.parameters()]
     modes = [module.training for module in model.modules()]
-    torch.testing.assert_close(teacher_logits(model, batch), before)
-    assert not teacher_logits(model, batch).requires_grad
+    said, _ = teacher_says(model, batch, Teaching())
+    torch.testing.assert_close(said, before)
+    assert not said.requires_grad
     loss, _, _ = run_objective(model, batch)
     loss.backward()
     assert trains == [parameter.requires_grad for parameter in model.parameters()]
@@ -98,22 +97,30 @@ def test_a_student_that_reads_all_has_nothing_to_learn():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [({"layout": "self"}, "needs layout='slots'"),
-     ({"layout": "slots", "source_tokens": torch.ones(1, 4).long()}, "source_tokens are the ready context")],
+    ("objective", "layout", "context", "message"),
+    [("distillation", "self", None, "needs layout='slots'"),
+     ("causal", "slots", ReadyContext(torch.ones(1, 1, 4).long(), tokens=torch.ones(1, 4).long()), "give them for"),
+     ("distillation", "slots", ReadyContext(torch.ones(1, 1, 4).long()), "give them for distillation")],
 )  # fmt: skip
-def test_what_cannot_be_distilled_is_refused(options: dict[str, Any], message: str):
+def test_what_cannot_be_distilled_is_refused(objective: str, layout: str, context: Any, message: str):
     with pytest.raises(ValueError, match=message):
-        build_batch("distillation", random_ids(1, 20), window_length=8, chunk_length=4, tokens_ids=IDS, **options)
+        spec = BatchSpec(IDS, window_length=8, chunk_length=4, layout=layout)
+        build_batch(objective, random_ids(1, 20), spec, context=context)
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean", "queries"])
 def test_a_batch_draws_one_budget_and_reads_exactly_so_many_memories(pooling: str):
     model = build_model("llama", "llama", memories_per_chunk=4, pooling=pooling)
-    collator = ObjectiveCollator(
-        ["causal", "copy"], IDS, chunk_length=CHUNK, window_length=WINDOW, layout="slots", source_length=WINDOW,
-        memories_per_chunk=4, num_memories=(1, 2, 4),
-    )  # fmt: skip
+    spec = BatchSpec(
+        IDS,
+        chunk_length=CHUNK,
+        window_length=WINDOW,
+        layout="slots",
+        source_length=WINDOW,
+        memories_per_chunk=4,
+        num_memories=(1, 2, 4),
+    )
+    collator = ObjectiveCollator(["causal", "copy"], spec)
     seen = set()
     for first in range(0, 24, 2):
         items = [(first + i, random_ids(1, 16, seed=first + i)[0]) for i in range(2)]

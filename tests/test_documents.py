@@ -14,11 +14,11 @@ from tests.memory_models import CHUNK, WINDOW, build_model
 from tests.test_launch import ALL, SPECIAL
 from tests.test_run import recipe, short_recipe  # noqa: F401  (fixtures)
 from tests.test_trainer import trainer
-from training.documents import DocumentRows, cut_documents
-from training.objectives import IGNORED, targets_of
-from training.rows import ObjectiveCollator
+from training.data.documents import DocumentRows, cut_documents
+from training.data.objectives import IGNORED, BatchSpec, targets_of
+from training.data.rows import ObjectiveCollator
 from training.run import main
-from training.trainer import run_objective
+from training.train.trainer import run_objective
 
 EOS = 2
 
@@ -88,7 +88,8 @@ def test_padding_has_no_effect_on_losses_and_gradients(layout: str):
     """A batch of rows of different lengths against each row by itself, whose text needs no padding."""
     model = build_model(freeze_encoder=True).train()
     collate = ObjectiveCollator(
-        list(ALL), SPECIAL, chunk_length=CHUNK, window_length=WINDOW, source_length=16, layout=layout, padded=True
+        list(ALL),
+        BatchSpec(SPECIAL, chunk_length=CHUNK, window_length=WINDOW, source_length=16, layout=layout, documents=True),
     )
     rows = rows_of(documents(60))
     items = [rows[i] for i in range(6)]
@@ -122,7 +123,8 @@ def test_padding_has_no_effect_on_losses_and_gradients(layout: str):
 
 def test_tokens_per_second_count_no_padding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     collate = ObjectiveCollator(
-        ["causal", "copy"], SPECIAL, chunk_length=CHUNK, window_length=WINDOW, source_length=16, padded=True
+        ["causal", "copy"],
+        BatchSpec(SPECIAL, chunk_length=CHUNK, window_length=WINDOW, source_length=16, documents=True),
     )
     run = trainer(tmp_path, network=build_model(freeze_encoder=True), collate=collate, max_steps=2)
     run.train_dataset = rows_of(documents(60), num_items=16)

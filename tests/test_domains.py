@@ -11,9 +11,9 @@ from modeling_memory import MemoryProcessor
 from tests.conftest import build_tiny_tokenizer, tiny_decoder_config
 from tests.memory_models import CHUNK, WINDOW, build_model
 from training import domains, publish
-from training.data import tokenise_documents
+from training.data.texts import tokenise_documents
 from training.domains import DESCRIPTIONS, LETTERS, made_up_texts
-from training.suites import spread_rows
+from training.measure.suites import Scores, spread_rows
 
 
 @pytest.fixture
@@ -39,17 +39,42 @@ def test_measured_domains_reach_the_card(checkpoint, tmp_path, monkeypatch, caps
     arguments = [str(checkpoint), "--to", str(record), "--text", f"sea={text}", "--limit", "4", "--batch-size", "4"]
     assert domains.main(arguments) == 0
     saved = json.loads(record.read_text())
-    assert list(saved["domains"]) == [*DESCRIPTIONS, "sea"] and str(tmp_path) not in record.read_text()
+    assert list(saved["domains"]) == [*DESCRIPTIONS, "sea", "every_token"] and str(tmp_path) not in record.read_text()
+    every = saved["domains"].pop("every_token")
     for domain in saved["domains"].values():
         conditions = domain["metrics"]["blank_copy"]
         assert {"memory", "wrong_memory", "no_memory"} <= set(conditions)
         assert conditions["memory"]["num_tokens"] == 4 * 2 * WINDOW
+        assert "generated_token_accuracy" in domain["metrics"]["copy"]["memory"]
     monkeypatch.setattr(
         publish, "verify_hub_folder", lambda folder, model, **bases: {"hub": {"loaded": ["AutoModel"]}}
     )
     assert publish.main([str(checkpoint), "--to", str(tmp_path / "hub"), "--domains", str(record)]) == 0
     card = ModelCard.load(tmp_path / "hub" / "README.md").text
-    assert "| random digits | blank copy | memory |" in card and "| sea | blank copy | wrong memory |" in card
+    alone = saved["domains"]["sea"]["metrics"]["blank_copy"]["memory"]["token_accuracy"]
+    assert f"| sea | {100 * alone:.2f} % (" in card and "| random digits | " in card
+    assert f"{len(every['lost_tokens'])} of the {every['num_tokens']} tokens of its vocabulary never came back" in card
+
+
+@pytest.mark.parametrize("lost", [set(), {7, 11, 60}])
+def test_every_token_is_tried_and_those_that_never_come_back_are_named(lost, monkeypatch):
+    """Of a model that gives back all tokens but some, whatever its vocabulary is."""
+    model, tokenizer = build_model(), build_tiny_tokenizer()
+    asked = []
+
+    def perfect(_, batch, num_rows):
+        targets = batch["shift_labels"][batch["shift_labels"] != -100].reshape(num_rows, -1)
+        asked.append(targets)
+        wrong = torch.isin(targets, torch.tensor(sorted(lost), dtype=torch.long))
+        return Scores(torch.zeros(targets.shape), ~wrong, targets)
+
+    monkeypatch.setattr(domains, "score", perfect)
+    found = domains.every_token(model, tokenizer, "blank_copy")
+    ordinary = set(range(len(tokenizer))) - set(tokenizer.all_special_ids)
+    counts = torch.cat([part.flatten() for part in asked]).bincount(minlength=len(tokenizer))
+    assert {i for i, n in enumerate(counts.tolist()) if n} == ordinary and found["num_tokens"] == len(ordinary)
+    assert all(counts[i] >= found["tries"] for i in ordinary)
+    assert found["lost_tokens"] == [tokenizer.decode([i]) for i in sorted(lost)]
 
 
 def test_a_causal_lm_is_asked_for_the_next_token(tmp_path):
@@ -74,7 +99,7 @@ def test_a_causal_lm_is_asked_for_the_next_token(tmp_path):
     [
         (["--text", "sea"], "expected NAME=FILE"),
         (["--text", "sea=nowhere.txt"], "no file matches 'nowhere.txt'"),
-        (["--limit", "0"], "--limit must be 2 or more"),
+        (["--limit", "0"], "expected a whole number of 2 or more"),
     ],
 )
 def test_mistakes_are_named(checkpoint, tmp_path, capsys, arguments, message):

@@ -1,5 +1,6 @@
 """Training from states that were encoded once is training with the encoder in every step."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,11 @@ import torch
 
 from tests.memory_models import CHUNK, WINDOW, build_model
 from tests.test_launch import ALL, ROW, ROWS, SOURCE, SPECIAL, stream
-from training import encoded as encoded_module
-from training.encoded import encode_once
-from training.rows import ObjectiveCollator, TokenRows
-from training.trainer import run_objective, run_objective_chunked
+from training.data.encoded import encode_once
+from training.data.objectives import BatchSpec
+from training.data.rows import ObjectiveCollator, TokenRows
+from training.data.texts import encoded as encoded_module
+from training.train.trainer import run_objective, run_objective_chunked
 
 CPU = torch.device("cpu")
 
@@ -21,7 +23,7 @@ def rows_and_collator(model: Any, folder: Path) -> tuple[TokenRows, ObjectiveCol
     chunks = encode_once(model, tokens, folder, bf16=False, device=CPU)
     rows = TokenRows(tokens, row_length=ROW, num_items=200, seed=1, encoded=chunks)
     collator = ObjectiveCollator(
-        list(ALL), SPECIAL, chunk_length=CHUNK, window_length=WINDOW, source_length=SOURCE, layout="slots"
+        list(ALL), BatchSpec(SPECIAL, chunk_length=CHUNK, window_length=WINDOW, source_length=SOURCE, layout="slots")
     )
     return rows, collator
 
@@ -31,7 +33,7 @@ def rows_and_collator(model: Any, folder: Path) -> tuple[TokenRows, ObjectiveCol
 def test_losses_and_gradients_equal_those_of_live_memories(tmp_path: Path, fields: dict[str, Any], first: int):
     model = build_model("llama", "llama", freeze_encoder=True, **fields).train()
     rows, collator = rows_and_collator(model, tmp_path)
-    collator.options["memories_per_chunk"] = model.config.memories_per_chunk
+    collator.spec = replace(collator.spec, memories_per_chunk=model.config.memories_per_chunk)
     items = [rows[i] for i in range(first, first + ROWS)]
     ready, live = collator(items), collator([item[:2] for item in items])
     for name in ALL:

@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from tests.test_pairs import TEXT, byte_level, wordpiece
 from training.estimate import build_on_meta, estimate_recipe, estimate_stage, main
-from training.recipe import REPOSITORY, load_recipe
-from training.record import read_json
+from training.recipes.recipe import REPOSITORY, load_recipe
+from training.records.record import read_json
 from training.run import main as run
 
 PAIRS = ("llama_3_2_1b", "qwen3_0_6b", "smollm2_135m_minilm")
@@ -110,7 +110,7 @@ def test_checkpointing_and_chunks_of_the_loss_take_less_memory():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["qwen3_0_6b", "--rate", "0"], "above 0"),
+    [(["qwen3_0_6b", "--rate", "0"], "expected a number above 0"),
      (["qwen3_0_6b", "pretrained.qwen3.config={}"], "has no model_type"),
      (["nothing"], "was not found")],
 )  # fmt: skip

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from modeling_memory import MemoryAutoencoder, MemoryAutoencoderConfig, MemoryProcessor
 from tests.conftest import build_tiny_tokenizer, tiny_encoder_config
 from tests.memory_models import BLANK, CHUNK, COPY, SLOT, WINDOW, build_model, random_ids
+from training.data.objectives import SpecialTokens
 from training.evaluate import main as evaluate_main
 from training.fidelity import (
     accuracy_by_part,
@@ -22,8 +23,7 @@ from training.fidelity import (
     random_rows,
     text_fidelity,
 )
-from training.objectives import SpecialTokens
-from training.suites import Evaluation
+from training.measure.suites import Evaluation
 
 pytest.importorskip("sacrebleu")
 SPECIAL = SpecialTokens(pad=0, bos=1, eos=2, copy=COPY, blank=BLANK, memory=SLOT)

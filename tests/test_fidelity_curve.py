@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fidelity_curve import draw_fidelity_curve, fidelity_curve_lines, main
+from benchmarks.drawings import draw_fidelity_curve
+from benchmarks.fidelity_curve import main
+from benchmarks.quality_tables import fidelity_curve
 
 RUN = {
     "run": {"recipe_name": "fidelity_curve", "created_at": "2026-11-21T00:00:00+00:00", "status": "success"},
@@ -48,9 +50,9 @@ def test_runs_are_gathered_and_shown_in_order(grid: Path, tmp_path: Path):
     assert main([str(grid), "--out", str(out)]) == 0
     record = json.loads(out.read_text())
     assert "num_correct" not in json.dumps(record) and str(tmp_path) not in json.dumps(record)
-    lines = fidelity_curve_lines(record, "link")
-    assert lines[2].startswith("| 4 | [90.00%](link) (89.00 to 91.00) | 0.1000 | 2.0% | 1.0% | 256 | 1.5 |")
-    assert lines[3].startswith("| 16 | [75.00%](link)") and "for all lengths" in lines[-1]
+    rows = fidelity_curve(record).rows
+    assert rows[1] == ["4", "64", "90.00% (89.00 to 91.00)", "0.1000", "2.0%", "1.0%", "256", "1.5"]
+    assert rows[2][:2] == ["16", "16"]
     assert draw_fidelity_curve(record, tmp_path) == ["accuracy.png"]
     assert (tmp_path / "accuracy.png").stat().st_size > 5000
 

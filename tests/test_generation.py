@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_memory import MemoryCache
-from tests.memory_models import BLANK, CHUNK, COPY, SLOT, WINDOW, build_model, ragged_batch, random_ids
+from tests.memory_models import BLANK, CHUNK, SLOT, WINDOW, build_model, ragged_batch, random_ids
 from tests.reference import memory_loop
 
 DECODERS = ("llama", "qwen3", "gpt_neox")
@@ -255,7 +255,7 @@ class TestCaches:
         cache = out.past_key_values
         assert isinstance(cache, MemoryCache)
         memories = 29 // WINDOW * WINDOW // CHUNK
-        assert cache.memory_embeds.shape == (2, memories, 32)
+        assert cache.memories.embeds.shape == (2, memories, 32)
         assert cache.layers[0].keys.shape[2] == memories + WINDOW
         assert cache.column_mask.sum(1).tolist() == [memories + 29 % WINDOW] * 2
 
@@ -265,8 +265,8 @@ class TestCaches:
         out = model.generate(
             prompt, attention_mask=mask, max_new_tokens=60, return_dict_in_generate=True, **GREEDY
         ).past_key_values
-        assert out.memory_embeds.shape[1] == (6 + 59) // WINDOW * 2
-        assert out.layers[0].keys.shape[2] <= out.memory_embeds.shape[1] + 2 * WINDOW
+        assert out.memories.embeds.shape[1] == (6 + 59) // WINDOW * 2
+        assert out.layers[0].keys.shape[2] <= out.memories.embeds.shape[1] + 2 * WINDOW
 
     def test_a_full_window_is_encoded_once(self):
         model = build_model()
@@ -302,7 +302,7 @@ class TestCaches:
         model = build_model()
         cache = DynamicCache()
         model(random_ids(1, WINDOW), past_key_values=cache)
-        with pytest.raises(ValueError, match="cannot hold what folding needs"):
+        with pytest.raises(ValueError, match="cannot hold what compressing needs"):
             model(random_ids(1, 1), past_key_values=cache)
 
     def test_memory_cache_refuses_to_shrink_and_can_be_emptied(self):
@@ -358,11 +358,11 @@ class TestRefusals:
 
     def test_more_text_than_memories_allow(self):
         model = build_model(max_memories=4)
-        with pytest.raises(ValueError, match="may fold into 8 memories.*takes 4.*drop_oldest"):
+        with pytest.raises(ValueError, match="may become 8 memories.*takes 4.*drop_oldest"):
             model.generate(random_ids(1, 5), max_new_tokens=30, **GREEDY)
         fits = 3 * WINDOW + 1 - 5  # the last token is written and not read
         assert model.generate(random_ids(1, 5), max_new_tokens=fits, **GREEDY).shape == (1, 3 * WINDOW + 1)
-        with pytest.raises(ValueError, match="may fold into 6 memories"):
+        with pytest.raises(ValueError, match="may become 6 memories"):
             model.generate(random_ids(1, 5), max_new_tokens=fits + 1, **GREEDY)
         with pytest.raises(ValueError, match="needs 6 memories.*takes 4"):
             model(random_ids(1, 3 * WINDOW + 1))
@@ -519,14 +519,25 @@ class TestRollingBehindAContext:
     def test_what_cannot_roll_is_refused(self):
         model, chunks = build_model(), random_ids(2, 1, CHUNK)
         uneven, mask = padded_on_the_left([torch.tensor([SLOT]), torch.cat([torch.tensor([SLOT]), random_ids(20)])])
-        with pytest.raises(ValueError, match="Row 0 ends in a memory slot"):
-            model(uneven, attention_mask=mask, context_input_ids=chunks, rolling_memory=True)
         other = build_model(self_memory=False)
         with pytest.raises(ValueError, match="`config.self_memory` is False"):
             other(uneven[1:], context_input_ids=chunks[1:], attention_mask=mask[1:], rolling_memory=True)
-        # A prompt of slots only is no such case: it fits its window.
         only = torch.full((1, 1), SLOT)
         assert model.generate(only, context_input_ids=chunks[:1], max_new_tokens=20, **ROLLING).shape == (1, 21)
+
+    def test_a_row_that_ends_in_its_memory_beside_one_of_several_windows(self):
+        model, chunks = build_model(), random_ids(2, 1, CHUNK)
+        texts = [torch.tensor([5, SLOT]), torch.cat([torch.tensor([SLOT]), random_ids(20)])]
+        uneven, mask = padded_on_the_left(texts)
+        options = {"context_input_ids": chunks, "rolling_memory": True}
+        out = model(uneven, attention_mask=mask, use_cache=True, **options)
+        more = random_ids(2, WINDOW + 3, seed=9)
+        following = model(more, past_key_values=out.past_key_values).logits
+        for row, text in enumerate(texts):
+            text = torch.cat([text, more[row]])
+            expected = memory_loop.read_behind_context(model, [chunks[row, 0]], text)
+            got = torch.cat([out.logits[row, mask[row].bool()], following[row]])
+            torch.testing.assert_close(got, expected, atol=ATOL, rtol=0)
 
 
 class TestDropOldest:
@@ -544,7 +555,7 @@ class TestDropOldest:
             got = out.logits[row, mask[row].bool()]
             torch.testing.assert_close(got, expected[:-1], atol=ATOL, rtol=0)
             torch.testing.assert_close(following[row, 0], expected[-1], atol=ATOL, rtol=0)
-        assert out.past_key_values.memory_embeds.shape[1] <= max_memories
+        assert out.past_key_values.memories.embeds.shape[1] <= max_memories
         assert model.config.max_position_embeddings is None
 
     def test_writing_behind_a_context_keeps_the_context(self):
@@ -568,53 +579,6 @@ class TestDropOldest:
         for (name, fast), plain in zip(model.named_parameters(), slow.parameters(), strict=True):
             if plain.grad is not None:
                 torch.testing.assert_close(fast.grad, plain.grad, atol=1e-4, rtol=1e-4, msg=name)
-
-
-class TestKeepNearest:
-    @pytest.mark.parametrize(
-        "fields", [{}, {"window_positions": True}, SPREAD, {"memory_positions": "fixed", "absent_memories": "zeros"}]
-    )
-    @pytest.mark.parametrize("max_memories", [1, 3, 5])
-    def test_one_call_and_cached_steps_equal_the_plain_loop(self, max_memories, fields):
-        model = build_model(max_memories=max_memories, memory_policy="keep_nearest", **fields)
-        input_ids, mask = ragged_batch(5 * WINDOW + 3)
-        mask[:, 0] = 1
-        input_ids[0, 3] = COPY
-        with torch.no_grad():
-            logits = model(input_ids, attention_mask=mask).logits
-            out, stepped = None, []
-            for column in range(input_ids.shape[1]):
-                cache = None if out is None else out.past_key_values
-                step = input_ids[:, column : column + 1]
-                out = model(step, attention_mask=mask[:, : column + 1], past_key_values=cache, use_cache=True)
-                stepped.append(out.logits)
-            for row in range(4):
-                keep = mask[row].bool()
-                expected = memory_loop.read_with_room(model, input_ids[row, keep])
-                torch.testing.assert_close(logits[row, keep], expected, atol=ATOL, rtol=0)
-                torch.testing.assert_close(torch.cat(stepped, 1)[row, keep], expected, atol=ATOL, rtol=0)
-        assert out.past_key_values.memory_mask.sum(1).max() == 10  # all are kept, few are seen
-        assert out.past_key_values.column_mask.sum(1).max() <= max_memories + WINDOW
-
-    def test_beams_choose_alike_with_cache_and_without(self):
-        model = build_model(max_memories=3, memory_policy="keep_nearest")
-        prompt, mask = left_padded((3, 13))
-        options = {"attention_mask": mask, "max_new_tokens": 4 * WINDOW, "num_beams": 2, **GREEDY}
-        runs = [model.generate(prompt, use_cache=cached, **options) for cached in (True, False)]
-        assert torch.equal(*runs)
-
-    def test_a_context_in_slots_stays(self):
-        """Room for the context alone: then nothing else is seen, whatever folds behind it."""
-        model = build_model(max_memories=2, memory_policy="keep_nearest")
-        text = torch.cat([torch.full((1, 2), SLOT), random_ids(1, 3 * WINDOW + 2)], 1)
-        options = {"context_input_ids": random_ids(1, 2, CHUNK), "rolling_memory": True}
-        logits = model(text, **options).logits[:, 2 + 3 * WINDOW :]
-        last = torch.cat([text[:, :2], text[:, 2 + 3 * WINDOW :]], 1)
-        torch.testing.assert_close(logits, model(last, **options).logits[:, 2:], atol=ATOL, rtol=0)
-
-    def test_there_must_be_one_to_keep(self):
-        with pytest.raises(ValueError, match="no memory to keep"):
-            build_model(max_memories=0, memory_policy="keep_nearest")
 
 
 class Heard(BaseStreamer):

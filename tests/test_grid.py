@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from training import grid
-from training.grid import Job, cell_name, expand_grid, grid_jobs, grid_table, run_jobs, table_lines
+from training.recipes import grid
+from training.recipes.grid import Job, cell_name, expand_grid, grid_jobs, grid_table, run_jobs, table_lines
 from training.run import main
 
 SCRIPT = """

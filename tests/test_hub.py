@@ -12,9 +12,9 @@ from modeling_memory import MemoryProcessor
 from tests.conftest import build_tiny_tokenizer
 from tests.loopback_hub import TOKEN, LoopbackHub
 from tests.memory_models import CHUNK, WINDOW, build_model, random_ids
-from training import hub_folder
-from training.hub_folder import ALLOWED_FILES, REPOSITORY, write_hub_folder
-from training.push import push_folder
+from training.publishing import hub_folder
+from training.publishing.hub_folder import ALLOWED_FILES, REPOSITORY, write_hub_folder
+from training.publishing.push import push_folder
 
 # What a user runs: nothing of this repository, nothing of the package, only the name and the revision.
 USER = """
@@ -87,6 +87,7 @@ def test_what_the_command_publishes_is_what_a_user_gets(hub, tmp_path):
     first.save_pretrained(checkpoint)
     processor().save_pretrained(checkpoint)
     arguments = ["-m", "training.publish", str(checkpoint), "--to", str(tmp_path / "hub"), "--push", "me/model"]
+    arguments += ["--licence", "apache-2.0"]
     done = run(arguments, REPOSITORY, **hub.environment(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
     repository = hub.repositories["me/model"]
@@ -153,7 +154,7 @@ def push_in_process(hub, folder):
 
 def test_a_folder_that_does_not_load_is_never_pushed(hub, tmp_path, monkeypatch, capsys):
     from training import publish
-    from training.hub_folder import PublishError
+    from training.publishing.hub_folder import PublishError
 
     checkpoint = tmp_path / "checkpoint"
     build_model().save_pretrained(checkpoint)
@@ -165,7 +166,7 @@ def test_a_folder_that_does_not_load_is_never_pushed(hub, tmp_path, monkeypatch,
     monkeypatch.setattr(publish, "verify_hub_folder", fail)
     for name, value in hub.environment(tmp_path).items():
         monkeypatch.setenv(name, value)
-    arguments = [str(checkpoint), "--to", str(tmp_path / "hub"), "--push", "me/model"]
+    arguments = [str(checkpoint), "--to", str(tmp_path / "hub"), "--push", "me/model", "--licence", "apache-2.0"]
     assert publish.main(arguments) == 2
     assert capsys.readouterr().err.strip().endswith("error: logits differ")
     assert not hub.log

@@ -6,6 +6,7 @@ Run as a module by `accelerate launch`, this file is its own two-process program
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from modeling_memory import MemoryAutoencoder, MemoryAutoencoderConfig
 from tests.conftest import VOCAB_SIZE, tiny_decoder_config, tiny_encoder_config
 from tests.memory_models import BLANK, CHUNK, COPY, SLOT, WINDOW, build_model
-from training.documents import DocumentRows
-from training.objectives import IGNORED, SpecialTokens
-from training.recipe import TrainingRecipe
-from training.rows import ObjectiveCollator, TokenRows
-from training.strict_yaml import REPOSITORY
-from training.trainer import MemoryTrainer, run_objective, training_arguments
+from training.data.documents import DocumentRows
+from training.data.objectives import IGNORED, BatchSpec, SpecialTokens
+from training.data.rows import ObjectiveCollator, TokenRows
+from training.places import REPOSITORY
+from training.recipes.recipe import TrainingRecipe
+from training.train.trainer import MemoryTrainer, run_objective, training_arguments
 
 SPECIAL = SpecialTokens(pad=0, bos=1, eos=2, copy=COPY, blank=BLANK, memory=SLOT)
 ROW, SOURCE, ROWS, STEPS = 24, 16, 8, 3
@@ -30,7 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "all objectives": {"objectives": ALL, "options": {"every": {"causal": 2}}},
     "slots": {"objectives": ALL, "options": {"layout": "slots", "every": {"blank_copy": 4}}},
     "logits in chunks": {"objectives": ALL, "training": {"loss_chunk": 8}},
-    "documents": {"objectives": ALL, "documents": True, "options": {"padded": True}},
+    "documents": {"objectives": ALL, "documents": True, "options": {"documents": True}},
     "causal": {"objectives": {"causal": 1.0}, "kind": "decoder"},
     "copy": {"objectives": {"copy": 1.0}, "options": {"marker": "none"}},
     "blank copy": {"objectives": {"blank_copy": 1.0}},
@@ -95,14 +96,14 @@ def build_trainer(case: str, folder: Path, *, batch_size: int, accumulation: int
         logging_steps=1,
         **settings,
     )
-    collator = Uneven(
-        list(objectives),
+    spec = BatchSpec(
         SPECIAL,
         chunk_length=CHUNK,
         window_length=CHUNK if "reconstruction" in objectives else WINDOW,
         source_length=SOURCE,
         **CASES[case].get("options", {}),
     )
+    collator = Uneven(list(objectives), spec)
     return MemoryTrainer(
         network(CASES[case].get("kind", "memory")),
         training_arguments(training, folder, seed=0, use_cpu=True),
@@ -175,7 +176,7 @@ def test_trajectories_and_evaluation_are_equal_however_launched(
 def test_evaluation_counts_each_row_once(case: str, tmp_path: Path):
     """In ragged batches as in one batch of all rows, by hand."""
     trainer = build_trainer(case, tmp_path, batch_size=4)
-    trainer.data_collator.every = {}
+    trainer.data_collator.spec = replace(trainer.data_collator.spec, every={})
     metrics = trainer.evaluate()
     rows = TokenRows(stream(11 * ROW), row_length=ROW, num_items=11)
     batch = trainer.data_collator([rows[i] for i in range(11)])

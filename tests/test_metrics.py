@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.metrics import (
+from training.measure.metrics import (
     TokenCounts,
     accuracy_by_position,
     bits_per_byte,

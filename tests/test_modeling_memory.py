@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM, MemoryEncoderDecoderModel
-from modeling_memory.memory_windows import predicting_column, split_windows
 from tests.memory_models import BLANK, CHUNK, COPY, FAMILIES, SLOT, WINDOW, build_model, ragged_batch, random_ids
 from tests.reference import memory_loop
 
@@ -16,11 +15,14 @@ from tests.reference import memory_loop
 ATOL = 1e-5
 FIXED = {"memory_positions": "fixed", "max_memories": 9}
 SPREAD = {"memory_positions": "spread", "max_memories": 9}
+SOURCE = {"memory_positions": "source"}
 MARKERS = {"copy_token_id": 30, "blank_token_id": 31}  # which random texts hold here and there
 LAYOUTS = {
     "contiguous": {},
     "fixed": FIXED,
     "spread": SPREAD,
+    "source": SOURCE,
+    "source, three memories a chunk": {**SOURCE, "memories_per_chunk": 3},
     "spread, two memories a chunk": {**SPREAD, "max_memories": 18, "memories_per_chunk": 2},
     "spread, ones": {**SPREAD, "absent_memories": "ones"},
     "ones": {**FIXED, "absent_memories": "ones"},
@@ -200,24 +202,6 @@ def test_any_mask_equals_the_plain_loop(data, num_rows, num_columns):
     input_ids = random_ids(num_rows, num_columns)
     logits = model(input_ids, attention_mask=mask).logits
     assert_rows_equal(logits, memory_loop.read_texts(model, input_ids, mask), mask)
-
-
-@settings(max_examples=50, deadline=None)
-@given(data=st.data(), num_rows=st.integers(1, 4), num_columns=st.integers(1, 30), window_length=st.integers(1, 9))
-def test_windows_lose_and_invent_nothing(data, num_rows, num_columns, window_length):
-    bits = st.lists(st.booleans(), min_size=num_columns, max_size=num_columns).filter(any)
-    mask = torch.tensor([data.draw(bits) for _ in range(num_rows)]).long()
-    input_ids = random_ids(num_rows, num_columns)
-    windows = split_windows(input_ids, mask, window_length)
-    for row in range(num_rows):
-        mine = windows.row == row
-        tokens = windows.input_ids[mine][windows.attention_mask[mine].bool()]
-        assert torch.equal(tokens, input_ids[row][mask[row].bool()])
-        assert windows.index[mine].tolist() == list(range(int(windows.counts[row])))
-    laid_back = windows.lay_back(windows.input_ids[..., None])[..., 0]
-    assert torch.equal(laid_back[mask.bool()], input_ids[mask.bool()])
-    assert torch.equal(laid_back, input_ids.gather(1, predicting_column(mask)).where(mask.cumsum(1) > 0, laid_back))
-    assert torch.equal(windows.row[windows.last], torch.arange(num_rows))
 
 
 class TestPadding:

@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 from modeling_memory.configuration_memory import MemoryEncoderDecoderConfig
 from modeling_memory.modeling_memory import MemoryEncoderDecoderForCausalLM
 from tests.conftest import tiny_decoder_config, tiny_encoder_config
-from training.objectives import (
+from training.data.objectives import (
     IGNORED,
     LAYOUTS,
     MARKERS,
+    BatchSpec,
+    ReadyContext,
     SpecialTokens,
     build_batch,
     combine_losses,
@@ -36,8 +38,9 @@ def rows_of(lengths: list[int], *, pad_left: bool = False, width: int | None = N
 
 
 def build(objective: str, tokens: torch.Tensor, **options: Any) -> dict[str, torch.Tensor]:
-    known = {"window_length": WINDOW, "chunk_length": CHUNK, "tokens_ids": IDS}
-    return build_batch(objective, tokens, **{**known, **options})
+    own = {name: options.pop(name) for name in ("attention_mask", "context", "end") if name in options}
+    spec = BatchSpec(**{"special_tokens": IDS, "window_length": WINDOW, "chunk_length": CHUNK, **options})
+    return build_batch(objective, tokens, spec, **own)
 
 
 def one_row(
@@ -183,8 +186,7 @@ def test_ready_context_of_another_tokenizer_takes_any_text_length() -> None:
             **rows,
             layout="slots",
             memories_per_chunk=2,
-            context_input_ids=context,
-            context_attention_mask=context_mask,
+            context=ReadyContext(context, context_mask),
         )
         assert (batch["context_input_ids"] == context).all()
         assert (batch["input_ids"] == IDS.memory).sum(1).tolist() == [6, 2]
@@ -219,7 +221,7 @@ def test_combined_loss_is_the_weighted_sum_of_true_means() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"objective": "coppy"}, "'coppy' is unknown; known: causal, copy, blank_copy, reconstruction"),
+        ({"objective": "coppy"}, "'coppy' is unknown; known: causal, copy, blank_copy, recall"),
         ({"layout": "slot"}, "known: self, slots"),
         ({"marker": "tokens"}, "known: token, none"),
         ({"window_length": 6}, "6 is no multiple of chunk_length 4"),
@@ -233,24 +235,29 @@ def test_combined_loss_is_the_weighted_sum_of_true_means() -> None:
         ({"attention_mask": torch.ones(2, 15).long()}, r"\(2, 15\).*\(2, 16\)"),
         ({"attention_mask": torch.tensor([[1] * 16, [0] * 16])}, "row 1 is padding only"),
         ({"attention_mask": torch.tensor([[1] * 16, [1] * 9 + [0] * 7])}, "row 1 has a source of 9 tokens"),
-        ({"tokens_ids": SpecialTokens(pad=0)}, "copy needs a copy token"),
-        ({"objective": "blank_copy", "tokens_ids": SpecialTokens(pad=0)}, "blank_copy needs a blank token"),
-        ({"layout": "slots", "tokens_ids": SpecialTokens(pad=0, copy=3)}, "slots layout needs a memory token"),
-        ({"context_input_ids": torch.ones(2, 1, 4).long()}, "only the slots layout"),
-        ({"layout": "slots", "context_input_ids": torch.ones(3, 1, 4).long()}, r"\(3, 1, 4\); expected \(2, chunks"),
+        ({"special_tokens": SpecialTokens(pad=0)}, "copy needs a copy token"),
+        ({"objective": "blank_copy", "special_tokens": SpecialTokens(pad=0)}, "blank_copy needs a blank token"),
+        ({"layout": "slots", "special_tokens": SpecialTokens(pad=0, copy=3)}, "slots layout needs a memory token"),
+        ({"context": ReadyContext(torch.ones(2, 1, 4).long())}, "only the slots layout"),
+        (
+            {"layout": "slots", "context": ReadyContext(torch.ones(3, 1, 4).long())},
+            r"\(3, 1, 4\); expected \(2, chunks",
+        ),
         (
             {
                 "layout": "slots",
-                "context_input_ids": torch.ones(2, 1, 4).long(),
-                "context_attention_mask": torch.ones(2, 4).long(),
+                "context": ReadyContext(torch.ones(2, 1, 4).long(), torch.ones(2, 4).long()),
             },
-            r"context_attention_mask has shape \(2, 4\)",
+            r"context.attention_mask has shape \(2, 4\)",
         ),
         ({"objective": "reconstruction", "tokens": torch.ones(2, 6).long()}, "6 columns.*chunks of 4"),
         ({"end": True}, "end=True was given for copy in the layout 'self'"),
         ({"end": True, "layout": "slots", "objective": "causal"}, "end=True was given for causal"),
         ({"end": True, "layout": "slots", "marker": "none"}, "with marker 'none'; only copies with a marker"),
-        ({"end": True, "layout": "slots", "tokens_ids": SpecialTokens(pad=0, copy=3, memory=9)}, "needs a eos token"),
+        (
+            {"end": True, "layout": "slots", "special_tokens": SpecialTokens(pad=0, copy=3, memory=9)},
+            "needs a eos token",
+        ),
         ({"objective": "causal", "layout": "slots", "source_length": 16}, "8 to 8 tokens"),
         ({"objective": "causal", "layout": "slots", "tokens": torch.ones(2, 8).long()}, "more than one window of 8"),
     ],

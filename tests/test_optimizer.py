@@ -10,7 +10,7 @@ from transformers.optimization import get_wsd_schedule
 
 from modeling_memory import MaskedMixerModel
 from tests.conftest import tiny_encoder_config
-from training.optimizer import MuonAdamW, build_optimizer, hidden_matrix_names
+from training.train.optimizer import MuonAdamW, build_optimizer, hidden_matrix_names
 
 
 class TinyModel(nn.Module):

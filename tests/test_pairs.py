@@ -14,13 +14,13 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM, MemoryProcessor
-from training.objectives import IGNORED, SpecialTokens
-from training.pairs import PairCollator, PairedRows, encode_pairs, evaluate_pairs, pair_texts
-from training.recipe import load_recipe
-from training.record import read_json
+from training.data.objectives import IGNORED, BatchSpec, SpecialTokens
+from training.data.pairs import PairCollator, PairedRows, encode_pairs, evaluate_pairs, pair_texts
+from training.data.tokenizer import complete_tokenizer, train_tokenizer
+from training.recipes.recipe import load_recipe
+from training.records.record import read_json
 from training.run import main
-from training.tokenizer import complete_tokenizer, train_tokenizer
-from training.trainer import run_objective
+from training.train.trainer import run_objective
 
 TEXT = "The old house stood by a river, where naïve boats went down to sea. People sang of wind & rain — ☃ 🙂!\n"
 UNICODE = st.text(
@@ -132,7 +132,9 @@ IDS = SpecialTokens(pad=0, bos=1, eos=2, memory=300, copy=3, blank=4)
 
 
 def collator(*objectives: str, **options: Any) -> PairCollator:
-    return PairCollator(list(objectives), IDS, source_chunks=2, memories_per_chunk=3, **options)
+    encoded = options.pop("encoded", None)
+    spec = BatchSpec(IDS, chunk_length=1, window_length=1, memories_per_chunk=3, **options)
+    return PairCollator(list(objectives), spec, source_chunks=2, encoded=encoded)
 
 
 def test_batches_are_what_the_processor_gives():
@@ -296,7 +298,7 @@ def test_a_stopped_run_of_a_pair_goes_on_to_the_same_weights(recipe: Path, tmp_p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.stages.StageRunner._save", stop)
+        patch.setattr("training.train.stages.StageRunner._save", stop)
         assert main([str(recipe), *short, f"output_dir={stopped}"]) == 130
     kept = stopped / "stages" / "memory" / "checkpoints"
     for checkpoint in kept.glob("checkpoint-4"):

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from benchmarks.measure import gather_runs
-from benchmarks.pairs import decoder_sizes_lines, main, pairs_lines, show
-from training.record import read_json, write_json
+from benchmarks.pairs import main, show
+from benchmarks.quality_tables import decoder_sizes, pairs
+from training.records.record import read_json, write_json
 
 
 def condition(loss: float, gain: float | None = None) -> dict[str, Any]:
@@ -42,12 +43,12 @@ def records(tmp_path: Path) -> Path:
 def test_the_table_has_a_row_for_each_run_task_and_budget(records: Path, tmp_path: Path):
     record = gather_runs([records], "python -m benchmarks.pairs", show)
     assert record["metrics"]["runs"]["a"]["projector_norm"] == {"first": 1.5, "last": 2.5}
-    lines = pairs_lines(record, "x.json")
-    assert len([line for line in lines if line.startswith("| projector")]) == 4
-    first, *_, last = (line for line in lines if line.startswith("| projector"))
-    assert "| go on | 1 | [3.000, 25.0%](x.json) | 3.500, 25.0% | 3.250, 25.0% | 3.250, 25.0% | 2.500" in first
-    assert last.startswith("| projector and LoRA | write it again | 4 |") and "3.750, 25.0% | 2.500" in last
-    assert "+0.500 (-0.500 to +1.500)" in last and "5 steps of 8 rows each; 4 rows" in lines[-1]
+    _, first, *_, last = pairs(record).rows
+    losses = [f"{loss}, 25.0%" for loss in ("3.000", "3.500", "3.250", "3.250", "2.500")]
+    assert len(pairs(record).rows) == 5
+    assert first == ["projector", "continue", "1", *losses, "+0.500 (-0.500 to +1.500)"]
+    assert last[:3] == ["projector and LoRA", "copy", "4"] and last[6] == "3.750, 25.0%"
+    assert "5 steps of 8 rows each; 4 rows" in pairs(record).note
     assert main([str(records), "--out", str(tmp_path / "out.json")]) == 0 and (tmp_path / "out.json").is_file()
 
 
@@ -59,10 +60,10 @@ def test_decoders_of_several_sizes_stand_in_the_order_of_their_sizes(records: Pa
         record["recipe"]["stages"].insert(0, decoder)
         record["stages"]["m"]["parameters_by_part"] = {"decoder": {"total": size}}
         write_json(file, record)
-    lines = decoder_sizes_lines(gather_runs([records], "python -m benchmarks.pairs", show), "x.json")
-    assert lines[2].startswith("| stories260K, pretrained | 1,000 | linear | [3.000, 25.0%](x.json) | 3.500, 25.0% |")
-    assert lines[3].startswith("| fresh, width 64 | 2,000 |") and "+0.500 (-0.500 to +1.500)" in lines[3]
-    assert "7 steps of next-token training, then 5 steps of 8 rows" in lines[-1]
+    made = decoder_sizes(gather_runs([records], "python -m benchmarks.pairs", show))
+    assert made.rows[1][:5] == ["stories260K, pretrained", "1,000", "linear", "3.000, 25.0%", "3.500, 25.0%"]
+    assert made.rows[2][:2] == ["fresh, width 64", "2,000"] and made.rows[2][-1] == "+0.500 (-0.500 to +1.500)"
+    assert "7 steps of next-token training, then 5 steps of 8 rows" in made.note
 
 
 def test_runs_of_two_commits_are_not_mixed(records: Path, capsys: pytest.CaptureFixture[str]):

@@ -3,8 +3,8 @@
 import pytest
 
 from training import run
-from training.recipe import load_recipe
-from training.record import read_json
+from training.recipes.recipe import load_recipe
+from training.records.record import read_json
 
 CORPORA = "training/corpora"
 

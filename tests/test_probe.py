@@ -20,10 +20,10 @@ from tests.conftest import (
     tiny_encoder_config,
 )
 from training import probe as probe_module
-from training.fit import Budget, Order, fit
-from training.frozen import FrozenEncoder, TextRows, cut_rows, load_encoder
-from training.inversion import DecoderSize, VectorDecoder, invert
+from training.measure.frozen import FrozenEncoder, TextRows, cut_rows, load_encoder
+from training.measure.inversion import DecoderSize, VectorDecoder, invert
 from training.probe import Probe, main, probe
+from training.train.fit import Budget, Order, fit
 
 TEXT = "the cat sat on the mat and the dog ran to the inn; " * 12
 SIZE = DecoderSize(hidden_size=16, num_hidden_layers=1, num_heads=2)
@@ -231,7 +231,7 @@ def test_wrong_use_gets_one_clear_line(
 ):
     from transformers import ViTConfig, ViTModel
 
-    from training.tokenizer import train_tokenizer
+    from training.data.tokenizer import train_tokenizer
 
     places = {"llama": llama, "text": text, "nowhere": str(tmp_path / "nowhere")}
     for name, content in (("empty", "  \n"), ("short", "the cat")):

@@ -1,6 +1,7 @@
 import inspect
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from transformers import AutoProcessor
 
 from modeling_memory.processing_memory import MemoryProcessor
 from tests.conftest import _ALPHABET, build_tiny_encoder_tokenizer, build_tiny_tokenizer
+from tests.memory_models import build_model
 
 SLOT = 96
 TEXTS = st.text(alphabet=_ALPHABET.replace("<", "").replace(">", ""), min_size=1, max_size=60)
@@ -144,17 +146,85 @@ def test_decoding_leaves_slots_and_foreign_ids_out(one, tokenizer):
     assert one.batch_decode([with_eos]) == ["ab<eos>"]
 
 
-def test_chat_template_keeps_the_place_of_the_slots(one, tokenizer):
-    one.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    chat = [{"role": "user", "content": "read <memory> now"}]
-    assert one.apply_chat_template(chat) == "user: read <memory> now\n"
-    batch = one.apply_chat_template(chat, context="abcdef", tokenize=True)
-    before = tokenizer("user: read ").input_ids
-    assert batch["input_ids"][0][: len(before) + 4] == [*before, *[SLOT] * 4]
-    assert "context_input_ids" in batch
-    chats = [chat, [{"role": "user", "content": "b"}]]
-    rows = one.apply_chat_template(chats, num_memories=[2, 1], tokenize=True, return_dict=False)
-    assert [row.count(SLOT) for row in rows] == [2, 1]
+@pytest.mark.parametrize("wrong", ["a", 1.5, [1, "a"], ["a"], [[1], "a"], None, {"a": 1}])
+def test_what_are_no_ids_is_not_decoded(one, wrong):
+    with pytest.raises(ValueError, match="expected integers"):
+        one.decode(wrong)
+
+
+def test_ids_come_as_the_user_has_them(one, tokenizer):
+    ids = tokenizer("ab").input_ids
+    for row in (np.array(ids), torch.tensor(ids), tuple(ids), list(np.array(ids))):
+        assert one.decode(row) == "ab"
+    assert one.batch_decode(np.array([ids, ids])) == ["ab", "ab"] and one.decode(ids[0]) == "a"
+
+
+def test_several_contexts_stand_at_their_places(one):
+    contexts = ["abcdefghi", "the", "abcd"]
+    batch = one(text="x<memory>y<memory><memory>z", context=[contexts], return_tensors="pt")
+    x, y, z = (one.tokenizer(letter).input_ids for letter in "xyz")
+    assert batch["input_ids"][0].tolist() == [*x, *[SLOT] * 6, *y, *[SLOT] * 4, *z]
+    chunks = [chunk for context in contexts for chunk in one.split_context(context)]
+    assert batch["context_input_ids"].shape == (1, 5, 4)
+    seen = batch["context_attention_mask"][0].bool()
+    assert [row[m].tolist() for row, m in zip(batch["context_input_ids"][0], seen, strict=True)] == chunks
+    in_front = one(text="xyz", context=[contexts])["input_ids"]
+    assert in_front == [[SLOT] * 10 + one.tokenizer("xyz").input_ids]
+    # One context in a list of its own is one context, and an empty list is none.
+    assert dict(one(text=["x", "y"], context=[["abc"], []])) == dict(one(text=["x", "y"], context=["abc", None]))
+    ready = one(text="x<memory>y<memory><memory>z", num_memories=[[6, 2, 2]])
+    assert ready["input_ids"] == batch["input_ids"].tolist()
+
+
+def test_unequal_numbers_of_contexts_equal_single_rows(one):
+    texts = ["a<memory>b<memory>", "c", "<memory>d", "<memory>e<memory>f<memory>"]
+    contexts = [["abcdefgh", "abc"], None, "abcdefghijklm", ["a", "abcde", "ab"]]
+    batch = one(text=texts, context=contexts, padding_side="left", return_tensors="pt")
+    assert batch["context_input_ids"].shape == (4, 4, 4)
+    assert batch["context_attention_mask"].any(-1).sum(1).tolist() == [3, 0, 4, 4]
+    for row, (text, context) in enumerate(zip(texts, contexts, strict=True)):
+        single = one(text=[text], context=[context], return_tensors="pt")
+        kept = batch["attention_mask"][row].bool()
+        assert batch["input_ids"][row][kept].tolist() == single["input_ids"][0].tolist()
+
+
+def test_fewer_memories_of_each_chunk(one):
+    model = build_model("llama", "llama", memories_per_chunk=2)
+    texts, contexts = ["a<memory>b<memory>", "<memory>c"], [["the house", "on"], "the river"]
+    given = {"text": texts, "context": contexts, "return_tensors": "pt", "padding_side": "left"}
+    batch = one(**given, context_num_memories=1)
+    counts = batch["context_num_memories"]
+    assert counts.tolist() == batch["context_attention_mask"].any(-1).long().tolist()
+    assert (batch["input_ids"] == SLOT).sum(1).tolist() == counts.sum(1).tolist()
+    chosen = counts.clone()
+    chosen[0, 0] = 2
+    mixed = one(**given, context_num_memories=chosen.tolist())
+    assert (mixed["input_ids"] == SLOT).sum(1).tolist() == chosen.sum(1).tolist()
+    assert torch.equal(mixed["context_num_memories"], chosen)
+    with torch.no_grad():
+        for inputs in (batch, mixed, one(**given)):
+            logits = model(**inputs).logits
+            alone = one(text=texts[0], context=contexts[:1], return_tensors="pt")
+            if "context_num_memories" in inputs:
+                present = int(alone["context_attention_mask"].any(-1).sum())
+                own = inputs["context_num_memories"][:1, :present].tolist()
+                alone = one(text=texts[0], context=contexts[:1], context_num_memories=own, return_tensors="pt")
+            torch.testing.assert_close(model(**alone).logits[0, -1], logits[0, -1])
+
+
+def test_options_come_as_they_are_or_in_groups(one):
+    flat = one(text=["abc", "a"], padding="max_length", max_length=6, return_tensors="pt", padding_side="left")
+    groups = {"text_kwargs": {"padding": "max_length", "max_length": 6, "padding_side": "left"}}
+    grouped = one(text=["abc", "a"], **groups, common_kwargs={"return_tensors": "pt"})
+    assert all(torch.equal(flat[name], grouped[name]) for name in flat) and set(flat) == set(grouped)
+    assert {len(row) for row in one(text=["abc", "a"], pad_to_multiple_of=8)["input_ids"]} == {8}
+    # What the library's pipelines pass along and what changes nothing is taken.
+    assert (
+        one(text="abc", truncation=False, stride=0, images=None, verbose=False)["input_ids"]
+        == one(text="abc")["input_ids"]
+    )
+    assert set(one(text="abc", return_attention_mask=False)) == {"input_ids"}
+    assert MemoryProcessor.valid_processor_kwargs.__name__ == "MemoryProcessorKwargs"
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -165,13 +235,12 @@ def test_round_trip_through_a_folder(one, two, shared, tmp_path):
     settings = json.loads((tmp_path / "processor_config.json").read_text())
     assert settings["chunk_length"] == 4 and str(tmp_path) not in json.dumps(settings)
     again = MemoryProcessor.from_pretrained(tmp_path)
-    kept = {name: value for name, value in processor.to_dict().items() if name != "auto_map"}
-    assert again.to_dict() == kept
+    assert again.to_dict() == processor.to_dict()
     assert (again.encoder_tokenizer is None) is shared
     given = {"text": ["ab<memory>c", "d"], "context": ["abcdefghijk", "the"], "padding_side": "left"}
     assert dict(again(**given)) == dict(processor(**given))
     again.save_pretrained(tmp_path / "second")
-    assert MemoryProcessor.from_pretrained(tmp_path / "second").to_dict() == kept
+    assert MemoryProcessor.from_pretrained(tmp_path / "second").to_dict() == processor.to_dict()
 
 
 def test_chat_template_survives_a_round_trip(tokenizer, tmp_path):
@@ -215,7 +284,28 @@ def test_auto_processor_loads_it_with_its_code(one, two, shared, tmp_path, monke
         ({"text": "<memory>a"}, "nothing to remember"),
         ({"text": "<memory>", "context": [None]}, "no tokens and no memories"),
         ({"context": [None]}, "nothing is left to prepare"),
-        ({"text": "a", "context": "b<memory>"}, "contains '<memory>'"),
+        ({"text": "a", "context": [["b", ""]]}, r"`context\[0\]\[1\]` is empty"),
+        ({"text": ["a"] * 4, "context": ["b"] * 3 + [3]}, r"`context\[3\]` is a int"),
+        ({"text": ["a"], "context": [["b", None]]}, r"`context\[0\]\[1\]` is a NoneType"),
+        ({"text": "a<memory>", "context": [["b", "c"]]}, "1 times .row 0., but has 2 contexts"),
+        ({"text": ["a", "<memory><memory>"], "context": ["b", "c"]}, "2 times .row 1., but has 1 contexts"),
+        ({"text": ["a", "<memory>"]}, "row 1.*nothing to remember"),
+        ({"text": [["a", True]]}, r"`text\[0\]\[1\]` is True; expected a string"),
+        ({"text": [["a", -1]]}, r"`text\[0\]\[1\]` is -1"),
+        ({"text": [[]]}, r"`text\[0\]` is empty"),
+        ({"text": "a", "context": "b", "context_num_memories": 3}, "is 3 for a chunk of row 0; expected 1 to 2"),
+        ({"text": "a", "context": "b", "context_num_memories": 0}, "is 0 for a chunk"),
+        ({"text": "a", "context": "abcdef", "context_num_memories": [[1]]}, "has 1 numbers for row 0.* 2 chunks"),
+        ({"text": "a", "context_num_memories": 1}, "no `context` was given"),
+        ({"text": "a<memory><memory>", "num_memories": [[1, -2]]}, "is -2; expected"),
+        ({"text": "a", "truncation": True}, "`truncation=True` cannot be had: nothing is cut off"),
+        ({"text": "a", "stride": 2}, "`stride=2` cannot be had"),
+        ({"text": "a", "images": [1]}, "reads text alone"),
+        ({"text": "a", "text_kwargs": {"return_offsets_mapping": True}}, "a call returns what the model takes"),
+        ({"text": "a", "paddding": True}, "Unexpected keyword argument `paddding`"),
+        ({"text": "a", "padding": True, "text_kwargs": {"padding": False}}, "`padding` was given twice"),
+        ({"text": "a", "padding": "max_length", "max_length": 0}, "`max_length` is 0"),
+        ({"text": "a", "pad_to_multiple_of": 1.5}, "`pad_to_multiple_of` is 1.5"),
         ({"text": "a", "context": "b", "num_memories": 1}, "both given"),
         ({"num_memories": 1}, "no `text`|Neither"),
         ({"text": "a", "num_memories": [1, 2]}, "1 texts and 2 numbers"),

@@ -2,6 +2,8 @@
 
 import ast
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -26,9 +28,9 @@ from tests.conftest import (
 )
 from tests.memory_models import CHUNK, WINDOW, build_model
 from tests.records import RECORD
-from training import hub_folder, publish
-from training.hub_folder import PublishError, check_files, load_checkpoint, write_hub_folder
-from training.verification import verify_hub_folder
+from training import domains, hub_folder, publish
+from training.publishing.hub_folder import PublishError, check_files, load_checkpoint, write_hub_folder
+from training.publishing.verification import verify_hub_folder
 
 PACKAGE = hub_folder.REPOSITORY / "modeling_memory"
 HUB_FILES = sorted(path for path in PACKAGE.glob("*.py") if path.name != "__init__.py")
@@ -170,10 +172,12 @@ def test_an_earlier_folder_leaves_nothing_behind(model, processor, tmp_path, mon
     assert [path.name for path in tmp_path.iterdir()] == ["hub"]
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "optimizer.pt", "sub/config.json"])
+@pytest.mark.parametrize("name", ["notes.txt", "optimizer.pt", "sub/config.json", "mine.py"])
 def test_a_place_that_holds_something_else_is_not_overwritten(model, processor, tmp_path, name):
     (tmp_path / "hub" / name).parent.mkdir(parents=True)
     (tmp_path / "hub" / name).write_text("mine")
+    if name.endswith(".py"):  # beside a config, as in a folder of somebody's own
+        (tmp_path / "hub" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="something else than a Hub folder"):
         write_hub_folder(model, processor, tmp_path / "hub")
     assert (tmp_path / "hub" / name).read_text() == "mine"
@@ -211,7 +215,10 @@ def test_other_models_and_missing_processors_are_refused(model, tmp_path):
     ("change", "message"),
     [
         (lambda folder: (folder / "notes.txt").write_text("x"), "notes.txt must not be published"),
-        (lambda folder: (folder / "modeling_memory.py").unlink(), "whose file is not there"),
+        (lambda folder: (folder / "modeling_memory.py").unlink(), "loading needs modeling_memory.py"),
+        (lambda folder: (folder / "generation_memory.py").unlink(), "loading needs generation_memory.py"),
+        (lambda folder: (folder / "stray.py").write_text(""), "stray.py must not be published: no entry"),
+        (lambda folder: (folder / "gone.py").symlink_to("nowhere.py"), "gone.py must not be published"),
         (
             lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
             "both model.safetensors and shards",
@@ -364,14 +371,14 @@ def test_the_command_publishes_a_stage_with_its_own_numbers_and_tokenizer(tmp_pa
     build_tiny_tokenizer().save_pretrained(checkpoint)
     (run / "record.json").write_text(json.dumps(RECORD))
     domains = tmp_path / "domains.json"
-    score = {"token_accuracy": 0.123, "num_tokens": 5}
+    score = {"token_accuracy": 0.123, "loss": 4.5, "num_tokens": 5}
     measured = {"digits": {"description": "random digits", "metrics": {"clm": {"this_model": score}}}}
     domains.write_text(json.dumps({"domains": measured}))
     hub = tmp_path / "hub"
     assert publish.main([str(checkpoint), "--to", str(hub), "--domains", str(domains)]) == 0
     card = ModelCard.load(hub / "README.md").text
-    assert "| causal | validation split |" in card and "95.12" not in card
-    assert "| random digits | clm | this model | 12.30 % |" in card
+    assert "| validation split | 3.5000 |" in card and "95.12" not in card
+    assert "| random digits | 4.5000 |" in card
     assert "tokenizer.json" in files_of(hub)
     assert json.loads((hub / "record.json").read_text())["published_stage"] == "decoder"
 
@@ -388,9 +395,76 @@ def test_the_command_names_missing_shards_and_folders(model, processor, tmp_path
     assert "none.json is no file" in capsys.readouterr().err
 
 
+def test_code_is_what_the_entries_import_and_nothing_else(folder):
+    """Followed here by hand, from the files as they are."""
+    config, settings = (json.loads((folder / f"{name}config.json").read_text()) for name in ("", "processor_"))
+    auto_map = {**config["auto_map"], **settings["auto_map"]}
+    needed = [f"{entry.partition('.')[0]}.py" for entry in auto_map.values()]
+    for name in needed:  # grows while it is read
+        for node in ast.walk(ast.parse((PACKAGE / name).read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level == 1 and f"{node.module}.py" not in needed:
+                needed.append(f"{node.module}.py")
+    assert (
+        hub_folder.code_files(auto_map) == set(needed) == {name for name in files_of(folder) if name.endswith(".py")}
+    )
+    assert not any(path.is_symlink() for path in folder.iterdir())
+
+
+def test_a_refreshed_folder_has_new_card_and_code_and_the_same_weights(folder, capsys, monkeypatch):
+    monkeypatch.setattr(publish, "verify_hub_folder", lambda *_, **__: {"hub": {"loaded": ["AutoModel"]}})
+    before = {name: (folder / name).read_bytes() for name in files_of(folder)}
+    (folder / "README.md").write_text("old")
+    (folder / "modeling_memory.py").write_text("old")
+    (folder / "generation_memory.py").unlink()
+    assert publish.main([str(folder), "--refresh"]) == 0, capsys.readouterr().err
+    assert {name: (folder / name).read_bytes() for name in files_of(folder)} == before
+    assert publish.main([str(folder), "--refresh", "--language", "de", "--name", "me/x"]) == 0
+    data = ModelCard.load(folder / "README.md").data
+    assert (data.language, data.model_name) == ("de", "me/x")
+    assert publish.main([str(folder), "--refresh"]) == 0  # what was said once is kept
+    assert ModelCard.load(folder / "README.md").data.model_name == "me/x"
+    assert (folder / "model.safetensors").read_bytes() == before["model.safetensors"]
+    assert publish.main([str(folder), "--refresh", "--dtype", "bfloat16"]) == 2
+    assert "--dtype rounds all weights" in capsys.readouterr().err
+
+
 def test_help_and_missing_arguments():
     command = [sys.executable, "-m", "training.publish"]
     help_text = subprocess.run(
         [*command, "--help"], capture_output=True, text=True, cwd=hub_folder.REPOSITORY, check=True
     )
     assert "--to FOLDER" in help_text.stdout
+
+
+def commands_of(page: str) -> list[tuple[list[str], bool]]:
+    """The commands of a page's blocks, split into words, and whether each needs an account of the Hub."""
+    found = []
+    for before, block in re.findall(r"(.*?)^```bash\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        needs_account = "*Hub account*" in before.strip().rpartition("\n\n")[2]
+        lines = block.replace("\\\n", " ").strip().splitlines()
+        found += [(shlex.split(line, comments=True), needs_account) for line in lines]
+    return found
+
+
+def test_the_pages_commands_run_as_they_stand(tmp_path, monkeypatch, capsys):
+    """Those for the Hub are read by the command line only; the clean processes run in other tests."""
+    monkeypatch.setattr(publish, "verify_hub_folder", lambda *_, **__: {"hub": {"loaded": ["AutoModel"]}})
+    for name in ("model_cards", "training"):
+        (tmp_path / name).symlink_to(hub_folder.REPOSITORY / name)
+    monkeypatch.chdir(tmp_path)
+    commands = commands_of((hub_folder.REPOSITORY / "docs" / "publishing.md").read_text("utf-8"))
+    for words, needs_account in commands:
+        assert words[:2] == ["python", "-m"], words
+        command = {"training.publish": publish, "training.domains": domains}[words[2]]
+        if needs_account:
+            command.build_parser().parse_args(words[3:])
+        else:
+            assert command.main(words[3:]) == 0, (words, capsys.readouterr().err)
+    assert {needs_account for _, needs_account in commands} == {True, False}
+    card = ModelCard.load(tmp_path / "runs" / "my-model" / "README.md")
+    assert card.data.language == "en" and "| news | " in card.text
+
+
+def test_the_commands_in_the_docstring_can_be_read():
+    for words, _ in commands_of(publish.__doc__ or ""):
+        publish.build_parser().parse_args(words[3:])

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 
 from tests.loopback_hub import READER, TOKEN, LoopbackHub
 from training.publish import ALLOWED_FILES
-from training.push import PushError, push_folder
+from training.publishing.push import PushError, push_folder
 
 NAME = "me/model"
 
@@ -162,7 +162,7 @@ def test_an_interrupted_upload_publishes_nothing_and_goes_on(hub, folder):
     write(folder, "two", shards=4)
     unlucky = hashlib.sha256((folder / "model-00003-of-00004.safetensors").read_bytes()).hexdigest()
     hub.fail = {f"PUT /lfs/{unlucky}": (500, 1000)}
-    with pytest.raises(PushError, match="uploading failed .* goes on where it stopped; nothing was published"):
+    with pytest.raises(PushError, match="uploading failed .* rerun the same command to resume; nothing was published"):
         push(hub, folder)
     assert published(hub) == before
     hub.fail, hub.log = {}, []

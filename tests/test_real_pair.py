@@ -14,7 +14,7 @@ from modeling_memory.memory_adapters import adapters_on
 from modeling_memory.memory_parts import locate
 from tests.conftest import build_tiny_tokenizer
 from tests.memory_models import build_model
-from training.tokenizer import complete_tokenizer
+from training.data.tokenizer import complete_tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 

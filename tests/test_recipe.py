@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from training.recipe import REPOSITORY, Recipe, load_recipe, resolve_files
+from training.recipes.recipe import REPOSITORY, Recipe, load_recipe, resolve_files
 
 RECIPES = sorted((REPOSITORY / "configuration" / "recipes").glob("*.yaml"))
 

@@ -14,7 +14,7 @@ from modeling_memory import MemoryProcessor, MemoryStore
 from tests.conftest import build_tiny_tokenizer
 from tests.memory_models import BLANK, CHUNK, WINDOW, build_model
 from training import ask, remember
-from training.strict_yaml import REPOSITORY
+from training.places import REPOSITORY
 
 LETTERS = {"a.txt": "the cat sat on the mat.", "deep/b.txt": "over the hills and over the sea.", "c.md": "no text"}
 ROWS = ["in the end", "another ring here", "here and there"]
@@ -128,7 +128,7 @@ def test_used_memories_are_shown_with_what_the_model_makes_of_each(saved, filled
     assert ask.main([saved, "store", "the cat", *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines[:6:2]] == ["memory 0", "memory 1", "memory 2"]
-    assert lines[0].startswith("memory 0: letters/a.txt, chunk 0, characters 0 to 6, cosine 1.000: 'the ca'")
+    assert lines[0].startswith("memory 0: letters/a.txt, chunk 0, characters 0 to 6, BM25 ")
     assert all(line.startswith("  regenerated: '") for line in lines[1:6:2])
 
 
@@ -156,7 +156,9 @@ def test_without_room_the_nearest_are_taken_in_reading_order(filled):
     order = filled.chunks()
     places = [order.index(one.chunk) for one in used]
     assert len(places) == 3 and places == sorted(places)
-    assert max(one.cosine for one in used) == pytest.approx(1.0, abs=1e-4)  # a chunk of the prompt stands in a letter
+    assert {one.by for one in used} == {"BM25"} and {one.chunk.text_id for one in used} == {"letters/deep/b.txt"}
+    used = ask.choose(filled, "xyz", nearest=2)  # a word that no text holds: by memories
+    assert len(used) == 2 and {one.by for one in used} == {"cosine"}
     with pytest.raises(ValueError, match="no words to find memories by"):
         ask.choose(filled, "<copy>")
     filled.model.config.max_memories = None
@@ -166,10 +168,12 @@ def test_without_room_the_nearest_are_taken_in_reading_order(filled):
 def test_the_nearest_chunks_can_stand_in_clear(saved, filled, capsys):
     used = ask.choose(filled, "over the sea", ["letters/deep/b.txt"], expand=1)
     (shown,) = [one for one in used if one.in_clear]
-    assert shown.cosine == max(one.cosine for one in used if one.cosine is not None)
+    assert shown.score == max(one.score for one in used if one.score is not None)
     arguments = [saved, "store", "over the sea", "--texts", "letters/deep/b.txt", "--expand", "1", "--show"]
     assert ask.main([*arguments, "--max-new-tokens", "2"]) == 0
-    assert capsys.readouterr().out.count("in clear") == 1
+    captured = capsys.readouterr()
+    assert captured.out.count("in clear") == 1
+    assert "answered from letters/deep/b.txt (" in captured.err and "1 as text" in captured.err
 
 
 def test_prompts_are_asked_for_one_after_the_other(saved, filled, capsys):

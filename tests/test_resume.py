@@ -7,6 +7,7 @@ import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,18 +18,20 @@ from modeling_memory import MemoryEncoderDecoderForCausalLM
 from tests.memory_models import CHUNK, WINDOW, build_model
 from tests.test_run import assert_same_weights, recipe, short_recipe  # noqa: F401  (fixtures)
 from tests.test_trainer import SPECIAL, trainer
-from training import checkpoints, stages
-from training import trainer as trainer_module
-from training.checkpoints import FROZEN, MANIFEST, SHARDS, last_complete_checkpoint
-from training.rows import ObjectiveCollator
+from training.data.objectives import BatchSpec
+from training.data.rows import ObjectiveCollator
+from training.recipes.recipe import load_recipe
 from training.run import main
-from training.trainer import MemoryTrainer
+from training.train import checkpoints, stages
+from training.train import trainer as trainer_module
+from training.train.checkpoints import FROZEN, MANIFEST, SHARDS, last_complete_checkpoint
+from training.train.trainer import MemoryTrainer
 
 STAGES = ["autoencoder", "decoder", "blank_copy"]
 
 
 class Killed(BaseException):
-    """What a SIGKILL is to the code: nothing catches it. `python -m benchmarks.kills` sends real ones."""
+    """What a SIGKILL is to the code: nothing catches it. `test_kills.py` sends real ones."""
 
 
 class At(TrainerCallback):
@@ -175,7 +178,7 @@ def test_torn_checkpoint_is_passed_over_with_a_message(tmp_path: Path, tear: Any
 def test_frozen_weights_are_written_once_and_every_checkpoint_loads(tmp_path: Path):
     network = build_model("llama", "llama", freeze_encoder=True)
     collate = ObjectiveCollator(
-        ["causal", "copy"], SPECIAL, chunk_length=CHUNK, window_length=WINDOW, source_length=WINDOW
+        ["causal", "copy"], BatchSpec(SPECIAL, chunk_length=CHUNK, window_length=WINDOW, source_length=WINDOW)
     )
     run = trainer(tmp_path, network=network, collate=collate, save_steps=2)
     run.train()
@@ -197,3 +200,20 @@ def test_frozen_weights_of_another_model_are_not_linked(tmp_path: Path):
         checkpoints.save_split(network, tmp_path / str(seed), tmp_path)
         loaded = MemoryEncoderDecoderForCausalLM.from_pretrained(tmp_path / str(seed))
         assert torch.equal(next(loaded.encoder.parameters()), next(network.encoder.parameters()))
+
+
+@pytest.mark.parametrize(
+    "name", ["save_steps", "save_total_limit", "logging_steps", "eval_steps", "eval_rows", "num_workers"]
+)
+def test_settings_that_weights_do_not_depend_on_may_change_on_the_way(name: str, tmp_path: Path):
+    """A stage that was killed goes on when its owner saves more often; with another seed it does not."""
+    inputs: Any = SimpleNamespace(tokenizer=None, special_tokens=None, fingerprint="text")
+
+    def identity(*overrides: str) -> dict[str, Any]:
+        given = load_recipe("debug_cpu", overrides)
+        return stages.StageRunner(given, tmp_path, inputs).identity(given.stage("copy"))
+
+    before = identity()
+    for stage in ("copy", "blank_copy", "decoder"):
+        assert identity(f"stages.{stage}.training.{name}=3") == before
+        assert identity(f"stages.{stage}.training.learning_rate=0.5") != before

@@ -14,7 +14,6 @@ from transformers import LlamaForCausalLM, LlamaModel
 from modeling_memory import MemoryAutoencoder, MemoryAutoencoderConfig
 from tests.conftest import build_tiny_tokenizer, tiny_decoder_config, tiny_encoder_config
 from tests.memory_models import random_ids
-from training.fit import Budget
 from training.retrieval import (
     QueryRule,
     RetrievalEncoder,
@@ -24,6 +23,7 @@ from training.retrieval import (
     rank_of_own,
     train_retrieval,
 )
+from training.train.fit import Budget
 
 
 def bodies() -> dict[str, Any]:

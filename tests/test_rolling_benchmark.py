@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import render, rolling, rolling_quality, rolling_tables
+from benchmarks import cost_tables, quality_tables, rolling, rolling_quality
+from benchmarks.drawings import draw_rolling
 from benchmarks.measure import fit_exponent
 from tests.memory_models import COPY, SLOT, WINDOW, build_model, random_ids
 
@@ -121,8 +122,8 @@ def test_ways_of_reading_equal_plain_loops():
     text = random_ids(5 * WINDOW)
     text[text == COPY] = 9
     rolled = rolling_quality.read_rolling(model, text)
-    torch.testing.assert_close(rolling_quality.read_within(model, text, 99, "drop_oldest"), rolled)
-    newest = rolling_quality.read_within(model, text, 2, "drop_oldest")
+    torch.testing.assert_close(rolling_quality.read_newest(model, text, 99), rolled)
+    newest = rolling_quality.read_newest(model, text, 2)
     stored, _ = model.encode_memories(text[2 * WINDOW : 3 * WINDOW].view(1, -1, model.config.chunk_length))
     given = torch.cat([torch.full((2,), SLOT), text[3 * WINDOW : 4 * WINDOW]])
     logits = model(given[None], memory_embeds=stored).logits[0, 2:]
@@ -155,30 +156,22 @@ def test_losses_are_means_over_positions_and_documents():
 
 
 def test_the_record_can_be_rendered(record: dict[str, Any], tmp_path: Path):
-    losses = dict.fromkeys(rolling_tables.READERS, [3.0, None, 2.5])
-    quality = {"given": {"documents": 8, "tokens": 64, "trained_tokens": 16}, "edges": [0, 16, 32, 64]}
-    quality |= {"losses": losses, "window_length": 16, "newest_memories": 7}
-    cells = {**record["metrics"], "quality": quality}
+    losses = {name: [[3.0, None, 2.5], [3.5, None, 2.75]] for name in quality_tables.READERS}
+    means = dict.fromkeys(losses, [3.25, None, 2.625])
+    quality = {"given": {"documents": 2, "tokens": 64, "trained_tokens": 16}, "edges": [0, 16, 32, 64]}
+    quality |= {"losses": means, "losses_by_document": losses, "window_length": 16, "newest_memories": 7}
+    cells = {**record["metrics"], "quality": {**quality, "load_before": None}}
     cells["reading/1024"] = cells.pop("reading/64")
-    cells["first_token/tiny/16384"] = {**cells["first_token/tiny/128"], "given": {"tokens": 16384}}
-    cells["generation/tiny/16384"] = {**cells["generation/tiny/128"]}
-    cells["generation/tiny/16384"]["given"] = {**cells["generation/tiny/128"]["given"], "tokens": 16384}
     record = {**record, "metrics": cells, "not_measured": ["first_token/tiny/512"]}
-    tables = {name: table.lines(record, "x.json") for name, table in render.TABLES.items() if "rolling" in name}
-    assert len(tables) == 6
-    text = "\n".join(line for lines in tables.values() for line in lines)
-    for part in (
-        "1 times faster |",
-        "(missed)",  # of the cache, which is 2.6 times smaller here
-        "| a tiny shape | 256 |",
-        "Not measured: first_token/tiny/512.",
-        "| rolling memory | [3.000](x.json) |  | [2.500](x.json) |",
-        "the newest 7 memories only",
-        "\\*",
-        "| a tiny shape | 64 | 128 |",
-    ):
-        assert part in text, part
-    assert render.DRAWINGS["rolling"](record, tmp_path) == ["first_token.png", "loss.png"]
+    first, newest = cost_tables.rolling_first_token(record), cost_tables.rolling_folding(record)
+    assert [row[:2] for row in first.rows[1:]] == [["a tiny shape", "128"], ["a tiny shape", "256"]]
+    assert first.rows[2][2].endswith("\\*") and "not measured: 1 combination of" in first.note
+    assert newest.rows[1][:3] == ["a tiny shape", "64", "128"]
+    made = quality_tables.rolling_quality(record)
+    assert made.cell("rolling memory", 1) == "3.250" and made.cell("rolling memory", 2) == ""
+    assert made.cell("rolling memory, the newest 7 memories only", 3) == "2.625"
+    assert len(cost_tables.rolling_reading(record).rows) == 3 and len(cost_tables.rolling_generation(record).rows) == 2
+    assert draw_rolling(record, tmp_path) == ["first_token.png", "loss.png"]
     assert all((tmp_path / name).stat().st_size > 3000 for name in ("first_token.png", "loss.png"))
 
 

@@ -19,16 +19,16 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM
-from training import recipe as recipe_module
 from training import run as run_module
-from training.build import build_stage_model, child_config
+from training.data.objectives import SpecialTokens
 from training.estimate import build_on_meta
-from training.figures import write_figures
-from training.objectives import SpecialTokens
-from training.recipe import REPOSITORY, load_recipe
-from training.record import check_record, write_json, write_record
+from training.recipes import recipe as recipe_module
+from training.recipes.recipe import REPOSITORY, load_recipe
+from training.records.figures import write_figures
+from training.records.record import check_record, write_json, write_record
 from training.run import main
-from training.trainer import MemoryTrainer
+from training.train.build import build_stage_model, child_config
+from training.train.trainer import MemoryTrainer
 
 RECIPES = sorted((REPOSITORY / "configuration" / "recipes").glob("*.yaml"))
 SENTENCE = "the old house stood by a river where boats went down to sea and people sang of wind rain snow"

@@ -10,9 +10,9 @@ import pytest
 from modeling_memory import MemoryProcessor
 from tests.conftest import build_tiny_tokenizer
 from tests.memory_models import CHUNK, WINDOW, build_model
-from training.clean_process import Guard
-from training.hub_folder import REPOSITORY, PublishError, write_hub_folder
-from training.verification import verify_hub_folder
+from training.publishing.clean_process import Guard
+from training.publishing.hub_folder import REPOSITORY, PublishError, write_hub_folder
+from training.publishing.verification import verify_hub_folder
 
 ATTACKS = {
     "connection": "import socket; socket.create_connection(('127.0.0.1', 9))",
@@ -32,7 +32,7 @@ def test_a_guarded_process_stops_at_what_a_model_must_not_do(tmp_path):
     code = f"""
 import io, os, pathlib, sys, torch
 sys.path.insert(0, {str(REPOSITORY)!r})
-from training.clean_process import Guard, check_origins
+from training.publishing.clean_process import Guard, check_origins
 LIBRARIES = [pathlib.Path(os.__file__).parent]
 buffer = io.BytesIO()
 torch.save({{"model": torch.nn.Linear(1, 1)}}, buffer)

@@ -16,11 +16,11 @@ from torch.distributed.tensor import DTensor
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM
 from tests.memory_models import BLANK, CHUNK, COPY, SLOT, WINDOW, build_model, random_ids
-from training.objectives import IGNORED, SpecialTokens, combine_losses, targets_of
-from training.optimizer import build_optimizer
-from training.rows import ObjectiveCollator
-from training.strict_yaml import REPOSITORY
-from training.trainer import checkpoint_activations, run_objective
+from training.data.objectives import IGNORED, BatchSpec, SpecialTokens, combine_losses, targets_of
+from training.data.rows import ObjectiveCollator
+from training.places import REPOSITORY
+from training.train.optimizer import build_optimizer
+from training.train.trainer import checkpoint_activations, run_objective
 
 SPECIAL = SpecialTokens(pad=0, bos=1, eos=2, copy=COPY, blank=BLANK, memory=SLOT)
 OBJECTIVES = {"causal": 1.0, "copy": 0.5, "blank_copy": 0.25}
@@ -47,11 +47,9 @@ def train(model: Any, case: str, rank: int, world_size: int) -> tuple[list[float
     chosen = build_optimizer(model, optimizer=optimizer, learning_rate=1e-2, muon_learning_rate=1e-2)
     collator = ObjectiveCollator(
         list(OBJECTIVES),
-        SPECIAL,
-        chunk_length=CHUNK,
-        window_length=WINDOW,
-        source_length=2 * WINDOW,
-        layout=CASES[case]["layout"],
+        BatchSpec(
+            SPECIAL, chunk_length=CHUNK, window_length=WINDOW, source_length=2 * WINDOW, layout=CASES[case]["layout"]
+        ),
     )
     losses = []
     for step in range(2):

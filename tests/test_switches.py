@@ -9,7 +9,7 @@ import torch
 
 from tests import test_launch
 from tests.test_launch import assert_same, train
-from training import trainer as trainer_module
+from training.train import trainer as trainer_module
 
 ALL_AT_ONCE = {"gradient_checkpointing": True, "loss_chunk": 8, "compile": True}
 

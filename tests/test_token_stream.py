@@ -14,12 +14,12 @@ import yaml
 from torch.utils.data import DataLoader
 
 from tests.test_run import assert_same_weights, recipe, short_recipe  # noqa: F401  (fixtures)
-from training.data import tokenise_documents
-from training.recipe import load_recipe, resolve_documents
+from training.data.sources import Documents, HubDataset
+from training.data.texts import tokenise_documents
+from training.data.token_stream import StreamedRows, TokenStream
+from training.data.tokenizer import train_tokenizer
+from training.recipes.recipe import load_recipe, resolve_documents
 from training.run import main
-from training.sources import Documents, HubDataset
-from training.token_stream import StreamedRows, TokenStream
-from training.tokenizer import train_tokenizer
 
 TEXTS = [f"document {n} says " + "la " * (n % 7 + 1) + f"and ends at {n * n}." for n in range(40)]
 TOKENIZER = train_tokenizer(TEXTS, vocab_size=290)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.conftest import build_tiny_tokenizer
-from training.tokenizer import (
+from training.data.tokenizer import (
     _evenly,
     special_tokens_of,
     token_byte_lengths,
@@ -109,7 +109,7 @@ def test_saved_tokenizer_is_loaded_by_autotokenizer(trained: PreTrainedTokenizer
 def test_training_is_deterministic_across_processes(trained: PreTrainedTokenizerFast) -> None:
     code = (
         "import json, sys\n"
-        "from training.tokenizer import tokenizer_checksum, train_tokenizer\n"
+        "from training.data.tokenizer import tokenizer_checksum, train_tokenizer\n"
         "print(tokenizer_checksum(train_tokenizer(*json.load(sys.stdin))))"
     )
     run = subprocess.run(

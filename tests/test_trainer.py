@@ -15,11 +15,11 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel, TrainerCallback
 
 from tests.conftest import VOCAB_SIZE, tiny_decoder_config
-from training.checkpoints import last_complete_checkpoint
-from training.objectives import IGNORED, SpecialTokens
-from training.recipe import TrainingRecipe
-from training.rows import ObjectiveCollator, TokenRows, draw_lengths
-from training.trainer import (
+from training.data.objectives import IGNORED, BatchSpec, SpecialTokens
+from training.data.rows import ObjectiveCollator, TokenRows, draw_lengths
+from training.recipes.recipe import TrainingRecipe
+from training.train.checkpoints import last_complete_checkpoint
+from training.train.trainer import (
     MemoryTrainer,
     NonFiniteLossError,
     run_objective,
@@ -43,7 +43,8 @@ def model() -> PreTrainedModel:
 
 def collator(**options: Any) -> ObjectiveCollator:
     kind = options.pop("kind", ObjectiveCollator)
-    return kind(list(OBJECTIVES), SPECIAL, chunk_length=4, window_length=4, source_length=SOURCE, **options)
+    spec = BatchSpec(SPECIAL, chunk_length=4, window_length=4, source_length=SOURCE, **options)
+    return kind(list(OBJECTIVES), spec)
 
 
 class UnevenCollator(ObjectiveCollator):
@@ -147,7 +148,9 @@ def test_varied_sources_are_one_window_two_windows_in_turn():
     items = [TokenRows(tokens(), row_length=ROW, num_items=4, seed=1)[i] for i in range(4)]
     varied, by_length = collator(vary_source=True)(items), {}
     for length in (4, 8):
-        build = ObjectiveCollator(list(OBJECTIVES), SPECIAL, chunk_length=4, window_length=4, source_length=length)
+        build = ObjectiveCollator(
+            list(OBJECTIVES), BatchSpec(SPECIAL, chunk_length=4, window_length=4, source_length=length)
+        )
         by_length[length] = build(items)
     for name in ("input_ids", "attention_mask", "shift_labels"):
         assert torch.equal(varied["causal"][name], by_length[8]["causal"][name])
@@ -162,7 +165,9 @@ def test_varied_sources_are_one_window_two_windows_in_turn():
 @pytest.mark.parametrize("objective", ["reconstruction", "copy", "blank_copy"])
 def test_shortened_rows_are_the_drawn_beginnings_whatever_the_batch(objective: str):
     options: dict[str, Any] = {"layout": "slots"} if objective != "reconstruction" else {}
-    collate = ObjectiveCollator([objective], SPECIAL, chunk_length=4, window_length=4, shortened=0.6, **options)
+    collate = ObjectiveCollator(
+        [objective], BatchSpec(SPECIAL, chunk_length=4, window_length=4, shortened=0.6, **options)
+    )
     source = TokenRows(tokens(), row_length=ROW, num_items=24, seed=1)
     items = [source[i] for i in range(24)]
     batch = collate(items)[objective]
@@ -181,7 +186,9 @@ def test_shortened_rows_are_the_drawn_beginnings_whatever_the_batch(objective: s
     alone = [collate(items[start : start + 3])[objective] for start in range(0, 24, 3)]
     name = "labels" if objective == "reconstruction" else "shift_labels"
     assert torch.cat([part[name][part[name] != IGNORED] for part in alone]).equal(batch[name][batch[name] != IGNORED])
-    whole = ObjectiveCollator([objective], SPECIAL, chunk_length=4, window_length=4, **options)(items)[objective]
+    whole = ObjectiveCollator([objective], BatchSpec(SPECIAL, chunk_length=4, window_length=4, **options))(items)[
+        objective
+    ]
     for key, tensor in collate.for_evaluation()(items)[objective].items():
         assert torch.equal(tensor, whole[key])
 
@@ -189,7 +196,7 @@ def test_shortened_rows_are_the_drawn_beginnings_whatever_the_batch(objective: s
 def test_sources_that_may_end_anywhere_need_not_be_whole_windows_in_validation():
     items = [TokenRows(tokens(), row_length=ROW, num_items=4, seed=1)[i] for i in range(4)]
     options: dict[str, Any] = {"layout": "slots", "window_length": 2 * ROW, "chunk_length": 4, "shortened": 0.5}
-    batch = ObjectiveCollator(["copy"], SPECIAL, **options).for_evaluation()(items)["copy"]
+    batch = ObjectiveCollator(["copy"], BatchSpec(SPECIAL, **options)).for_evaluation()(items)["copy"]
     assert ((batch["shift_labels"] != IGNORED).sum(1) == ROW).all()
 
 
@@ -203,7 +210,7 @@ def test_drawn_lengths_are_uniform_and_only_a_share():
 
 def test_validation_reads_rows_whole(tmp_path: Path):
     collate = ObjectiveCollator(
-        list(OBJECTIVES), SPECIAL, chunk_length=4, window_length=4, shortened=1.0, layout="slots"
+        list(OBJECTIVES), BatchSpec(SPECIAL, chunk_length=4, window_length=4, shortened=1.0, layout="slots")
     )
     run = trainer(tmp_path, collate=collate)
     batch = next(iter(run.get_eval_dataloader()))

@@ -6,9 +6,9 @@ from torch.nn import functional as F
 
 from modeling_memory.memory_encoder import encode_chunks
 from tests.memory_models import CHUNK, build_model, random_ids
-from training.recipe import WarmStartRecipe
-from training.rows import TokenRows
-from training.warm_start import RIDGE, fit_projector, start_projector
+from training.data.rows import TokenRows
+from training.recipes.recipe import WarmStartRecipe
+from training.train.warm_start import RIDGE, fit_projector, start_projector
 
 
 @pytest.mark.parametrize(

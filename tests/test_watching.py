@@ -8,8 +8,9 @@ import torch
 
 from tests.memory_models import CHUNK, WINDOW, build_model, random_ids
 from tests.test_trainer import SPECIAL, trainer
-from training.rows import ObjectiveCollator
-from training.watching import WatchMemories, effective_rank, memory_statistics
+from training.data.objectives import BatchSpec
+from training.data.rows import ObjectiveCollator
+from training.train.watching import WatchMemories, effective_rank, memory_statistics
 
 FIELDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -93,7 +94,7 @@ def test_texts_of_one_window_are_refused():
 
 def watched(folder: Path, *, watch: bool, **settings: Any) -> Any:
     collate = ObjectiveCollator(
-        ["causal", "copy"], SPECIAL, chunk_length=CHUNK, window_length=WINDOW, source_length=WINDOW
+        ["causal", "copy"], BatchSpec(SPECIAL, chunk_length=CHUNK, window_length=WINDOW, source_length=WINDOW)
     )
     network = build_model(freeze_encoder=True)
     run = trainer(folder, network=network, collate=collate, max_steps=4, logging_steps=4, **settings)

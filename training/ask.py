@@ -5,13 +5,15 @@ python -m training.ask runs/quickstart/hub runs/letters "<copy>" --texts letters
 python -m training.ask runs/quickstart/hub runs/letters --nearest 4 --show --regenerate    # asks for prompts
 ```
 
-All of a store is used where the model has room for it, else the chunks nearest to the prompt. In reading order they
-stand where the prompt has its memory token, or in front of it.
+All of a store is used where the model has room for it, else the chunks nearest to the prompt: those of the passages
+that share most words with it (BM25) where text was kept, else those with the nearest memories. In reading order they
+stand where the prompt has its memory token, or in front of it. Which they are is said on stderr.
 
 L chunk length, K memories per chunk, D decoder width.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from modeling_memory import Chunk, MemoryStore
 from training.remember import load_memory_model
 
 SHOWN = 60
+SHOWN_TEXTS = 5
 GREETING = "A prompt, and the answer; an empty line ends it."
 
 
@@ -33,12 +36,14 @@ class Used:
 
     Attributes:
         chunk ([`Chunk`]): The chunk.
-        cosine (`float`, *optional*): How near it is to the prompt; `None` if that was not asked for.
+        score (`float`, *optional*): How near it is to the prompt; `None` if that was not asked for.
+        by (`str`): What the score is: `"BM25"` of its passage, or `"cosine"` of its memories.
         in_clear (`bool`): Whether it stands in the prompt as text.
     """
 
     chunk: Chunk
-    cosine: float | None = None
+    score: float | None = None
+    by: str = "cosine"
     in_clear: bool = False
 
 
@@ -66,27 +71,58 @@ def choose(
     wanted = min(room if nearest is None else nearest, len(chunks))
     if wanted == len(chunks) and nearest is None and not expand:
         return [Used(chunk) for chunk in chunks]
-    queries = prompt_memories(store, prompt)
-    cosines: dict[Chunk, float] = {}
-    for found in store.nearest(queries, max(wanted, expand), text_ids=texts):
-        for chunk, cosine in found:
-            cosines[chunk] = max(cosine, cosines.get(chunk, -1.0))
-    best = sorted(cosines, key=lambda chunk: -cosines[chunk])
+    by, scores = rank(store, prompt, max(wanted, expand), texts)
+    best = list(scores)
     kept = set(chunks) if nearest is None and wanted == len(chunks) else set(best[:wanted])
     in_clear = set(best[:expand])
-    return [Used(chunk, cosines.get(chunk), chunk in in_clear) for chunk in chunks if chunk in kept]
+    return [Used(chunk, scores.get(chunk), by, chunk in in_clear) for chunk in chunks if chunk in kept]
 
 
-def prompt_memories(store: MemoryStore, prompt: str) -> torch.Tensor:
-    """Return memories `(Q, D)` of a prompt's own chunks, special tokens left out, to search by."""
-    processor = store.processor
-    for token in sorted(processor.tokenizer.all_special_tokens, key=len, reverse=True):
+def rank(
+    store: MemoryStore, prompt: str, number: int, texts: Sequence[str] | None = None
+) -> tuple[str, dict[Chunk, float]]:
+    """Find the chunks that are nearest to a prompt: by its words if text is kept and shares one, else by memories.
+
+    Returns:
+        `"BM25"` or `"cosine"`, and chunks with their scores, nearest first; of a passage those that share more words.
+    """
+    question = without_markers(store, prompt)
+    scores: dict[Chunk, float] = {}
+    if store.keeps_text:
+        words = set(re.findall(r"\w+", question.casefold()))
+        for passage, score in store.search_text(question, number, text_ids=texts):
+            parts = dict(zip(passage.chunks, store.expand(passage.chunks), strict=True))
+            shared = {one: len(words & set(re.findall(r"\w+", parts[one].casefold()))) for one in parts}
+            scores |= dict.fromkeys(sorted(parts, key=lambda one: -shared[one]), score)
+            if len(scores) >= number:
+                break
+        if scores:
+            return "BM25", scores
+    for found in store.nearest(prompt_memories(store, question), number, text_ids=texts):
+        for chunk, cosine in found:
+            scores[chunk] = max(cosine, scores.get(chunk, -1.0))
+    return "cosine", dict(sorted(scores.items(), key=lambda pair: -pair[1]))
+
+
+def without_markers(store: MemoryStore, prompt: str) -> str:
+    """Return a prompt without special tokens, to search by.
+
+    Raises:
+        ValueError: If nothing is left.
+    """
+    for token in sorted(store.processor.tokenizer.all_special_tokens, key=len, reverse=True):
         prompt = prompt.replace(token, "")
     if not prompt.strip():
         raise ValueError(
             "The prompt has no words to find memories by, and the store holds more than the model has room for. Name "
             "texts with --texts, or write what to look for."
         )
+    return prompt
+
+
+def prompt_memories(store: MemoryStore, prompt: str) -> torch.Tensor:
+    """Return memories `(Q, D)` of a prompt's own chunks, to search by."""
+    processor = store.processor
     inputs = processor(context=prompt, return_tensors="pt").to(store.model.device)  # type: ignore[union-attr]
     with torch.no_grad():
         memories, mask = store.model.encode_memories(  # type: ignore[union-attr]
@@ -165,13 +201,24 @@ def used_lines(store: MemoryStore, used: Sequence[Used], regenerated: Sequence[s
     for place, one in enumerate(used):
         chunk = one.chunk
         where = "" if chunk.start is None else f", characters {chunk.start} to {chunk.end}"
-        near = "" if one.cosine is None else f", cosine {one.cosine:.3f}"
+        near = "" if one.score is None else f", {one.by} {one.score:.3f}"
         text = f": {_short(store.expand(chunk)[0])}" if store.keeps_text and chunk.start is not None else ""
         kind = "in clear" if one.in_clear else "memory"
         lines.append(f"{kind} {place}: {chunk.text_id}, chunk {chunk.number}{where}{near}{text}")
         if regenerated is not None:
             lines.append(f"  regenerated: {_short(regenerated[place])}")
     return lines
+
+
+def summary(used: Sequence[Used]) -> str:
+    """Say in a line which texts a prompt is answered from, as how many memories, and how much of it as text."""
+    numbers: dict[str, list[int]] = {}
+    for one in used:
+        numbers.setdefault(one.chunk.text_id, []).append(one.chunk.number)
+    named = [f"{text_id} ({len(own)} chunks from {own[0]})" for text_id, own in list(numbers.items())[:SHOWN_TEXTS]]
+    more = f" and {len(numbers) - SHOWN_TEXTS} more texts" if len(numbers) > SHOWN_TEXTS else ""
+    in_clear = sum(one.in_clear for one in used)
+    return f"answered from {', '.join(named)}{more}: {len(used) - in_clear} as memories, {in_clear} as text"
 
 
 def _short(text: str) -> str:
@@ -216,6 +263,7 @@ def run(options: argparse.Namespace, ask: Callable[[str], str] = input) -> None:
 
     def reply(prompt: str) -> None:
         used = choose(store, prompt, options.texts, options.nearest, options.expand)
+        print(summary(used), file=sys.stderr)
         if options.show or options.regenerate:
             regenerated = regenerate(store, [one.chunk for one in used]) if options.regenerate else None
             print("\n".join(used_lines(store, used, regenerated)))

@@ -19,29 +19,32 @@ Source of the question: Kuratov et al. 2025, arXiv 2502.13063 (one vector, up to
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from training.command_line import run_command
-from training.data import file_checksums
-from training.evaluate import load_model
-from training.figures import write_ceiling_figure
-from training.frozen import cut_rows, special_tokens_around
-from training.metrics import bootstrap_interval, token_results, wilson_interval
-from training.objectives import SpecialTokens, build_batch
+from training.command_line import Parser, check_place, positive_number, run_command, whole_number
+from training.data.objectives import BatchSpec, SpecialTokens, build_batch
+from training.data.texts import file_checksums
+from training.data.tokenizer import special_tokens_of
+from training.evaluate import load_model, model_config
+from training.measure.frozen import cut_rows, special_tokens_around
+from training.measure.metrics import bootstrap_interval, token_results, wilson_interval
+from training.places import portable_path
 from training.probe import numbers, read_texts
-from training.record import describe_code, describe_hardware, fingerprint, peak_memory_bytes, read_json, write_json
-from training.record import write_record as save_record
-from training.strict_yaml import portable_path
-from training.tokenizer import special_tokens_of
+from training.records.figures import write_ceiling_figure
+from training.records.record import (
+    Measurement,
+    data_digest,
+    read_json,
+    write_json,
+)
+from training.records.record import write_record as save_record
 
 Regenerate = Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor]
 """Memories `(B, K, D)` or `None`, and tokens `(B, T)` -> logits `(B, T, V)`; row t predicts token t."""
@@ -79,17 +82,17 @@ def regenerate_copy(model: PreTrainedModel, special_tokens: SpecialTokens, objec
         special_tokens (`SpecialTokens`): Ids of its special tokens.
         objective (`str`): `"copy"` (the text so far is visible) or `"blank_copy"` (nothing is).
     """
+    config = model.config
+    spec = BatchSpec(
+        special_tokens,
+        chunk_length=config.chunk_length,
+        window_length=config.window_length,
+        memories_per_chunk=config.memories_per_chunk,
+        layout="slots",
+    )
 
     def logits_of(memories: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
-        batch = build_batch(
-            objective,
-            tokens,
-            window_length=model.config.window_length,
-            chunk_length=model.config.chunk_length,
-            memories_per_chunk=model.config.memories_per_chunk,
-            tokens_ids=special_tokens,
-            layout="slots",
-        )
+        batch = build_batch(objective, tokens, spec)
         text = {name: batch[name][:, -tokens.shape[1] :] for name in ("input_ids", "attention_mask")}
         if memories is None:
             return model(**text, use_cache=False).logits
@@ -175,13 +178,8 @@ def optimise_memories(
         logits = logits_of(units * scale, tokens)
         correct, losses = token_results(logits, tokens)
         with torch.no_grad():
-            now = Written(
-                (units * scale).detach().clone(),
-                losses.detach().clone(),
-                correct,
-                torch.where(correct.all(1), step, -1),
-                [],
-            )
+            written_at = torch.where(correct.all(1), step, -1)
+            now = Written((units * scale).detach().clone(), losses.detach().clone(), correct, written_at, [])
             best = now if best is None else _better(best, now)
         done = until_exact and bool((best.steps >= 0).all())
         if step % log_steps == 0 or step == steps or done:
@@ -383,108 +381,104 @@ def against_ceiling(
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m training.ceiling",
         description="How many tokens fit into vectors made for one text alone, and what share does an encoder reach?",
     )
     add = parser.add_argument
     add("model", help="folder or Hub id of a memory model, or of any causal LM")
     add("--text", action="append", default=[], metavar="FILE", help="text (default: the test split of the books here)")
-    add("--texts", type=int, default=8, metavar="N", help="texts, spread over the file (8)")
+    add("--texts", type=whole_number(), default=8, metavar="N", help="texts, spread over the file (8)")
     add("--lengths", type=numbers, default=(8, 16, 32, 64), metavar="N,N", help="causal LM: tokens (8,16,32,64)")
-    add("--vectors", type=int, default=1, metavar="K", help="causal LM: vectors of a text (1)")
+    add("--vectors", type=whole_number(), default=1, metavar="K", help="causal LM: vectors of a text (1)")
     add("--objective", choices=("copy", "blank_copy"), default="copy", help="memory model: how it writes")
-    add("--steps", type=int, default=500, metavar="N", help="most optimiser steps (500)")
-    add("--learning-rate", type=float, default=0.3, metavar="X", help="of Adam, in units of the start's scale (0.3)")
-    add("--refine-learning-rate", type=float, default=0.02, metavar="X", help="from an encoder's memories (0.02)")
+    add("--steps", type=whole_number(), default=500, metavar="N", help="most optimiser steps (500)")
+    add(
+        "--learning-rate",
+        type=positive_number,
+        default=0.3,
+        metavar="X",
+        help="of Adam, in units of the start's scale (0.3)",
+    )
+    add(
+        "--refine-learning-rate",
+        type=positive_number,
+        default=0.02,
+        metavar="X",
+        help="from an encoder's memories (0.02)",
+    )
     add("--seed", type=int, default=0, metavar="N", help="of the random starts")
-    add("--threads", type=int, metavar="N", help="processor threads")
+    add("--threads", type=whole_number(), metavar="N", help="processor threads")
     add("--to", default="runs/ceiling", metavar="FOLDER", help="where record and figure go (runs/ceiling)")
     return parser
 
 
+def _measure_memory_model(
+    options: argparse.Namespace, documents: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Compare a memory model with its ceiling; return settings and metrics."""
+    model, tokenizer, _ = load_model(options.model)
+    settings = {name: getattr(options, name) for name in ("objective", "refine_learning_rate")}
+    spent = {name: getattr(options, name) for name in ("steps", "learning_rate", "seed")}
+    tokens = _spread(tokenizer, documents, model.config.window_length, options.texts)
+    found = against_ceiling(model, special_tokens_of(tokenizer), tokens, **settings, **spent)
+    return settings, {"against_ceiling": found}
+
+
+def _measure_causal_lm(
+    options: argparse.Namespace, documents: Sequence[str], folder: Path, asked: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Measure what fits into vectors of a causal LM, a file for each length; return settings and metrics."""
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    settings = {"lengths": list(options.lengths), "vectors": options.vectors}
+    tokens = _spread(tokenizer, documents, max(options.lengths), options.texts)
+    asked = asked | settings | {"model": portable_path(options.model), "tokens": tokens.tolist()}
+
+    def keep(length: int, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        file = folder / "cells" / f"{data_digest({**asked, 'length': length})}.json"
+        result = read_json(file)
+        if result is None:
+            result = measure()
+            write_json(file, result)
+        print(f"{length} tokens: {result['exact_match']:.0%} of texts without an error, "
+              f"{result['token_accuracy']:.1%} of tokens", flush=True)  # fmt: skip
+        return result
+
+    found = capacity(
+        model,
+        tokens,
+        options.lengths,
+        num_vectors=options.vectors,
+        prefix=special_tokens_around(tokenizer)[0],
+        steps=options.steps,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
+        keep=keep,
+    )
+    return settings, {"capacity": found}
+
+
 def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
     """Measure as the command line says; return the record."""
-    for name in ("texts", "vectors", "steps"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} is {getattr(options, name)}; expected 1 or more")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    started, created_at, code = time.perf_counter(), datetime.now(timezone.utc), describe_code()
-    folder = Path(options.to)
-    text = options.text or ["training/corpora/books/test.parquet"]
-    documents, held_out, files = read_texts(text, [])
+    measurement, folder = Measurement(command), check_place(options.to)
+    documents, held_out, files = read_texts(options.text or ["training/corpora/books/test.parquet"], [])
     documents = documents + held_out
     settings = {name: getattr(options, name) for name in ("texts", "steps", "learning_rate", "seed")}
-    try:
-        model_type = AutoConfig.from_pretrained(options.model).model_type
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{options.model} is no folder or Hub id of a model ({str(error).splitlines()[0]})"
-        ) from error
-    if model_type == "memory_encoder_decoder":
-        model, tokenizer, _ = load_model(options.model)
-        settings |= {"objective": options.objective, "refine_learning_rate": options.refine_learning_rate}
-        tokens = _spread(tokenizer, documents, model.config.window_length, options.texts)
-        metrics = {
-            "against_ceiling": against_ceiling(
-                model,
-                special_tokens_of(tokenizer),
-                tokens,
-                objective=options.objective,
-                steps=options.steps,
-                learning_rate=options.learning_rate,
-                refine_learning_rate=options.refine_learning_rate,
-                seed=options.seed,
-            )
-        }
-    elif model_type == "memory_autoencoder":
+    model_type = model_config(options.model).model_type
+    if model_type == "memory_autoencoder":
         raise ValueError(f"{options.model} is an autoencoder; give a memory model or a causal LM")
+    if model_type == "memory_encoder_decoder":
+        own, metrics = _measure_memory_model(options, documents)
     else:
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-        settings |= {"lengths": list(options.lengths), "vectors": options.vectors}
-        tokens = _spread(tokenizer, documents, max(options.lengths), options.texts)
-        asked = settings | {"model": portable_path(options.model), "tokens": tokens.tolist()}
-
-        def keep(length: int, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-            file = folder / "cells" / f"{fingerprint({**asked, 'length': length})}.json"
-            result = read_json(file)
-            if result is None:
-                result = measure()
-                write_json(file, result)
-            print(f"{length} tokens: {result['exact_match']:.0%} of texts without an error, "
-                  f"{result['token_accuracy']:.1%} of tokens", flush=True)  # fmt: skip
-            return result
-
-        metrics = {
-            "capacity": capacity(
-                model,
-                tokens,
-                options.lengths,
-                num_vectors=options.vectors,
-                prefix=special_tokens_around(tokenizer)[0],
-                steps=options.steps,
-                learning_rate=options.learning_rate,
-                seed=options.seed,
-                keep=keep,
-            )
-        }
-    record = {
-        "run": {
-            "recipe_name": None,
-            "command": command,
-            "created_at": created_at.isoformat(timespec="seconds"),
-            "status": "success",
-        },
-        "code": code,
-        "hardware": describe_hardware(torch.device("cpu")),
-        "inputs": {"files": file_checksums(files), "model": portable_path(options.model)},
-        "recipe": settings,
-        "metrics": metrics,
-        "seconds": round(time.perf_counter() - started, 1),
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
+        own, metrics = _measure_causal_lm(options, documents, folder, settings)
+    settings |= own
+    record = measurement.record(
+        torch.device("cpu"),
+        inputs={"files": file_checksums(files), "model": portable_path(options.model)},
+        recipe=settings,
+        metrics=metrics,
+    )
     save_record(folder / "record.json", record)
     figure = write_ceiling_figure(record, folder)
     if "against_ceiling" in metrics:

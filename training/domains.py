@@ -5,33 +5,42 @@ python -m training.domains runs/quickstart/hub --to domains.json --text "encyclo
 python -m training.publish runs/quickstart/hub --to ~/my-model --domains domains.json
 ```
 
-Every domain is asked what the model's own test split is asked, with the same controls; the card shows it under limits.
+Every domain is asked what the model's own test split is asked, with the same controls, free-running copies included;
+and every token of the vocabulary is tried in random order. The card shows it.
 """
 
 import argparse
 import random
-import shlex
 import string
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from training.data import file_checksums, load_texts, tokenise_documents
-from training.evaluate import evaluate, load_model
-from training.objectives import next_tokens
-from training.recipe import resolve_files
-from training.record import describe_code, describe_hardware, write_record
-from training.strict_yaml import portable_path
-from training.suites import Scores, results_table, score, spread_rows, summarise_scores
+from training.command_line import Parser, check_place, named_file, run_command, whole_number
+from training.data.objectives import next_tokens
+from training.data.texts import file_checksums, load_texts, tokenise_documents
+from training.data.tokenizer import special_tokens_of
+from training.evaluate import load_model, measure_suites
+from training.measure.suites import (
+    Evaluation,
+    Scores,
+    default_length,
+    results_table,
+    score,
+    spread_rows,
+    summarise_scores,
+)
+from training.places import portable_path
+from training.recipes.recipe import resolve_files
+from training.records.record import Measurement, write_record
 
 LETTERS = string.ascii_letters + string.digits + string.punctuation
 CAUSAL_LENGTH = 256
+TRIES = 4
+SUITES = {"memory_autoencoder": ["retention"], "memory_encoder_decoder": ["blank_copy", "copy"]}
 DESCRIPTIONS = {
     "random_strings": "random strings of letters, digits and signs",
     "digits": "random digits",
@@ -76,13 +85,13 @@ def measure_domains(
         batch_size (`int`): Rows per forward call.
 
     Returns:
-        `dict`: Domain -> `description` and `metrics` (suite -> condition -> metrics).
+        `dict`: Domain -> `description` and `metrics` (suite -> condition -> metrics). For a model with memories also
+        the domain `every_token`, with the tokens that never came back.
 
     Raises:
         ValueError: If a text is too short for a row.
     """
-    kinds = {"memory_autoencoder": "retention", "memory_encoder_decoder": "blank_copy"}
-    suite = kinds.get(model.config.model_type)
+    suites = SUITES.get(model.config.model_type)
     own_length = getattr(model.config, "window_length", getattr(model.config, "chunk_length", CAUSAL_LENGTH))
     row = length or own_length
     enough = max(2, -(-limit * row // 500))  # a character of a random string is a token or nearly one
@@ -90,17 +99,71 @@ def measure_domains(
         **{name: (text, made_up_texts(name, enough)) for name, text in DESCRIPTIONS.items()},
         **{name: (name, list(documents)) for name, documents in texts.items()},
     }
-    return {
+    measured: dict[str, dict[str, Any]] = {
         name: {
             "description": description,
-            "metrics": evaluate(
-                model, tokenizer, documents, [suite], limit=limit, length=length, batch_size=batch_size
+            "metrics": measure_suites(
+                model, tokenizer, documents, suites, limit=limit, length=length, batch_size=batch_size
             )
-            if suite is not None
+            if suites is not None
             else next_token(model, tokenizer, documents, limit=limit, length=row, batch_size=batch_size),
         }
         for name, (description, documents) in domains.items()
     }
+    if suites is not None:
+        measured["every_token"] = every_token(model, tokenizer, suites[0], length=length, batch_size=batch_size)
+    return measured
+
+
+@torch.no_grad()
+def every_token(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    suite: str,
+    *,
+    length: int | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Ask for every token of the vocabulary among random others, so that nothing but its memory tells it.
+
+    Args:
+        model (`PreTrainedModel`): A memory autoencoder or a memory encoder-decoder.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer; special tokens are not asked for.
+        suite (`str`): `retention` or `blank_copy`: the tokens are read back at once, with none of them in sight.
+        length (`int`, *optional*): Tokens of a row; default: that of the suite.
+        batch_size (`int`): Rows per forward call.
+        seed (`int`): Of the order.
+
+    Returns:
+        `dict`: `description` and `metrics` as of a domain; `num_tokens` of the vocabulary, `tries` of each, and
+        `lost_tokens`, written out: those that never came back.
+    """
+    chunk = model.config.chunk_length
+    window = getattr(model.config, "window_length", chunk)
+    evaluation = Evaluation(model.eval(), special_tokens_of(tokenizer), chunk, window, batch_size=batch_size)
+    row = length or default_length(evaluation, suite)
+    special = set(tokenizer.all_special_ids)
+    ids = torch.tensor([i for i in range(min(len(tokenizer), evaluation.vocab_size)) if i not in special])
+    draw = torch.Generator().manual_seed(seed)
+    stream = torch.cat([ids[torch.randperm(len(ids), generator=draw)] for _ in range(TRIES)])
+    rows = torch.cat([stream, stream[: -len(stream) % row]]).view(-1, row)  # (R, row)
+    objective = "reconstruction" if suite == "retention" else suite
+    scores = Scores.join([score(model, evaluation.build(objective, own), len(own)) for own in rows.split(batch_size)])
+    lost = sorted(set(ids.tolist()) - set(scores.targets[scores.correct].tolist()))
+    return {
+        "description": "every token of the vocabulary, in random order",
+        "metrics": {suite: {"memory": summarise_scores(scores, evaluation.vocab_size, row)}},
+        "num_tokens": len(ids),
+        "tries": TRIES,
+        "lost_tokens": [_written(tokenizer, token) for token in lost],
+    }
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """A token as text, or by its name where it is only a part of a character."""
+    text = tokenizer.decode([token])
+    return text if text and "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(token))
 
 
 def next_token(
@@ -123,7 +186,7 @@ def next_token(
         batch_size (`int`): Rows per forward call.
 
     Returns:
-        `dict`: Suite -> condition -> metrics, as [`evaluate`] gives them: `clm` and `this_model`.
+        `dict`: Suite -> condition -> metrics, as [`measure_suites`] gives them: `clm` and `this_model`.
 
     Raises:
         ValueError: If a text is too short for a row.
@@ -139,7 +202,7 @@ def next_token(
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m training.domains", description="Measure what a model holds of text unlike its training text."
     )
     parser.add_argument(
@@ -147,25 +210,27 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--to", required=True, metavar="FILE", help="where the record goes")
     parser.add_argument(
-        "--text", action="append", default=[], metavar="NAME=FILE", help="other text to ask about; several are fine"
+        "--text",
+        action="append",
+        default=[],
+        type=named_file,
+        metavar="NAME=FILE",
+        help="other text to ask about; several are fine",
     )
-    parser.add_argument("--limit", type=int, default=256, metavar="N", help="most rows of a domain (default 256)")
-    parser.add_argument("--length", type=int, metavar="N", help="tokens of a row (default: by suite)")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows at a time (default 32)")
+    parser.add_argument(
+        "--limit", type=whole_number(2), default=256, metavar="N", help="most rows of a domain (default 256)"
+    )
+    parser.add_argument("--length", type=whole_number(), metavar="N", help="tokens of a row (default: by suite)")
+    parser.add_argument(
+        "--batch-size", type=whole_number(), default=32, metavar="N", help="rows at a time (default 32)"
+    )
     return parser
 
 
 def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
     """Measure as the command line says; return the record."""
-    created_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    named = {}
-    for given in options.text:
-        name, equals, pattern = given.partition("=")
-        if not (name and equals and pattern):
-            raise ValueError(f"--text is {given!r}; expected NAME=FILE, for example encyclopedia=wikipedia.parquet")
-        named[name] = resolve_files([pattern], f"--text {name}")
-    if options.limit < 2 or options.batch_size < 1 or (options.length is not None and options.length < 1):
-        raise ValueError("--limit must be 2 or more, --length and --batch-size 1 or more")
+    measurement, place = Measurement(command), check_place(options.to)
+    named = {name: resolve_files([pattern], f"--text {name}") for name, pattern in options.text}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, _ = load_model(options.model)
     domains = measure_domains(
@@ -176,46 +241,26 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         length=options.length,
         batch_size=options.batch_size,
     )
-    record = {
-        "run": {"recipe_name": None, "command": command, "created_at": created_at, "status": "success"},
-        "code": describe_code(),
-        "hardware": describe_hardware(device),
-        "inputs": {
+    record = measurement.record(
+        device,
+        inputs={
             "model": portable_path(options.model),
             "files": {name: file_checksums(files) for name, files in named.items()},
         },
-        "recipe": {"limit": options.limit, "length": options.length, "batch_size": options.batch_size},
-        "metrics": {},
-        "domains": domains,
-    }
-    write_record(Path(options.to).expanduser(), record)
+        recipe={"limit": options.limit, "length": options.length, "batch_size": options.batch_size},
+        metrics={},
+        domains=domains,
+    )
+    write_record(place, record)
     for name, domain in domains.items():
         print(f"{name}: {domain['description']}\n{results_table(domain['metrics'])}\n")
     print(f"record: {options.to}")
     return record
 
 
-def _portable(word: str) -> str:
-    """Write an argument without an absolute path, for the record.
-
-    >>> _portable("news=/somewhere/else/news.txt")
-    'news=news.txt'
-    """
-    name, equals, path = word.rpartition("=")
-    return f"{name}{equals}{portable_path(path)}"
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    words = sys.argv[1:] if arguments is None else arguments
-    options = build_parser().parse_args(arguments)
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        run(options, shlex.join(["python", "-m", "training.domains", *map(_portable, words)]))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(build_parser(), run, arguments)
 
 
 if __name__ == "__main__":

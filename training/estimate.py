@@ -28,9 +28,10 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForTextEncoding, PreTrainedModel
 
 from modeling_memory.memory_parts import load_encoder
-from training.build import build_stage_model, child_config
-from training.objectives import SpecialTokens
-from training.recipe import Recipe, StageRecipe, load_recipe
+from training.command_line import Parser, positive_number, run_command
+from training.data.objectives import SpecialTokens
+from training.recipes.recipe import Recipe, StageRecipe, load_recipe
+from training.train.build import build_stage_model, child_config
 
 RATE = 1.0e14
 FLOAT, HALF = 4, 2
@@ -183,32 +184,33 @@ def _activation_bytes(part: PreTrainedModel, tokens: int, bf16: bool, checkpoint
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m training.estimate",
         description="Estimate memory and time of a recipe from its configuration; nothing is downloaded or measured.",
     )
     parser.add_argument("recipe", help="YAML file, or the name of one in configuration/recipes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for python -m training.run")
     parser.add_argument(
-        "--rate", type=float, default=RATE, metavar="N", help=f"operations a second that are reached ({RATE:.1e})"
+        "--rate",
+        type=positive_number,
+        default=RATE,
+        metavar="N",
+        help=f"operations a second that are reached ({RATE:.1e})",
     )
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    options = build_parser().parse_args(arguments)
-    try:
-        if not options.rate > 0:
-            raise ValueError(f"--rate is {options.rate}; expected operations a second, above 0")
-        estimates = estimate_recipe(load_recipe(options.recipe, options.overrides))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def run(options: argparse.Namespace, command: str) -> None:
+    """Print the estimate of every stage."""
+    estimates = estimate_recipe(load_recipe(options.recipe, options.overrides))
     print("estimated from the configuration, for one process; not measured")
     for found in estimates:
         print(f"  {found.line(options.rate)}; {found.trainable:,} of {found.parameters:,} parameters train")
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    return run_command(build_parser(), run, arguments)
 
 
 if __name__ == "__main__":

@@ -6,37 +6,49 @@ python -m training.evaluate runs/quickstart/stages/autoencoder/model --suite ret
 python -m training.evaluate runs/quickstart/hub --suite fidelity --domain news=training/corpora/wikinews/test.parquet
 ```
 
-What each suite asks is described in `training/suites.py`, and in `training/fidelity.py`.
+What each suite asks is described in `training/measure/suites.py`, and in `training/fidelity.py`.
 """
 
 import argparse
 import sys
-import time
-from collections.abc import Sequence
-from datetime import datetime, timezone
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from training.build import count_parameters
-from training.command_line import run_command
-from training.data import file_checksums, load_texts, tokenise_documents
+from training.command_line import Parser, check_place, named_file, run_command, whole_number
+from training.data.texts import file_checksums, load_texts, tokenise_documents
+from training.data.tokenizer import special_tokens_of, tokenizer_checksum
 from training.fidelity import evaluate_fidelity, text_lines
-from training.inputs import byte_lengths_of
-from training.publish import load_checkpoint
-from training.recipe import resolve_files
-from training.record import describe_code, describe_hardware, peak_memory_bytes, read_json, write_record
-from training.strict_yaml import portable_path
-from training.suites import SUITES, Evaluation, default_length, evaluate_suite, results_table, spread_rows
-from training.tokenizer import special_tokens_of, tokenizer_checksum
+from training.measure.suites import (
+    FIDELITY,
+    SUITES,
+    Evaluation,
+    check_suite,
+    default_length,
+    evaluate_suite,
+    results_table,
+    spread_rows,
+)
+from training.places import portable_path
+from training.publishing.hub_folder import check_complete, load_checkpoint
+from training.recipes.recipe import resolve_files
+from training.records.record import Measurement, read_json, write_record
+from training.train.build import count_parameters
+from training.train.inputs import byte_lengths_of
 
-FIDELITY = "fidelity"
 
-
-def evaluate(
+def measure_suites(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
@@ -47,6 +59,7 @@ def evaluate(
     batch_size: int = 32,
     baselines: dict[str, PreTrainedModel] | None = None,
     num_generated_rows: int = 32,
+    keep: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Run suites on texts.
 
@@ -59,7 +72,8 @@ def evaluate(
         length (`int`, *optional*): Tokens of a row; default: a chunk, two windows for copies, four for clm.
         batch_size (`int`): Rows per forward call.
         baselines (`dict[str, PreTrainedModel]`, *optional*): `no_memory` and `full_context` decoders, for clm.
-        num_generated_rows (`int`): Rows of the suite copy that are also written freely.
+        num_generated_rows (`int`): Rows of the suite copy that are also written free-running.
+        keep (`Callable`, *optional*): Is given what is measured so far after each suite.
 
     Returns:
         `dict`: Suite -> condition -> metrics.
@@ -77,14 +91,20 @@ def evaluate(
         batch_size=batch_size,
         num_generated_rows=min(limit, num_generated_rows),
     )
-    tokens = tokenise_documents(tokenizer, texts).tokens
-    metrics = {}
     for suite in suites:
-        rows = spread_rows(tokens, row_length=length or default_length(evaluation, suite), limit=limit)
+        check_suite(evaluation, suite)
+    tokens = tokenise_documents(tokenizer, texts).tokens
+    # All rows are cut before the first suite is measured: a text that is too short for the last one says so now.
+    lengths = {suite: length or default_length(evaluation, suite) for suite in suites}
+    rows = {suite: spread_rows(tokens, row_length=lengths[suite], limit=limit) for suite in suites}
+    metrics: dict[str, Any] = {}
+    for suite in suites:
         if suite == FIDELITY:
-            metrics[suite] = evaluate_fidelity(evaluation, tokenizer, rows)
+            metrics[suite] = evaluate_fidelity(evaluation, tokenizer, rows[suite])
         else:
-            metrics[suite] = evaluate_suite(evaluation, suite, rows, baselines)
+            metrics[suite] = evaluate_suite(evaluation, suite, rows[suite], baselines)
+        if keep is not None:
+            keep(dict(metrics))
     return metrics
 
 
@@ -137,111 +157,105 @@ def find_texts(folder: Path, given: Sequence[str]) -> list[Path]:
     raise ValueError(f"{folder} has no record that names a test split; give the text with --text FILE")
 
 
+def model_config(name: str, option: str = "MODEL") -> PreTrainedConfig:
+    """Read the configuration of a model, to say early that there is none.
+
+    Args:
+        name (`str`): Folder or Hub id.
+        option (`str`): What it was given as, for the message.
+
+    Raises:
+        ValueError: If there is no model of that name.
+    """
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{option} {name} is no folder or Hub id of a model ({str(error).splitlines()[0]}); correct the name"
+        ) from error
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m training.evaluate",
         description="Measure a trained model with controls: other texts' memories, no memory.",
     )
-    parser.add_argument("model", help="folder of a model (runs/<name>/hub), or a Hub repository")
-    parser.add_argument(
-        "--suite",
-        action="append",
-        required=True,
-        choices=(*SUITES, FIDELITY),
-        help="what to measure; may be given several times",
-    )
-    parser.add_argument(
-        "--domain", action="append", default=[], metavar="NAME=FILE", help="fidelity: other text to measure it on"
-    )
-    parser.add_argument("--limit", type=int, default=256, metavar="N", help="most rows of a suite (default 256)")
-    parser.add_argument(
-        "--text",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="text to read (default: the model's own test split)",
-    )
-    parser.add_argument("--length", type=int, metavar="N", help="tokens of a row (default: by suite)")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows at a time (default 32)")
-    parser.add_argument("--no-memory", metavar="MODEL", help="clm: decoder trained without memory, as baseline")
-    parser.add_argument("--full-context", metavar="MODEL", help="clm: decoder trained with full context, as baseline")
-    parser.add_argument(
-        "--record", metavar="FILE", help="where the record goes (default: results/scratch/evaluation-<time>.json)"
-    )
+    add = parser.add_argument
+    add("model", help="folder of a model (runs/<name>/hub), or a Hub repository")
+    add("--suite", action="append", required=True, choices=(*SUITES, FIDELITY), help="what to measure; may be given "
+        "several times")  # fmt: skip
+    add("--domain", action="append", default=[], type=named_file, metavar="NAME=FILE", help="fidelity: other text to "
+        "measure it on")  # fmt: skip
+    add("--limit", type=whole_number(), default=256, metavar="N", help="most rows of a suite (default 256)")
+    add("--text", action="append", default=[], metavar="FILE", help="text to read (default: the model's own test "
+        "split)")  # fmt: skip
+    add("--length", type=whole_number(), metavar="N", help="tokens of a row (default: by suite)")
+    add("--batch-size", type=whole_number(), default=32, metavar="N", help="rows at a time (default 32)")
+    add("--no-memory", metavar="MODEL", help="clm: decoder trained without memory, as baseline")
+    add("--full-context", metavar="MODEL", help="clm: decoder trained with full context, as baseline")
+    add("--record", metavar="FILE", help="where the record goes (default: runs/evaluations/<time>.json)")
     return parser
 
 
 def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
-    """Evaluate as the command line says; return the record."""
-    for name in ("limit", "length", "batch_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected 1 or more")
-    started = time.perf_counter()
-    created_at = datetime.now(timezone.utc)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, folder = load_model(options.model)
-    files = find_texts(folder, options.text)
-    given = {"no_memory": options.no_memory, "full_context": options.full_context}
-    baselines = {
-        name: AutoModelForCausalLM.from_pretrained(place).to(device)
-        for name, place in given.items()
-        if place is not None
-    }
-    metrics = evaluate(
-        model.to(device),
-        tokenizer,
-        load_texts(files),
-        options.suite,
-        limit=options.limit,
-        length=options.length,
-        batch_size=options.batch_size,
-        baselines=baselines,
-    )
-    other = dict(_domain(word) for word in options.domain)
-    if other and FIDELITY not in options.suite:
+    """Evaluate as the command line says; return the record.
+
+    Everything that the command line names is looked for before the model is loaded, and the record is written anew
+    after each suite, so that what was measured stays if a later one fails.
+    """
+    measurement = Measurement(command)
+    default = f"runs/evaluations/{measurement.created_at:%Y%m%d-%H%M%S}.json"
+    path = check_place(options.record or default)
+    if options.domain and FIDELITY not in options.suite:
         raise ValueError("--domain is for --suite fidelity; add the suite or leave the domain out")
-    for name, file in other.items():
-        rest = {"limit": options.limit, "length": options.length, "batch_size": options.batch_size}
-        found = evaluate(model, tokenizer, load_texts([file]), [FIDELITY], **rest)
-        metrics[f"{FIDELITY}, {name}"] = found[FIDELITY]
-    files = [*files, *other.values()]
-    record = {
-        "run": {
-            "recipe_name": None,
-            "command": command,
-            "created_at": created_at.isoformat(timespec="seconds"),
-            "status": "success",
-        },
-        "code": describe_code(),
-        "hardware": describe_hardware(device),
-        "inputs": {
+    domains = {name: resolve_files([file], "--domain")[0] for name, file in options.domain}
+    given = {"no_memory": options.no_memory, "full_context": options.full_context}
+    given = {name: place for name, place in given.items() if place is not None}
+    for name, place in given.items():
+        model_config(place, f"--{name.replace('_', '-')}")
+    folder = find_model(options.model)
+    check_complete(folder)
+    files = find_texts(folder, options.text)
+    texts = {name: load_texts(part) for name, part in {"": files, **{n: [f] for n, f in domains.items()}}.items()}
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer, _ = load_model(options.model)
+    model = model.to(device)
+    baselines = {name: AutoModelForCausalLM.from_pretrained(place).to(device) for name, place in given.items()}
+    limits = {"limit": options.limit, "length": options.length, "batch_size": options.batch_size}
+    record: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
+
+    def keep(found: dict[str, Any], domain: str = "", status: str = "running") -> None:
+        measured.update({f"{suite}, {domain}" if domain else suite: result for suite, result in found.items()})
+        inputs = {
             "model": portable_path(options.model),
-            "files": file_checksums(files),
+            "files": file_checksums([*files, *domains.values()]),
             "tokenizer": tokenizer_checksum(tokenizer),
-        },
-        "recipe": {"limit": options.limit, "length": options.length, "batch_size": options.batch_size},
-        "parameters": count_parameters(model),
-        "metrics": metrics,
-        "seconds": round(time.perf_counter() - started, 2),
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
-    path = Path(options.record or f"results/scratch/evaluation-{created_at:%Y%m%d-%H%M%S}.json")
-    write_record(path, record)
-    print(results_table(metrics))
-    for suite, result in metrics.items():
+        }
+        record.update(
+            measurement.record(
+                device,
+                status,
+                inputs=inputs,
+                recipe=limits,
+                parameters=count_parameters(model),
+                metrics=measured,
+            )
+        )
+        write_record(path, record)
+
+    measure_suites(model, tokenizer, texts[""], options.suite, baselines=baselines, keep=keep, **limits)
+    for name in domains:
+        keep(measure_suites(model, tokenizer, texts[name], [FIDELITY], **limits), name)
+    keep({}, status="success")
+    print(results_table(measured))
+    for suite, result in measured.items():
         if "text" in result.get("memory", {}):
             print("\n".join([f"{suite}:", *text_lines(result["memory"]["text"])]))
     print(f"record: {path}")
     return record
-
-
-def _domain(word: str) -> tuple[str, Path]:
-    name, equals, file = word.partition("=")
-    if not (name and equals and file):
-        raise ValueError(f"--domain {word}: expected NAME=FILE, e.g. news=training/corpora/wikinews/test.parquet")
-    return name, resolve_files([file], "--domain")[0]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -21,22 +21,20 @@ import argparse
 import difflib
 import json
 import re
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from training.data import file_checksums
-from training.metrics import bootstrap_interval, wilson_interval
-from training.record import describe_code, describe_hardware, write_record
-from training.strict_yaml import portable_path
-from training.suites import Evaluation, evaluate_suite, write_freely
+from training.command_line import Parser, check_place, run_command
+from training.data.texts import file_checksums
+from training.measure.metrics import bootstrap_interval, wilson_interval
+from training.measure.suites import Evaluation, evaluate_suite, write_freely
+from training.records.record import Measurement, write_record
 
 MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
 DETAILS = {
@@ -168,7 +166,7 @@ def evaluate_fidelity(
         tokens.
 
     Raises:
-        ValueError: As [`training.suites.evaluate_suite`], or if sacrebleu is missing.
+        ValueError: As [`training.measure.suites.evaluate_suite`], or if sacrebleu is missing.
     """
     is_autoencoder = evaluation.model.config.model_type == "memory_autoencoder"
     suite = "retention" if is_autoencoder else "copy"
@@ -221,35 +219,31 @@ def read_pairs(file: Path) -> tuple[list[str], list[str]]:
     return references, written
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Compare pairs from a file; returns the exit status."""
-    parser = argparse.ArgumentParser(
+def build_parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    parser = Parser(
         prog="python -m training.fidelity",
         description="How faithfully were texts written back? Pairs from any system.",
     )
     parser.add_argument("pairs", help="JSON Lines file with the fields reference and written")
     parser.add_argument("--record", metavar="FILE", help="write a record there")
-    options = parser.parse_args(arguments)
-    try:
-        found = text_fidelity(*read_pairs(Path(options.pairs)))
-        print("\n".join(text_lines(found)))
-        if options.record:
-            words = sys.argv[1:] if arguments is None else arguments
-            created_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            command = shlex.join(["python", "-m", "training.fidelity", *map(portable_path, words)])
-            record = {
-                "run": {"recipe_name": None, "command": command, "created_at": created_at, "status": "success"},
-                "code": describe_code(),
-                "hardware": describe_hardware(torch.device("cpu")),
-                "inputs": {"files": file_checksums([options.pairs])},
-                "recipe": {},
-                "metrics": {"text": found},
-            }
-            write_record(Path(options.record), record)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return parser
+
+
+def run(options: argparse.Namespace, command: str) -> None:
+    """Compare pairs from a file."""
+    measurement = Measurement(command)
+    place = check_place(options.record) if options.record else None
+    found = text_fidelity(*read_pairs(Path(options.pairs)))
+    print("\n".join(text_lines(found)))
+    if place is not None:
+        inputs = {"files": file_checksums([options.pairs])}
+        write_record(place, measurement.record(torch.device("cpu"), inputs=inputs, recipe={}, metrics={"text": found}))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    return run_command(build_parser(), run, arguments)
 
 
 if __name__ == "__main__":

@@ -21,30 +21,27 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from training.command_line import run_command
-from training.data import file_checksums, load_texts
-from training.figures import write_probe_figure
-from training.fit import Budget
-from training.frozen import POSITIONS, UNTRAINED, FrozenEncoder, TextRows, cut_rows, load_encoder, read_all
-from training.inversion import DecoderSize, invert
-from training.recipe import resolve_files
-from training.record import (
-    describe_code,
-    describe_hardware,
-    fingerprint,
-    peak_memory_bytes,
+from training.command_line import Parser, check_place, positive_number, run_command, whole_number
+from training.data.texts import file_checksums, load_texts
+from training.measure.frozen import POSITIONS, UNTRAINED, FrozenEncoder, TextRows, cut_rows, load_encoder, read_all
+from training.measure.inversion import DecoderSize, invert
+from training.places import portable_path
+from training.recipes.recipe import resolve_files
+from training.records.figures import write_probe_figure
+from training.records.record import (
+    Measurement,
+    data_digest,
     read_json,
     write_json,
     write_record,
 )
-from training.strict_yaml import portable_path
+from training.train.fit import Budget
 
 CONDITIONS = ("embedding", "untrained", "shuffled")
 TABLES = ("frozen", "replaced")
@@ -177,13 +174,13 @@ def _cell(
     }
     texts = {"train": tokens_checksum(train.tokens), "test": tokens_checksum(test.tokens)}
     asked = {"encoder": read_by, "texts": texts, "shuffled": condition == "shuffled", **setting.settings()}
-    file = folder / "cells" / f"{fingerprint(asked)}.json"
+    file = folder / "cells" / f"{data_digest(asked)}.json"
     before = read_json(file)
     if before is not None or setting.only_finished:
         return before and before["result"]
 
     def vectors(rows: TextRows) -> torch.Tensor:
-        kept = folder / "vectors" / f"{fingerprint({**read_by, 'tokens': tokens_checksum(rows.tokens)})}.safetensors"
+        kept = folder / "vectors" / f"{data_digest({**read_by, 'tokens': tokens_checksum(rows.tokens)})}.safetensors"
         if kept.is_file():
             return load_file(kept)["vectors"]
         read = read_all(encoder, rows.tokens)
@@ -319,7 +316,7 @@ def names(text: str) -> tuple[str, ...]:
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m training.probe",
         description="How much of its input does a model's embedding hold? Freeze it, train a decoder, count tokens.",
         epilog="example: python -m training.probe mine=some/model@mean --text notes.txt --lengths 16,64",
@@ -334,25 +331,34 @@ def build_parser() -> argparse.ArgumentParser:
     add("--controls", type=names, default=CONDITIONS, metavar="NAMES", help="untrained,shuffled (default) or none")
     add("--table", choices=TABLES, default="frozen", help="the model's token table: frozen, or replaced and trained")
     add("--position", choices=POSITIONS, help="which state is the vector (default: as the model says, else last)")
-    add("--chunk", type=int, metavar="N", help="read texts in pieces of N tokens, a vector each")
+    add("--chunk", type=whole_number(), metavar="N", help="read texts in pieces of N tokens, a vector each")
     add("--tokenizer", metavar="MODEL", help="folder or Hub id of the tokenizer, if it is not beside the model")
     add("--trust-remote-code", action="store_true", help="run code that comes with a model")
     add("--decoder", choices=("masked_mixer", "llama"), default="masked_mixer", help="kind of decoder")
-    add("--width", type=int, default=256, metavar="N", help="width of the decoder (256)")
-    add("--layers", type=int, default=2, metavar="N", help="layers of the decoder (2)")
-    add("--heads", type=int, default=4, metavar="N", help="heads of the decoder (4)")
+    add("--width", type=whole_number(), default=256, metavar="N", help="width of the decoder (256)")
+    add("--layers", type=whole_number(), default=2, metavar="N", help="layers of the decoder (2)")
+    add("--heads", type=whole_number(0), default=4, metavar="N", help="heads of the decoder (4)")
     add("--expansion", choices=("unroll", "repeat"), default="unroll", help="how the decoder reads a vector")
     spend = parser.add_mutually_exclusive_group()
-    spend.add_argument("--steps", type=int, default=200, metavar="N", help="training steps of each decoder (200)")
-    spend.add_argument("--tokens", type=int, metavar="N", help="instead: tokens that each decoder is trained on")
-    add("--batch-tokens", type=int, default=1024, metavar="N", help="tokens of a step (1024)")
+    spend.add_argument(
+        "--steps", type=whole_number(), default=200, metavar="N", help="training steps of each decoder (200)"
+    )
+    spend.add_argument(
+        "--tokens", type=whole_number(), metavar="N", help="instead: tokens that each decoder is trained on"
+    )
+    add("--batch-tokens", type=whole_number(), default=1024, metavar="N", help="tokens of a step (1024)")
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="optimizer of the decoder")
-    add("--learning-rate", type=float, default=5e-3, metavar="X", help="peak of AdamW (5e-3)")
-    add("--train-tokens", type=int, metavar="N", help="most tokens of text to train on (default: each text read once)")
-    add("--test-tokens", type=int, default=8192, metavar="N", help="most tokens of text to count on (8192)")
+    add("--learning-rate", type=positive_number, default=5e-3, metavar="X", help="peak of AdamW (5e-3)")
+    add(
+        "--train-tokens",
+        type=whole_number(),
+        metavar="N",
+        help="most tokens of text to train on (default: each text read once)",
+    )
+    add("--test-tokens", type=whole_number(), default=8192, metavar="N", help="most tokens of text to count on (8192)")
     add("--finished", action="store_true", help="train nothing: table and figure of what is finished so far")
     add("--seed", type=int, default=0, metavar="N", help="of fresh weights and of the order of texts")
-    add("--threads", type=int, metavar="N", help="processor threads")
+    add("--threads", type=whole_number(), metavar="N", help="processor threads")
     add("--to", default="runs/probe", metavar="FOLDER", help="where cells, record and figure go (runs/probe)")
     return parser
 
@@ -376,9 +382,7 @@ def read_texts(text: Sequence[str], test: Sequence[str]) -> tuple[list[str], lis
 
 def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
     """Probe as the command line says; return the record."""
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    created_at, code = datetime.now(timezone.utc), describe_code()
+    measurement, folder = Measurement(command), check_place(options.to)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train, test, files = read_texts(options.text, options.test)
     steps = options.steps if options.tokens is None else max(1, options.tokens // options.batch_tokens)
@@ -400,7 +404,6 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         table=options.table,
         only_finished=options.finished,
     )
-    folder = Path(options.to)
     results = probe(
         named_models(options.models),
         setting,
@@ -412,22 +415,14 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         trust_remote_code=options.trust_remote_code,
     )
     seconds = [cell["seconds"] for model in results for cells in model["lengths"].values() for cell in cells.values()]
-    record = {
-        "run": {
-            "recipe_name": None,
-            "command": command,
-            "created_at": created_at.isoformat(timespec="seconds"),
-            "status": "success",
-        },
-        "code": code,
-        "hardware": describe_hardware(device),
-        "inputs": {"files": file_checksums(files)},
-        "recipe": setting.settings() | {"lengths": list(setting.lengths), "conditions": list(setting.conditions)},
-        "seeds": {"probe": options.seed},
-        "metrics": {"models": results},
-        "seconds": round(sum(seconds), 1),
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
+    record = measurement.record(
+        device,
+        inputs={"files": file_checksums(files)},
+        recipe=setting.settings() | {"lengths": list(setting.lengths), "conditions": list(setting.conditions)},
+        seeds={"probe": options.seed},
+        metrics={"models": results},
+        seconds=round(sum(seconds), 1),
+    )
     write_record(folder / "record.json", record)
     figure = write_probe_figure(record, folder)
     print(results_table(results))

@@ -6,6 +6,7 @@ python -m training.publish runs/quickstart/hub --to ~/my-model --push me/my-mode
 python -m training.publish runs/quickstart/stages/autoencoder/model --to ~/my-autoencoder --pull-request --push me/ae
 python -m training.publish runs/quickstart/hub --to ~/my-half-size --dtype bfloat16
 python -m training.publish my-checkpoint --to ~/my-adapter --by-reference --base decoder=HuggingFaceTB/SmolLM2-135M
+python -m training.publish model_cards/starter-tiny --refresh
 ```
 """
 
@@ -15,19 +16,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from training.bases import Base, check_bases_on_hub, find_bases
-from training.cards import stage_record
-from training.hub_folder import (
+from transformers import PreTrainedModel
+
+from training.publishing.bases import Base, check_bases_on_hub, find_bases
+from training.publishing.cards import card_licence, stage_record
+from training.publishing.hub_folder import (
     ALLOWED_FILES,
     PublishError,
     check_complete,
     load_checkpoint,
     load_processor,
+    refresh_hub_folder,
     write_hub_folder,
 )
-from training.push import PushError, check_target, push_folder
-from training.record import read_json
-from training.verification import verify_hub_folder
+from training.publishing.provenance import NOTHING_RECORDED
+from training.publishing.push import PushError, check_target, push_folder
+from training.publishing.verification import verify_hub_folder
+from training.records.record import read_json
 
 __all__ = ["PublishError", "load_checkpoint", "main", "verify_hub_folder", "write_hub_folder"]
 
@@ -40,7 +45,13 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Without --push nothing leaves this machine. The token is that of `hf auth login` or HF_TOKEN.",
     )
     parser.add_argument("checkpoint", help="folder of a trained model: runs/<name>/hub, or any stage's model folder")
-    parser.add_argument("--to", required=True, metavar="FOLDER", help="the Hub folder; an earlier one is replaced")
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--to", metavar="FOLDER", help="the Hub folder; an earlier one is replaced")
+    place.add_argument(
+        "--refresh",
+        action="store_true",
+        help="CHECKPOINT is a Hub folder: write its card, record and code anew; its weights stay as they are",
+    )
     parser.add_argument(
         "--record", metavar="FILE", help="record of the run (default: record.json in CHECKPOINT or of its run)"
     )
@@ -50,10 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "bfloat16", "float16"), default="auto", help="numbers of the published weights "
         "(default: as they are); measure what rounding costs with training.domains"
     )  # fmt: skip
-    parser.add_argument("--name", help="name of the model in its card (default: the repository's, or the recipe's)")
-    parser.add_argument(
-        "--base-model", action="append", default=[], metavar="ID", help="Hub id of a model it was trained from"
-    )
+    _add_card_options(parser)
     reference = parser.add_argument_group("by reference")
     reference.add_argument(
         "--by-reference", action="store_true", help="leave out weights of encoder and decoder that are their bases'"
@@ -78,6 +86,26 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_card_options(parser: argparse.ArgumentParser) -> None:
+    card = parser.add_argument_group("the card", "what no record tells; --refresh keeps what was said before")
+    card.add_argument("--name", help="name of the model (default: the repository's, or the recipe's)")
+    card.add_argument(
+        "--base-model",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a model it was trained from: a Hub id, a folder, or package:MODULE/FOLDER",
+    )
+    card.add_argument(
+        "--licence", metavar="ID", help="licence of the weights, by the Hub's name or as NAME=LINK (default: that of "
+        "bases and text, where it is known)"
+    )  # fmt: skip
+    card.add_argument(
+        "--language", action="append", default=[], metavar="CODE", help="of the text (default: as its source says)"
+    )
+    card.add_argument("--project", metavar="URL", help="address of the project that made it")
+
+
 def publish(options: argparse.Namespace) -> None:
     """Write, verify and push, as the command line says."""
     target = {name: getattr(options, name) for name in ("private", "revision", "branch", "pull_request")}
@@ -89,32 +117,16 @@ def publish(options: argparse.Namespace) -> None:
     record = find_record(checkpoint, options.record, options.stage)
     if options.domains:
         measured = _read(Path(options.domains).expanduser())
-        record = {**(record or {}), "domains": measured["domains"]}
+        measured_by = {name: measured[name] for name in ("run", "code", "hardware", "inputs") if name in measured}
+        record = {**(record or {}), "domains": measured["domains"], "domains_run": measured_by}
     bases = _find_bases(checkpoint, options)
-    if options.by_reference and options.dtype != "auto":
-        raise ValueError("--dtype rounds all weights, but --by-reference leaves those of the bases where they are")
-    model, _ = load_checkpoint(checkpoint, bases, options.dtype)
-    referred = bases if options.by_reference else {}
-    if options.push:
-        check_bases_on_hub(referred)
-    context = {
-        "model_name": options.name or options.push,
-        "repository": options.push,
-        "base_models": options.base_model,
-    }
-    print(f"writing {options.to} ...", flush=True)
-    folder = write_hub_folder(
-        model,
-        load_processor(checkpoint),
-        options.to,
-        record,
-        {name: value for name, value in context.items() if value},
-        referred,
-    )
+    if options.dtype != "auto" and (options.by_reference or options.refresh):
+        raise ValueError("--dtype rounds all weights; with --by-reference or --refresh they stay as they are")
+    folder, model, referred = _write(checkpoint, record, bases, options)
     print("loading it in clean processes ...", flush=True)
     report = verify_hub_folder(folder, model, bases=referred)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(f"{options.to}: {size / 1e6:.1f} MB, loads bit for bit as folder and as repository")
+    print(f"{options.to or checkpoint}: {size / 1e6:.1f} MB, loads bit for bit as folder and as repository")
     print(f"checked: {', '.join(report['hub']['loaded'])}, forward and generation")
     if options.push:
         print(f"pushing to {options.push} ...", flush=True)
@@ -129,6 +141,36 @@ def publish(options: argparse.Namespace) -> None:
             print(f"deleted there: {name}")
         print(f"published: {pushed.url}")
         print(f'from_pretrained("{pushed.repo_id}", revision="{pushed.revision}", trust_remote_code=True)')
+
+
+def _write(
+    checkpoint: Path, record: dict[str, Any] | None, bases: Mapping[str, Base], options: argparse.Namespace
+) -> tuple[Path, PreTrainedModel, Mapping[str, Base]]:
+    """Write the Hub folder, or refresh it; returns it with its model and the bases that it refers to."""
+    said = {
+        "model_name": options.name or options.push,
+        "repository": options.push,
+        "base_models": options.base_model,
+        "licence": options.licence,
+        "language": options.language,
+        "project": options.project,
+    }
+    context = {name: value for name, value in said.items() if value}
+    model, _ = load_checkpoint(checkpoint, bases, options.dtype)
+    referred = bases if options.by_reference or options.refresh else {}
+    if options.push:
+        check_bases_on_hub(referred)
+    references = {part: {"id": base.id} for part, base in referred.items()}
+    licence = card_licence(model, record, {**context, "references": references})
+    if not licence.is_known and (options.push or licence.reason != NOTHING_RECORDED):
+        raise ValueError(
+            f"the licence of the weights is not known: {licence.reason}. Say it with --licence ID, for example "
+            "--licence llama3.2, or with --licence NAME=LINK for one that the Hub has no name for"
+        )
+    print(f"writing {options.to or checkpoint} ...", flush=True)
+    if options.refresh:
+        return refresh_hub_folder(checkpoint, record, context, bases), model, referred
+    return write_hub_folder(model, load_processor(checkpoint), options.to, record, context, referred), model, referred
 
 
 def _find_bases(checkpoint: Path, options: argparse.Namespace) -> dict[str, Base]:
@@ -180,7 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on; what is on the Hub is whole", file=sys.stderr)
+        print("\ninterrupted: rerun the same command to resume; what is on the Hub is whole", file=sys.stderr)
         return 130
     return 0
 

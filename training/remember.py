@@ -27,11 +27,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from modeling_memory import MemoryProcessor, MemoryStore
-from modeling_memory.memory_codec import DTYPES
-from modeling_memory.memory_shard import text_digest
+from modeling_memory.store.codec import DTYPES
+from modeling_memory.store.texts import text_digest
+from training.data.sources import HUB, SUFFIXES, HubDataset, read_file
 from training.evaluate import find_model
-from training.hub_folder import load_checkpoint
-from training.sources import HUB, SUFFIXES, HubDataset, read_file
+from training.publishing.hub_folder import load_checkpoint
 
 COMMIT_CHARACTERS = 1_000_000
 """Characters of text that are stored by one change: what an interruption may cost."""
@@ -124,6 +124,7 @@ def remember(
     """
     counts = {"stored": 0, "changed": 0, "known": 0, "chunks": 0}
     waiting: dict[str, str] = {}
+    characters = 0  # of the texts that wait: counted once, not again for each text
 
     def progress(chunks: int) -> None:
         counts["chunks"] += chunks
@@ -140,9 +141,11 @@ def remember(
             counts["known"] += 1
             continue
         counts["changed"] += is_known
+        characters += len(text) - len(waiting.get(text_id, ""))
         waiting[text_id] = text
-        if sum(map(len, waiting.values())) >= commit_characters:
+        if characters >= commit_characters:
             commit()
+            characters = 0
     if waiting:
         commit()
     return counts
@@ -194,6 +197,9 @@ def run(options: argparse.Namespace) -> dict[str, int]:
             f"{options.to}: {len(store)} texts, {store.num_tokens:,} tokens in {store.num_chunks:,} chunks, "
             f"{store.num_bytes:,} bytes ({store.num_bytes / max(store.num_tokens, 1):.1f} per token), {store.dtype}"
         )
+        if store.num_unknown:
+            share = store.num_unknown / store.num_tokens
+            print(f"{store.num_unknown:,} tokens ({share:.1%}) are none that the encoder knows: remembered as nothing")
     return totals
 
 

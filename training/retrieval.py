@@ -24,7 +24,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,24 +31,21 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from modeling_memory.memory_encoder import encode_chunks
-from modeling_memory.memory_encoder import LastPooling
-from training.command_line import run_command
-from training.data import file_checksums
-from training.fit import Budget, Order, fit
-from training.frozen import FrozenEncoder, cut_rows, load_encoder
-from training.metrics import wilson_interval
+from modeling_memory.memory_encoder import LastPooling, encode_chunks
+from training.command_line import Parser, check_place, positive_number, run_command, whole_number
+from training.data.texts import file_checksums
+from training.measure.frozen import FrozenEncoder, cut_rows, load_encoder
+from training.measure.metrics import wilson_interval
+from training.places import portable_path
 from training.probe import in_random_order, named_models, read_texts, tokens_checksum, weights_checksum
-from training.record import (
-    describe_code,
-    describe_hardware,
-    fingerprint,
-    peak_memory_bytes,
+from training.records.record import (
+    Measurement,
+    data_digest,
     read_json,
     write_json,
     write_record,
 )
-from training.strict_yaml import portable_path
+from training.train.fit import Budget, Order, fit
 
 QUERIES = ("ngram", "bag")
 
@@ -247,7 +243,7 @@ def evaluate_retrieval(
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m training.retrieval",
         description="Train an encoder to find texts by pieces of them, and measure it before and after.",
     )
@@ -257,24 +253,21 @@ def build_parser() -> argparse.ArgumentParser:
     add("--text", action="append", default=[], metavar="FILE", help="training text (default: the books here)")
     add("--test", action="append", default=[], metavar="FILE", help="text to search (default: a tenth of the text)")
     add("--query", choices=QUERIES, default="ngram", help="what is trained on; both are measured")
-    add("--query-tokens", type=int, default=7, metavar="N", help="tokens of a query (7)")
-    add("--length", type=int, default=64, metavar="N", help="tokens of a text (64)")
-    add("--steps", type=int, default=400, metavar="N", help="training steps (400); 0 only measures")
-    add("--batch-tokens", type=int, default=2048, metavar="N", help="tokens of a step (2048)")
-    add("--learning-rate", type=float, default=1e-4, metavar="X", help="peak of AdamW (1e-4)")
-    add("--texts", type=int, default=512, metavar="N", help="test texts (512)")
+    add("--query-tokens", type=whole_number(), default=7, metavar="N", help="tokens of a query (7)")
+    add("--length", type=whole_number(), default=64, metavar="N", help="tokens of a text (64)")
+    add("--steps", type=whole_number(0), default=400, metavar="N", help="training steps (400); 0 only measures")
+    add("--batch-tokens", type=whole_number(), default=2048, metavar="N", help="tokens of a step (2048)")
+    add("--learning-rate", type=positive_number, default=1e-4, metavar="X", help="peak of AdamW (1e-4)")
+    add("--texts", type=whole_number(2), default=512, metavar="N", help="test texts (512)")
     add("--seed", type=int, default=0, metavar="N", help="of orders and queries")
-    add("--threads", type=int, metavar="N", help="processor threads")
+    add("--threads", type=whole_number(), metavar="N", help="processor threads")
     add("--to", default="runs/retrieval", metavar="FOLDER", help="where encoder and record go (runs/retrieval)")
     return parser
 
 
 def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
     """Train and measure as the command line says; return the record."""
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    created_at, code = datetime.now(timezone.utc), describe_code()
-    folder = Path(options.to)
+    measurement, folder = Measurement(command), check_place(options.to)
     documents, held_out, files = read_texts(options.text, options.test)
     models = named_models(options.models)
     encoders = {name: load_encoder(place, seed=options.seed) for name, place in models.items()}
@@ -289,22 +282,14 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         results.append({"name": name, "model": portable_path(models[name]),
                         **_measure(name, encoder, documents, held_out, options, place)})  # fmt: skip
     names = ("query", "query_tokens", "length", "texts", "steps", "batch_tokens", "learning_rate")
-    record = {
-        "run": {
-            "recipe_name": None,
-            "command": command,
-            "created_at": created_at.isoformat(timespec="seconds"),
-            "status": "success",
-        },
-        "code": code,
-        "hardware": describe_hardware(torch.device("cpu")),
-        "inputs": {"files": file_checksums(files)},
-        "recipe": {name: getattr(options, name) for name in names},
-        "seeds": {"retrieval": options.seed},
-        "metrics": {"models": results},
-        "seconds": round(sum(result["seconds"] for result in results), 1),
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
+    record = measurement.record(
+        torch.device("cpu"),
+        inputs={"files": file_checksums(files)},
+        recipe={name: getattr(options, name) for name in names},
+        seeds={"retrieval": options.seed},
+        metrics={"models": results},
+        seconds=round(sum(result["seconds"] for result in results), 1),
+    )
     write_record(folder / "record.json", record)
     for result in results:
         for when in ("before", "after"):
@@ -343,7 +328,7 @@ def _measure(
     weights = weights_checksum(encoder.body)
     texts = [tokens_checksum(tokens) for tokens in (train, test)]
     asked = {"weights": weights, "texts": texts, "query": asdict(rule), "budget": budget and asdict(budget)}
-    file = folder / f"result-{fingerprint(asked)}.json"
+    file = folder / f"result-{data_digest(asked)}.json"
     known = read_json(file)
     if known is not None:
         return known

@@ -4,12 +4,11 @@
 python -m training.run debug_cpu
 python -m training.run configuration/recipes/quickstart.yaml seed=1 stages.decoder.training.max_steps=100
 accelerate launch -m training.run configuration/recipes/quickstart.yaml
-python -m training.run debug_cpu --grid 'seed=[0, 1, 2]'      # a queue of runs, see training/grid.py
+python -m training.run debug_cpu --grid 'seed=[0, 1, 2]'      # a queue of runs, see training/recipes/grid.py
 ```
 """
 
 import argparse
-import shlex
 import signal
 import sys
 import time
@@ -20,31 +19,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import PartialState
 
-from training.figures import write_figures
-from training.grid import run_grid
-from training.inputs import Inputs, prepare_inputs
-from training.pairs import evaluate_pairs
-from training.publish import PublishError, verify_hub_folder, write_hub_folder
-from training.recipe import Recipe, StageRecipe, load_recipe
-from training.record import (
+from training.command_line import Parser, run_command, whole_number
+from training.data.pairs import evaluate_pairs
+from training.measure.suites import Evaluation, default_length, evaluate_suite, results_table, spread_rows
+from training.publish import verify_hub_folder, write_hub_folder
+from training.recipes.grid import run_grid
+from training.recipes.recipe import Recipe, StageRecipe, load_recipe
+from training.records.figures import write_figures
+from training.records.record import (
+    data_digest,
     describe_code,
     describe_hardware,
-    fingerprint,
     peak_memory_bytes,
     read_json,
     write_json,
     write_record,
 )
-from training.sample import regenerate, sample_lines
-from training.stages import StageRunner, chunk_counts, processor_for
-from training.stopping import StoppedError, stop_at_once
-from training.strict_yaml import portable_path, portable_word
-from training.suites import Evaluation, default_length, evaluate_suite, results_table, spread_rows
-from training.summary import write_summary
-from training.trainer import NonFiniteLossError
+from training.records.sample import regenerate, sample_lines
+from training.records.summary import write_summary
+from training.train.inputs import Inputs, prepare_inputs
+from training.train.stages import StageRunner, chunk_counts, processor_for
+from training.train.stopping import stop_at_once
 
 PAIR_SUITES = {"clm": "causal", "copy": "copy"}
 
@@ -73,22 +70,13 @@ class Run:
         """Do what is not done yet; return the record."""
         identity = {"recipe": self.recipe.to_mapping(), "processes": self.state.num_processes}
         finished = read_json(self.folder / "record.json")
-        if finished is not None and finished.get("identity") == fingerprint(identity):
+        if finished is not None and finished.get("identity") == data_digest(identity):
             self.say(f"all done: {self.folder / 'record.json'} (delete {self.folder} to run again)")
             self.report(finished)
             return finished
         with self.phase("tokenizer and text"):
             inputs = prepare_inputs(self.recipe, self.folder / "inputs", self.state)
-        runner = StageRunner(
-            self.recipe,
-            self.folder / "stages",
-            tokenizer=inputs.tokenizer,
-            special_tokens=inputs.special_tokens,
-            train_tokens=inputs.tokens["train"] if inputs.stream is None else inputs.stream,
-            validation_tokens=inputs.tokens["validation"],
-            inputs=inputs.fingerprint,
-            texts=inputs.texts,
-        )
+        runner = StageRunner(self.recipe, self.folder / "stages", inputs)
         stages: dict[str, Any] = {}
         for stage in self.recipe.stages:
             done = runner.finished(stage)
@@ -98,20 +86,20 @@ class Run:
             stages[stage.name] = done
         record: dict[str, Any] = {}
         if self.is_main:
-            record = self.finish(runner, inputs, stages, fingerprint(identity))
+            record = self.finish(runner, inputs, stages, data_digest(identity))
         self.state.wait_for_everyone()
         return record
 
     def finish(self, runner: StageRunner, inputs: Inputs, stages: dict[str, Any], identity: str) -> dict[str, Any]:
         """Evaluate, record, draw and publish what the stages trained; on one process."""
         with self.phase("evaluation"):
-            metrics = self.evaluate(runner, inputs, stages)
+            metrics = self.measure(runner, inputs, stages)
         published = self.recipe.published_stage
         sample = None
         paired = self.recipe.encoder_of(self.recipe.stage(published)) is not None
         if self.recipe.stage(published).kind == "memory" and not paired:
             sample = regenerate(runner.load(published), inputs.tokenizer, inputs.tokens["test"], inputs.special_tokens)
-        record = self.describe(inputs, stages, metrics, sample)
+        record = self.assemble(inputs, stages, metrics, sample)
         with self.phase("figures"):
             record["figures"] = write_figures(record, self.folder / "figures")
         if self.recipe.stage(published).kind in ("memory", "autoencoder"):
@@ -125,12 +113,12 @@ class Run:
         self.report(record)
         return record
 
-    def evaluate(self, runner: StageRunner, inputs: Inputs, stages: dict[str, Any]) -> dict[str, Any]:
+    def measure(self, runner: StageRunner, inputs: Inputs, stages: dict[str, Any]) -> dict[str, Any]:
         """Run the recipe's suites on the test split; kept in a file of their own, so that a resumed run has them."""
         settings, path = self.recipe.evaluation, self.folder / "evaluation.json"
         asked = {
             "evaluation": self.recipe.to_mapping()["evaluation"],
-            "stages": {name: fingerprint(runner.describe(self.recipe.stage(name))) for name in stages},
+            "stages": {name: data_digest(runner.identity(self.recipe.stage(name))) for name in stages},
         }
         before = read_json(path)
         if before is not None and before["asked"] == asked:
@@ -146,7 +134,7 @@ class Run:
             evaluation = self.evaluation(reader, inputs)
             metrics["autoencoder"] = evaluate_suite(evaluation, "retention", rows)
         if self.recipe.encoder_of(published) is not None:
-            metrics |= self.evaluate_pairs(runner, published, model)
+            metrics |= self.measure_pairs(runner, published, model)
         elif published.kind == "memory":
             evaluation = self.evaluation(model, inputs)
             baselines = {
@@ -162,7 +150,7 @@ class Run:
         write_json(path, {"asked": asked, "metrics": metrics})
         return metrics
 
-    def evaluate_pairs(self, runner: StageRunner, stage: StageRecipe, model: Any) -> dict[str, Any]:
+    def measure_pairs(self, runner: StageRunner, stage: StageRecipe, model: Any) -> dict[str, Any]:
         """Run the suites `clm` and `copy` on a model whose encoder has a tokenizer of its own, at each budget."""
         settings = self.recipe.evaluation
         collator = runner.pair_collator(stage, model, ["causal", "copy"])
@@ -216,7 +204,7 @@ class Run:
         with self.phase("verification"):
             return {"verified": True, **verify_hub_folder(folder, model)}
 
-    def describe(self, inputs: Inputs, stages: dict[str, Any], metrics: dict[str, Any], sample: Any) -> dict[str, Any]:
+    def assemble(self, inputs: Inputs, stages: dict[str, Any], metrics: dict[str, Any], sample: Any) -> dict[str, Any]:
         """Assemble the record, all but what the last steps add."""
         return {
             "run": {
@@ -287,22 +275,9 @@ def _without_series(stages: dict[str, Any]) -> dict[str, Any]:
     return {name: {key: value for key, value in stage.items() if key != "series"} for name, stage in stages.items()}
 
 
-def _main_grid(options: argparse.Namespace) -> int:
-    folder = Path(options.to or "runs/grid")
-    try:
-        table = run_grid(options.recipe, options.overrides, options.grid, folder, processes=options.processes)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on with what is missing", file=sys.stderr)
-        return 130
-    return 1 if any(row["status"] == "failed" for row in table["rows"]) else 0
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m training.run",
         description="Run a recipe from text to a verified Hub folder. A second call resumes or says that all is done.",
         epilog="example: python -m training.run quickstart seed=1 stages.autoencoder.training.max_steps=200",
@@ -321,46 +296,30 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="key=[a, b]",
         help="run the recipe for each value, with several of these for all combinations; ends with one table",
     )
-    parser.add_argument("--processes", type=int, metavar="N", help="grid: runs at a time (default: one a core)")
+    parser.add_argument(
+        "--processes", type=whole_number(), metavar="N", help="grid: runs at a time (default: one a core)"
+    )
     parser.add_argument("--to", metavar="FOLDER", help="grid: where runs and table go (default: runs/grid)")
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 2 for a user's mistake, 1 for a run that failed."""
-    options = build_parser().parse_args(arguments)
+def run(options: argparse.Namespace, command: str) -> int:
+    """Run a recipe, or a grid of them; returns 1 if a run of a grid failed."""
     if options.grid:
-        return _main_grid(options)
-    words = [
-        "python",
-        "-m",
-        "training.run",
-        portable_path(options.recipe),
-        *map(portable_word, options.overrides),
-    ]
-    transformers.utils.logging.disable_progress_bar()
+        folder = Path(options.to or "runs/grid")
+        table = run_grid(options.recipe, options.overrides, options.grid, folder, processes=options.processes)
+        return int(any(row["status"] == "failed" for row in table["rows"]))
     before = signal.signal(signal.SIGTERM, stop_at_once)
     try:
-        recipe = load_recipe(options.recipe, options.overrides)
-        Run(recipe, shlex.join(words)).run()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (NonFiniteLossError, PublishError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error}; what was finished is kept, and the same command goes on from there", file=sys.stderr)
-        return 1
-    except StoppedError as stop:
-        print(f"\n{stop}", file=sys.stderr)
-        return 128 + signal.SIGTERM
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        Run(load_recipe(options.recipe, options.overrides), command).run()
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    return run_command(build_parser(), run, arguments)
 
 
 if __name__ == "__main__":

@@ -46,19 +46,68 @@ def decode_behind(model, memories: list[torch.Tensor], token_ids: torch.Tensor, 
         embeds = torch.stack(told)
     front = list(memories)
     start, span = len(front), 1
-    if config.memory_positions != "contiguous":
+    if config.memory_positions in ("fixed", "spread"):
         span = config.chunk_length // config.memories_per_chunk if config.memory_positions == "spread" else 1
         start = config.max_memories * span
         if config.absent_memories != "mask":
             filler = torch.full_like(embeds[0], 1.0 if config.absent_memories == "ones" else 0.0)
             while len(front) < config.max_memories:
                 front.append(filler)
-    positions = [span * rank for rank in range(len(front))] + [start + offset for offset in range(len(token_ids))]
+    before = [span * rank for rank in range(len(front))]
+    if config.memory_positions == "source":
+        before, start = positions_in_source(model, len(front))
+    positions = before + [start + offset for offset in range(len(token_ids))]
     sequence = torch.stack(front + list(embeds))[None]
     # Positions that jump would be taken for packed texts without a mask.
     inputs = {"inputs_embeds": sequence, "use_cache": False, "position_ids": torch.tensor([positions])}
     inputs["attention_mask"] = torch.ones_like(inputs["position_ids"])
     return model.decoder(**inputs).logits[0, len(front) :]
+
+
+def last_of_group(model, number: int, num_tokens: int) -> int:
+    """Return how many of a chunk's tokens stand up to the end of the group that its memory of a number stands for."""
+    per_chunk = model.config.memories_per_chunk
+    return -(-(number + 1) * num_tokens // per_chunk)
+
+
+def positions_in_source(model, num_memories: int) -> tuple[list[int], int]:
+    """Return where the last tokens of the groups of full chunks stand in the full text, and where it goes on."""
+    per_chunk, length = model.config.memories_per_chunk, model.config.chunk_length
+    positions = [
+        number // per_chunk * length + last_of_group(model, number % per_chunk, length) - 1
+        for number in range(num_memories)
+    ]
+    return positions, positions[-1] + 1 if positions else 0
+
+
+def read_slots_in_source(model, contexts: list[list[torch.Tensor]], token_ids: torch.Tensor) -> torch.Tensor:
+    """Logits `(n, V)` of one prompt whose slots, context after context, hold memories at their places in the full text.
+
+    Args:
+        model: The model.
+        contexts: For each context its chunks; their slots follow each other wherever they stand.
+        token_ids: Tokens and slots `(n,)`.
+    """
+    memories, takes = [], []
+    for chunk in (chunk for chunks in contexts for chunk in chunks):
+        taken = 0
+        for number, memory in enumerate(encode_chunk(model, chunk)):
+            memories.append(memory)
+            end = last_of_group(model, number, len(chunk))
+            takes.append(end - taken)
+            taken = end
+    sequence, positions, following = [], [], 0
+    for token in token_ids:
+        if token == model.config.memory_token_id:
+            sequence.append(memories.pop(0))
+            following += takes.pop(0)
+        else:
+            sequence.append(model.get_input_embeddings()(token))
+            following += 1
+        positions.append(following - 1)
+    inputs = {"inputs_embeds": torch.stack(sequence)[None], "position_ids": torch.tensor([positions])}
+    mask = torch.ones(1, len(positions), dtype=torch.long)  # positions that jump are no packed texts
+    return model.decoder(**inputs, attention_mask=mask, use_cache=False).logits[0]
 
 
 def read_tokens(model, token_ids: torch.Tensor) -> torch.Tensor:
@@ -125,8 +174,7 @@ def read_slots(model, chunks: list[torch.Tensor], token_ids: torch.Tensor) -> to
 def read_behind_context(model, chunks: list[torch.Tensor], token_ids: torch.Tensor) -> torch.Tensor:
     """Logits `(n, V)` of one prompt with slots whose tokens behind the last slot fold, window after window.
 
-    With `memory_policy="drop_oldest"` the oldest of the folded memories make room, with `"merge"` they are merged;
-    those of the slots stay.
+    With `memory_policy="drop_oldest"` the oldest of the compressed windows' memories make room; those of the slots stay.
     """
     config, table = model.config, model.get_input_embeddings()
     last = max(place for place, token in enumerate(token_ids) if token == config.memory_token_id)
@@ -144,7 +192,6 @@ def read_behind_context(model, chunks: list[torch.Tensor], token_ids: torch.Tens
     assert not memories
     logits = [model.decoder(inputs_embeds=torch.stack(front)[None], use_cache=False).logits[0]]
     folded: list[torch.Tensor] = []
-    segments: list[tuple] = []
     behind = token_ids[last + 1 :]
     for start in range(0, len(behind), config.window_length):
         window = behind[start : start + config.window_length]
@@ -154,86 +201,20 @@ def read_behind_context(model, chunks: list[torch.Tensor], token_ids: torch.Tens
         logits.append(decode_behind(model, front + folded, window, asked))
         asked = asked or any(is_marker(model, token) for token in window)
         if start + config.window_length < len(behind):
-            if config.memory_policy == "merge":
-                segments = fold_and_merge(model, segments, window, config.max_memories - (len(front) - num_clear))
-                folded = [memory for _, memories in segments for memory in memories]
-                continue
             for offset in range(0, config.window_length, config.chunk_length):
                 folded.extend(encode_chunk(model, window[offset : offset + config.chunk_length]))
     return torch.cat(logits)
 
 
-def longest_merge(config) -> int:
-    """Most chunks that may be merged: a power of two, and no piece of text longer than the encoder takes."""
-    longest = 1
-    while longest * 2 <= config.memories_per_chunk * (config.encoder.max_position_embeddings // config.chunk_length):
-        longest *= 2
-    return longest
-
-
-def encode_merged(model, token_ids: torch.Tensor) -> list[torch.Tensor]:
-    """Encode the text of merged neighbours `(n,)`, whole chunks, into as many memories as one chunk has."""
-    length, num_memories = model.config.chunk_length, model.config.memories_per_chunk
-    num_chunks = len(token_ids) // length
-    memories = []
-    if num_chunks <= num_memories:  # each chunk alone, with fewer memories
-        for number in range(num_chunks):
-            share = (number + 1) * num_memories // num_chunks - number * num_memories // num_chunks
-            memories.extend(encode_chunk(model, token_ids[number * length : (number + 1) * length], share))
-        return memories
-    for number in range(num_memories):  # longer chunks, with one memory each
-        start, end = (place * num_chunks // num_memories * length for place in (number, number + 1))
-        memories.extend(encode_chunk(model, token_ids[start:end], 1))
-    return memories
-
-
-def fold_and_merge(model, segments: list[tuple], window: torch.Tensor, room: int) -> list[tuple]:
-    """Append the chunks of a window to pairs of text and memories, and merge neighbours until there is room.
-
-    Merged are the two that stand for equally much text, those of least text and of them the oldest; where none
-    that the encoder can take are equal, the oldest two that it can take.
-    """
-    config, segments = model.config, list(segments)
-    for chunk in window.split(config.chunk_length):
-        segments.append((chunk, encode_chunk(model, chunk)))
-    while sum(len(memories) for _, memories in segments) > room:
-        sizes = [len(text) // config.chunk_length for text, _ in segments]
-        fitting = [i for i in range(len(sizes) - 1) if sizes[i] + sizes[i + 1] <= longest_merge(config)]
-        equal = [i for i in fitting if sizes[i] == sizes[i + 1]]
-        place = min(equal, key=lambda i: (sizes[i], i)) if equal else fitting[0]
-        text = torch.cat([segments[place][0], segments[place + 1][0]])
-        segments[place : place + 2] = [(text, encode_merged(model, text))]
-    return segments
-
-
 def read_with_room(model, token_ids: torch.Tensor) -> torch.Tensor:
-    """Logits `(n, V)` of plain text whose memories are more than there is room for.
-
-    With `memory_policy="drop_oldest"` the oldest make room; with `"keep_nearest"` a window sees what the
-    window before it folded into, newest first, and those most like that, in the order of the text; with `"merge"`
-    neighbours are merged.
-    """
+    """Logits `(n, V)` of plain text whose memories are more than there is room for: the oldest make room."""
     config = model.config
     logits, folded, asked = [], [], False
-    segments: list[tuple] = []
     for start in range(0, len(token_ids), config.window_length):
         window = token_ids[start : start + config.window_length]
         seen = folded[max(0, len(folded) - config.max_memories) :]
-        if config.memory_policy == "keep_nearest" and len(folded) > config.max_memories:
-            unit = [memory / memory.norm() for memory in folded]
-            query = torch.stack(unit[-config.memories_per_window :]).sum(0)
-            likeness = torch.stack([memory @ query for memory in unit])
-            newest = list(range(len(folded)))[: -config.memories_per_window - 1 : -1]
-            others = [number for number in likeness.argsort(descending=True).tolist() if number not in newest]
-            seen = [folded[number] for number in sorted((newest + others)[: config.max_memories])]
-        if config.memory_policy == "merge":
-            seen = [memory for _, memories in segments for memory in memories]
         logits.append(decode_behind(model, seen, window, asked))
         asked = asked or any(is_marker(model, token) for token in window)
-        if config.memory_policy == "merge":
-            if start + config.window_length < len(token_ids):
-                segments = fold_and_merge(model, segments, window, config.max_memories)
-            continue
         for offset in range(0, config.window_length, config.chunk_length):
             if start + config.window_length < len(token_ids):
                 folded.extend(encode_chunk(model, window[offset : offset + config.chunk_length]))

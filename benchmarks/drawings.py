@@ -1,0 +1,192 @@
+"""Figures of the docs, each drawn from its record alone. A function draws into a folder and returns names of files."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import PercentFormatter
+
+from benchmarks.cost_tables import PATHS, by_length, measured_shapes
+from benchmarks.quality_tables import READERS, document_losses
+from benchmarks.table import Record, pick
+from training.records.figures import COLOURS, write_ceiling_figure, write_figures, write_probe_figure
+
+
+def draw_quickstart(record: Record, folder: Path) -> list[str]:
+    """The losses, as the run itself draws them; its other figures are flat at 100% and shown nowhere."""
+    return [name for name in write_figures(record, folder) if name == "loss.png"]
+
+
+def draw_probe(record: Record, folder: Path) -> list[str]:
+    """Tokens that come back from frozen embeddings, by length and by position."""
+    return [write_probe_figure(record, folder)]
+
+
+def draw_ceiling(record: Record, folder: Path) -> list[str]:
+    """The way to the ceiling."""
+    return [write_ceiling_figure(record, folder)]
+
+
+def draw_speed(record: Record, folder: Path) -> list[str]:
+    """Time against number of windows, both axes logarithmic, with the fitted lines."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True)
+    for panel, (name, title) in zip(panels, (("train_step", "training step"), ("read", "reading")), strict=True):
+        for colour, key in zip(COLOURS, ("scaling", "scaling_short_chunks"), strict=False):
+            given, result = pick(record, f"metrics.{key}.given"), pick(record, f"metrics.{key}.{name}")
+            windows, fit = given["windows"], result["fit"]
+            spreads = [result["spread"][str(n)] for n in windows]
+            medians = [values["median"] for values in spreads]
+            errors = [[values["median"] - values["min"] for values in spreads],
+                      [values["max"] - values["median"] for values in spreads]]  # fmt: skip
+            tokens = given["chunk_length"] // given["memories_per_chunk"]
+            label = f"{tokens} tokens a memory: exponent {fit['exponent']:.2f}"
+            panel.errorbar(windows, medians, yerr=errors, fmt="o", color=colour, markersize=4, capsize=2, label=label)
+            panel.plot(windows, [fit["factor"] * n ** fit["exponent"] for n in windows], color=colour, linewidth=1.2)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_xticks(windows, [str(n) for n in windows])
+        panel.set_xlabel(f"windows of {given['window_length']} tokens")
+        panel.set_title(f"{title} (median, least, most; line: fit)", fontsize=10)
+        _tidy(panel)
+        panel.legend(fontsize=8, frameon=False)
+    panels[0].set_ylabel("seconds")
+    return _save(figure, folder / "scaling.png")
+
+
+def draw_time_to_accuracy(record: Record, folder: Path) -> list[str]:
+    """Validation token accuracy against seconds of training, for recipe and baseline."""
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    panel = figure.subplots()
+    labels = {"recipe": "recipe as shipped", "baseline": "float32 AdamW, plain loop"}
+    for colour, (side, label) in zip(COLOURS, labels.items(), strict=False):
+        curve = pick(record, f"metrics.{side}.curve")
+        seconds, accuracies = ([point[key] for point in curve] for key in ("seconds", "token_accuracy"))
+        panel.plot(seconds, accuracies, "o-", color=colour, label=label, markersize=3, linewidth=1.4)
+    target = record["target"]
+    panel.axhline(target, color="grey", linestyle="--", linewidth=1, label=f"{target:.0%}: where the clock stops")
+    panel.set_xscale("log")
+    panel.set_xlabel("seconds of training")
+    panel.set_ylabel("tokens right, validation split")
+    panel.set_title(f"autoencoder, {pick(record, 'given.tokens_per_memory'):g} tokens a vector", fontsize=10)
+    _shares(panel)
+    _tidy(panel)
+    panel.legend(fontsize=8, frameon=False, loc="center left")
+    return _save(figure, folder / "curves.png")
+
+
+def draw_fidelity_curve(record: Record, folder: Path) -> list[str]:
+    """Token accuracy against tokens per vector."""
+    runs = sorted(pick(record, "metrics.runs").values(), key=lambda run: run["chunk_length"])
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    panel = figure.subplots()
+    lengths = [run["chunk_length"] for run in runs]
+    for colour, (name, label) in zip(
+        COLOURS, {"memory": "its own vector", "wrong_memory": "another text's vector"}.items(), strict=False
+    ):
+        parts = [run["conditions"][name] for run in runs]
+        values = [part["token_accuracy"] for part in parts]
+        lows, highs = zip(*(part["token_accuracy_interval"] for part in parts), strict=True)
+        errors = [[value - low for value, low in zip(values, lows, strict=True)],
+                  [high - value for value, high in zip(values, highs, strict=True)]]  # fmt: skip
+        panel.errorbar(lengths, values, yerr=errors, fmt="o-", color=colour, label=label, linewidth=1.4, markersize=4,
+                       capsize=2)  # fmt: skip
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(lengths, [str(length) for length in lengths])
+    panel.set_xlabel("tokens in one vector")
+    panel.set_ylabel("tokens written back, test split")
+    panel.set_title(f"vectors of {runs[0]['width']} numbers, equal steps for all lengths", fontsize=10)
+    _shares(panel)
+    _tidy(panel)
+    panel.legend(fontsize=8, frameon=False, loc="center left")
+    return _save(figure, folder / "accuracy.png")
+
+
+def draw_rolling(record: Record, folder: Path) -> list[str]:
+    """CPU time to the first token against length, a panel a decoder; and loss against position."""
+    cells = {shape: by_length(record, "first_token", shape) for shape in measured_shapes(record, "first_token")}
+    shapes = [shape for shape, lengths in cells.items() if len(lengths) > 1]  # one length is no curve: see the table
+    written = _draw_first_token(record, shapes, folder) if shapes else []
+    cell = record["metrics"].get("quality")
+    return written if cell is None else written + _draw_losses(cell, folder)
+
+
+def _draw_first_token(record: Record, shapes: list[str], folder: Path) -> list[str]:
+    figure = Figure(figsize=(4.4 * len(shapes), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(shapes), squeeze=False)[0]
+    ways = dict(zip({"full": "full text", **PATHS}.items(), COLOURS, strict=False))
+    for panel, shape in zip(panels, shapes, strict=True):
+        cells = by_length(record, "first_token", shape)
+        for (path, _), colour in ways.items():
+            shown = {tokens: cell for tokens, cell in cells.items() if path in cell["cpu_median"]}
+            for key, style in (("cpu_median", "o-"), ("median", "x:")):
+                times = [cell[key][path] for cell in shown.values()]
+                panel.plot(list(shown), times, style, color=colour, linewidth=1.4 if key == "cpu_median" else 0.8,
+                           markersize=4)  # fmt: skip
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_xticks(list(cells), [f"{n:,}" for n in cells], rotation=45, fontsize=7)
+        panel.set_title(record["shapes"][shape]["title"], fontsize=10)
+        panel.set_xlabel("tokens of context")
+        _tidy(panel)
+    panels[0].set_ylabel("seconds to first token")
+    lines = [Line2D([], [], color=colour, label=label) for (_, label), colour in ways.items()]
+    lines += [Line2D([], [], color="black", marker="o", markersize=4, label="CPU time"),
+              Line2D([], [], color="black", marker="x", markersize=4, linestyle=":", linewidth=0.8,
+                     label="by the clock, on a busy machine")]  # fmt: skip
+    figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return _save(figure, folder / "first_token.png")
+
+
+def _draw_losses(cell: Record, folder: Path) -> list[str]:
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    panel = figure.subplots()
+    edges = cell["edges"]
+    for place, (colour, (name, title)) in enumerate(zip(COLOURS, READERS.items(), strict=False)):
+        points = document_losses(cell, name)
+        means = [point[0] for point in points]
+        errors = [[mean - low for mean, low, _ in points], [high - mean for mean, _, high in points]]
+        ends = [
+            end * 1.03 ** (place - 2.5) for end in edges[1 : len(points) + 1]
+        ]  # side by side, so that all are seen
+        label = title.format(**{**cell, **cell["given"]})
+        panel.errorbar(ends, means, yerr=errors, fmt="o-", color=colour, label=label, markersize=3, linewidth=1.4,
+                       elinewidth=0.7, capsize=2)  # fmt: skip
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(edges[1:], [f"{n:,}" for n in edges[1:]], fontsize=8)
+    panel.minorticks_off()
+    panel.set_xlabel("position in the document, up to")
+    panel.set_ylabel("loss (nats per token)")
+    documents = cell["given"]["documents"]
+    panel.set_title(f"mean of {documents} documents; bars: the least and the largest of them", fontsize=10)
+    _tidy(panel)
+    panel.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
+    return _save(figure, folder / "loss.png")
+
+
+DRAWINGS = {
+    "quickstart": draw_quickstart,
+    "speed": draw_speed,
+    "time_to_accuracy": draw_time_to_accuracy,
+    "probe": draw_probe,
+    "ceiling": draw_ceiling,
+    "fidelity_curve": draw_fidelity_curve,
+    "rolling": draw_rolling,
+}
+
+
+def _shares(panel: Any) -> None:
+    panel.set_ylim(0, 1.02)
+    panel.yaxis.set_major_formatter(PercentFormatter(1.0))
+
+
+def _tidy(panel: Any) -> None:
+    panel.grid(alpha=0.3, linewidth=0.6)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Figure, path: Path) -> list[str]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    return [path.name]

@@ -1,0 +1,232 @@
+"""The rows of a store's tables, as texts and memories, and back.
+
+n chunks, K memories per chunk, D decoder width.
+"""
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .codec import check_dtype, code_sizes, decode_vectors
+from .database import FILE, SHIFT, Database, MemoryStoreError, checksum, damaged
+from .fingerprint import check_fingerprint
+from .texts import (
+    Chunk,
+    Entry,
+    Passage,
+    Place,
+    Record,
+    check_id,
+    cut_passages,
+    is_writable,
+    pack_places,
+    unpack_places,
+)
+
+
+class Tables:
+    """An open store, row by row: every row is compared with its checksum when it is read.
+
+    Args:
+        folder (`Path`): Where it stands.
+        lock_seconds (`float`): How long a change waits for another writer.
+    """
+
+    def __init__(self, folder: Path, lock_seconds: float):
+        self.folder = folder
+        self._database = Database(self.folder, lock_seconds)
+        settings = self._database.settings
+        try:
+            check_fingerprint(settings.get("fingerprint"))
+            check_dtype(settings.get("dtype"))
+        except ValueError as error:
+            raise damaged(self.folder / FILE, str(error)) from error
+        self.dtype: str = settings["dtype"]
+        self.keeps_text = bool(settings.get("keeps_text"))
+        cut = self.fingerprint["cut"]
+        self._shape = (cut["memories_per_chunk"], cut["hidden_size"])
+        self._checked = self._known_at = -1
+        self._known: dict[str, tuple[int, Entry]] = {}
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the memories depend on: encoder, projector, tokenizer, and how text is cut."""
+        return self._database.settings["fingerprint"]
+
+    @property
+    def generation(self) -> int:
+        """Number of the change that led to this state."""
+        return self._database.state["generation"]
+
+    def _read(self, statement: str, *values: Any) -> list[tuple]:
+        return self._database.read(statement, *values)
+
+    def _find(self, text_id: str) -> tuple[int, Entry]:
+        """Key and row of a text."""
+        check_id(text_id)
+        if self._known_at != self.generation or len(self._known) > 1000:
+            self._known, self._known_at = {}, self.generation
+        if text_id in self._known:
+            return self._known[text_id]
+        found = self._read("SELECT * FROM texts WHERE id = ?", text_id)
+        if not found:
+            raise MemoryStoreError(
+                f"{self.folder.name} has no text {text_id!r}. `store.text_ids` lists those that it has."
+            )
+        self._known[text_id] = self._entry(found[0])
+        return self._known[text_id]
+
+    def _entries(self, size: int = 1000) -> Iterator[tuple[int, Entry]]:
+        """All texts, some at a time, so that a change in between does no harm."""
+        key, seen = -1, 0
+        while rows := self._read("SELECT * FROM texts WHERE key > ? ORDER BY key LIMIT ?", key, size):
+            for row in rows:
+                yield self._entry(row)
+            key, seen = rows[-1][0], seen + len(rows)
+        stored = self._database.state["texts"]
+        if seen != stored:
+            raise damaged(self.folder / FILE, f"it holds {seen} texts, but {stored} were stored")
+
+    def _entry(self, row: tuple) -> tuple[int, Entry]:
+        key, text_id, digest, unknown, passages, places, stored = row
+        is_sound = is_writable(text_id) and isinstance(places, bytes) and places and len(places) % 12 == 0
+        is_sound = is_sound and isinstance(passages, int) and isinstance(unknown, int)
+        if not is_sound or stored != _text_checksum(key, text_id, digest, unknown, passages, places):
+            raise damaged(self.folder / FILE, f"the row of the text {text_id!r:.60} does not agree with its checksum")
+        return key, Entry(text_id, digest, unknown, passages, tuple(unpack_places(places)))
+
+    def _blobs(self, rows: range) -> list[tuple[int, bytes]]:
+        """Memories of rows that follow each other, as they are stored."""
+        found = self._read("SELECT * FROM chunks WHERE row BETWEEN ? AND ?", rows.start, rows.stop - 1)
+        if len(found) != len(rows):
+            missing = sorted(set(rows) - {row for row, _, _ in found})[0]
+            raise damaged(self.folder / FILE, f"{self._name(missing)} is gone")
+        return [(row, self._checked_blob(row, blob, stored)) for row, blob, stored in found]
+
+    def _checked_blob(self, row: int, blob: Any, stored: Any) -> bytes:
+        if not isinstance(blob, bytes) or stored != checksum(blob, row) or len(blob) != self._blob_size:
+            raise damaged(self.folder / FILE, f"{self._name(row)} does not agree with its checksum")
+        return blob
+
+    @property
+    def _blob_size(self) -> int:
+        return sum(code_sizes(self.dtype, *self._shape))
+
+    def _name(self, row: int) -> str:
+        found = self._read("SELECT id FROM texts WHERE key = ?", row >> SHIFT)
+        return f"chunk {row & (1 << SHIFT) - 1} of {found[0][0] if found else 'a text that is gone'!r}"
+
+    def _blocks(self, block_size: int) -> Iterator[tuple[list[int], list[bytes]]]:
+        """All memories, block by block; compared with their checksums once for each state of the store."""
+        is_checked, row, seen = self._checked == self.generation, -1, 0
+        while found := self._read("SELECT * FROM chunks WHERE row > ? ORDER BY row LIMIT ?", row, block_size):
+            if not is_checked:
+                for one in found:
+                    self._checked_blob(*one)
+            row, seen = found[-1][0], seen + len(found)
+            yield [one[0] for one in found], [one[1] for one in found]
+        stored = self._database.state["chunks"]
+        if seen != stored:
+            raise damaged(self.folder / FILE, f"it holds {seen} chunks, but {stored} were stored")
+        self._checked = self.generation
+
+    def _chunks_of(self, rows: set[int]) -> dict[int, Chunk]:
+        keys = {row >> SHIFT for row in rows}
+        entries = {}
+        for key in keys:
+            found = self._read("SELECT * FROM texts WHERE key = ?", key)
+            if not found:
+                raise damaged(self.folder / FILE, f"the text of the chunks {key << SHIFT} and following is gone")
+            entries[key] = chunks_of(self._entry(found[0])[1])
+        return {row: entries[row >> SHIFT][row & (1 << SHIFT) - 1] for row in rows}
+
+    def _passages(self, key: int, entry: Entry) -> list[tuple[int, str]]:
+        """First chunk and text of each passage of a text."""
+        if not entry.passages:
+            raise MemoryStoreError(
+                f"The text {entry.text_id!r} was not kept beside its memories. Begin the store with `MemoryStore.open("
+                "..., create=True, keep_text=True)` to keep texts."
+            )
+        first = key << SHIFT
+        found = self._read("SELECT * FROM passages WHERE row BETWEEN ? AND ?", first, first + (1 << SHIFT) - 1)
+        whole = len(found) == entry.passages and found[0][0] == first
+        if not whole or any(stored != checksum(content, row) for row, content, stored in found):
+            raise damaged(self.folder / FILE, f"the kept text of {entry.text_id!r} does not agree with its checksum")
+        return [(row - first, content) for row, content, _ in found]
+
+    def _passage(self, row: int) -> Passage:
+        key, number = row >> SHIFT, row & (1 << SHIFT) - 1
+        found = self._read("SELECT * FROM texts WHERE key = ?", key)
+        content = self._read("SELECT content, checksum FROM passages WHERE row = ?", row)
+        after = self._read("SELECT min(row) FROM passages WHERE row BETWEEN ? AND ?", row + 1, (key + 1 << SHIFT) - 1)
+        if not found or not content or content[0][1] != checksum(content[0][0], row):
+            raise damaged(self.folder / FILE, f"the kept text of {self._name(row)} does not agree with its checksum")
+        _, entry = self._entry(found[0])
+        stop = len(entry.places) if after[0][0] is None else after[0][0] - (key << SHIFT)
+        return Passage(entry.text_id, tuple(chunks_of(entry)[number:stop]), content[0][0])
+
+    def _decode(self, blobs: list[bytes]) -> torch.Tensor:
+        return decode_vectors(blobs, self.dtype, *self._shape)
+
+    def _whole(self, key: int, entry: Entry) -> Record:
+        """All of a text, every row compared with its checksum."""
+        first = key << SHIFT
+        blobs = [blob for _, blob in self._blobs(range(first, first + len(entry.places)))]
+        text = "".join(content for _, content in self._passages(key, entry)) if entry.passages else None
+        return Record(entry.text_id, entry.digest, entry.unknown, list(entry.places), blobs, text)
+
+    def _insert(self, database: sqlite3.Connection, record: Record) -> None:
+        if database.execute("SELECT 1 FROM texts WHERE id = ?", (record.text_id,)).fetchone():
+            self._drop(database, record.text_id)
+        state = self._database.state
+        key, places = state["next"], pack_places(record.places)
+        if len(record.places) >= 1 << SHIFT:
+            raise ValueError(f"The text {record.text_id!r} has {len(record.places):,} chunks. Cut it into several.")
+        kept = cut_passages(record.places, record.text) if self.keeps_text and record.text is not None else []
+        fields = (key, record.text_id, record.digest, record.num_unknown, len(kept), places)
+        database.execute("INSERT INTO texts VALUES (?, ?, ?, ?, ?, ?, ?)", (*fields, _text_checksum(*fields)))
+        first = key << SHIFT
+        chunks = ((first + i, blob, checksum(blob, first + i)) for i, blob in enumerate(record.memories))
+        database.executemany("INSERT INTO chunks VALUES (?, ?, ?)", chunks)
+        passages = ((first + i, content, checksum(content, first + i)) for i, content in kept)
+        database.executemany("INSERT INTO passages VALUES (?, ?, ?)", passages)
+        words = ((first + i, content) for i, content in kept)
+        database.executemany("INSERT INTO words(rowid, content) VALUES (?, ?)", words)
+        state["next"] += 1
+        self._count(record.places, record.num_unknown, 1)
+
+    def _drop(self, database: sqlite3.Connection, text_id: str) -> None:
+        """Delete a text; its words leave the index by being named again."""
+        key, entry = self._find(text_id)
+        first = key << SHIFT
+        if entry.passages:
+            words = [(first + number, content) for number, content in self._passages(key, entry)]
+            database.executemany("INSERT INTO words(words, rowid, content) VALUES ('delete', ?, ?)", words)
+        for table in ("passages", "chunks"):
+            rows = (first, first + (1 << SHIFT) - 1)
+            database.execute(f"DELETE FROM {table} WHERE row BETWEEN ? AND ?", rows)
+        database.execute("DELETE FROM texts WHERE key = ?", (key,))
+        self._database.state["stale"] += len(entry.places)
+        self._count(entry.places, entry.unknown, -1)
+
+    def _count(self, places: Sequence[Place], unknown: int, sign: int) -> None:
+        state = self._database.state
+        state["texts"] += sign
+        state["chunks"] += sign * len(places)
+        state["tokens"] += sign * sum(place[2] for place in places)
+        state["unknown"] += sign * unknown
+
+
+def _text_checksum(key: int, *fields: Any) -> bytes:
+    return checksum(repr(fields), key)
+
+
+def chunks_of(entry: Entry) -> list[Chunk]:
+    """Return the chunks of a text, in reading order."""
+    return [
+        Chunk(entry.text_id, number, start if start >= 0 else None, end if start >= 0 else None, tokens)
+        for number, (start, end, tokens) in enumerate(entry.places)
+    ]

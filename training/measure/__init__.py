@@ -1,0 +1,1 @@
+"""What a model holds: metrics, suites and instruments."""

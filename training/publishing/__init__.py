@@ -1,0 +1,1 @@
+"""Hub folders: cards, checks in a clean process, and the push."""

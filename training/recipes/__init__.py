@@ -1,0 +1,1 @@
+"""Recipes: reading them strictly, and queues over them."""

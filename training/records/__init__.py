@@ -1,0 +1,1 @@
+"""What a run leaves: its record, and the pages and figures drawn from it."""

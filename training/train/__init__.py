@@ -1,0 +1,1 @@
+"""Models from recipes: building, training, checkpoints."""
