@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import build_tiny_tokenizer
+from training.data import texts as data
 from training.data.sources import read_file
 from training.data.texts import (
     TokenisedSplit,
@@ -22,7 +23,6 @@ from training.data.texts import (
     sample_rows,
     tokenise_documents,
 )
-from training.data.texts import texts as data
 from training.data.tokenizer import token_byte_lengths, train_tokenizer
 
 TEXTS = ["The first text.\r\nIt has two lines.", "Überall 東京 🙂", "The third\u2028one."]

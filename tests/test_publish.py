@@ -28,7 +28,8 @@ from tests.conftest import (
 )
 from tests.memory_models import CHUNK, WINDOW, build_model
 from tests.records import RECORD
-from training import domains, hub_folder, publish
+from training import domains, publish
+from training.publishing import hub_folder
 from training.publishing.hub_folder import PublishError, check_files, load_checkpoint, write_hub_folder
 from training.publishing.verification import verify_hub_folder
 

@@ -264,6 +264,10 @@ def run(options: argparse.Namespace, ask: Callable[[str], str] = input) -> None:
     def reply(prompt: str) -> None:
         used = choose(store, prompt, options.texts, options.nearest, options.expand)
         print(summary(used), file=sys.stderr)
+        if any(one.score is not None and one.by == "cosine" for one in used):
+            told = "found by memories, which compare how text begins, not what it means"
+            told += "" if store.keeps_text else "; `remember --keep-text` lets a store be searched by words"
+            print(told, file=sys.stderr)
         if options.show or options.regenerate:
             regenerated = regenerate(store, [one.chunk for one in used]) if options.regenerate else None
             print("\n".join(used_lines(store, used, regenerated)))
