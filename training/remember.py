@@ -6,9 +6,9 @@ accelerate launch --config_file configuration/accelerate/ddp.yaml -m training.re
 ```
 
 A text is a `.txt` or `.md` file, or a row of a `.jsonl` or `.parquet` file or of a dataset of the Hub. Its id is the
-file's path as given, with `#row` where a file holds several. What is stored is on the disk; after an interruption the same
-command goes on with what is missing, and a text that has changed since is remembered anew. A row that holds no text is
-named and left out. Several processes share the texts and write to one store.
+file's path as given, with `#row` where a file holds several. What is stored is on the disk; after an interruption the
+same command goes on with what is missing, and a text that has changed since is remembered anew. A row that holds no
+text is named and left out. Several processes share the texts and write to one store.
 """
 
 import argparse
