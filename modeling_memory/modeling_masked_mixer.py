@@ -25,6 +25,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
+# Unused: transformers before 5.8 copies from a local folder only the files that this one imports itself.
+from .configuration_checks import Fields  # noqa: F401
 from .configuration_masked_mixer import MaskedMixerConfig
 from .memory_checkpoint import save_whole
 

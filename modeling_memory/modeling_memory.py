@@ -38,6 +38,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
 # Unused names: transformers before 5.8 copies from a local folder only the files that this one imports itself.
+from .configuration_checks import Fields  # noqa: F401
 from .configuration_masked_mixer import MaskedMixerConfig
 from .configuration_memory import AUTO_MAP, MemoryEncoderDecoderConfig
 from .generation_memory import MemoryGenerationMixin
@@ -747,7 +748,7 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
             check_positions(self.decoder, layout.end)
         if memories is not None and layout.row is not None and text.input_ids is not None:
             # Where a window is not full a slot may stand, masked; its id need not be a row of the table.
-            slots = text.input_ids == self.config.memory_token_id
+            slots = text.input_ids == (-1 if self.config.memory_token_id is None else self.config.memory_token_id)
             text = replace(text, input_ids=text.input_ids.masked_fill(slots, 0))
         if layout.row is None:
             entries = None if memories is None else memories.embeds.flatten(0, 1)

@@ -300,7 +300,7 @@ def test_user_mistakes_are_explained(store, model, processor, tmp_path):
         store.append({"x": "y"}, on_duplicate="ignore")
     with pytest.raises(ValueError, match="expected a string of one character"):
         store.append({"": "y"})
-    with pytest.raises(ValueError, match="as a context it is empty"):
+    with pytest.raises(ValueError, match="The text .x. cannot be remembered. A context is empty"):
         store.append({"x": ""})
     with pytest.raises(ValueError, match=r"expected a tensor \(queries, 32\)"):
         store.nearest(torch.zeros(1, 3), 1)
