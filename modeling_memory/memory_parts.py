@@ -69,7 +69,7 @@ def _place(source: str | os.PathLike, kwargs: dict[str, Any]) -> tuple[str, dict
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
     """Forget that unpacked weights were once quantised: they are saved, cast and trained as any others."""
-    quantization = getattr(model.config, "quantization_config", None)
+    quantization: Any = getattr(model.config, "quantization_config", None)
     if getattr(quantization, "dequantize", False):
         del model.config.quantization_config
         for name in ("hf_quantizer", "quantization_method", "is_quantized"):
