@@ -292,9 +292,10 @@ def processor_area(tmp_path: Path) -> Area:
             *(Change("padding", to(value), adds=False) for value in ("longestt", 7, 2.5)),
             *(Change("max_length", to(value)) for value in (-5, 0, 1, "8", 2.5)),
             *(Change("return_tensors", to(value)) for value in ("pts", 7)),
-            *(Change("token_ids", to(value)) for value in ("a", None, 2.5, ["a"], [-1], [5, 2.5], {"a": 1})),
+            *(Change("token_ids", to(value)) for value in ("a", None, 2.5, ["a"], [5, 2.5], {"a": 1})),
+            Change("token_ids", to([-1]), is_senseless=False),  # as labels have it where nothing is to be learnt
             Change("token_ids", to([SLOT, SLOT]), is_senseless=False),
-            *(Change("sequences", to(value)) for value in ("a", None, 2.5, [["a"]], [[-7]])),
+            *(Change("sequences", to(value)) for value in ("a", None, 2.5, [["a"]])),
             Change("sequences", lambda was, chance: was.float()),
         ],
     )
