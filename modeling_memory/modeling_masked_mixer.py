@@ -83,8 +83,8 @@ def check_attention_mask(
         return
     if not isinstance(attention_mask, torch.Tensor):
         raise ValueError(
-            f"`{name}` is a {type(attention_mask).__name__}; expected a torch tensor of (batch, tokens): 1 for tokens, "
-            "0 for padding."
+            f"`{name}` is a {type(attention_mask).__name__}; expected a torch tensor of (batch, tokens), 1 for tokens "
+            "and 0 for padding."
         )
     if attention_mask.shape != (batch_size, length):
         raise ValueError(

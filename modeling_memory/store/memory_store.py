@@ -313,7 +313,7 @@ class MemoryStore(Tables):
         wanted = [*wanted] if isinstance(wanted, Iterable) and not single else wanted
         if not single and (not isinstance(wanted, list) or None in wanted):
             raise MemoryStoreError(
-                f"What is wanted is {wanted!r:.80}; expected an id, a list of ids, chunks or passages, or None for all."
+                f"What is wanted is {wanted!r:.80}; expected an id, or ids, chunks or passages, or None for all."
             )
         chunks: list[Chunk] = []
         for one in [wanted] if single else wanted:
