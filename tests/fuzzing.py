@@ -15,8 +15,9 @@ Arguments = dict[str, Any]
 
 INNER_ERRORS = re.compile(
     r"size of tensor|out of range in self|must match the|scalar type|not implemented for|mat1|shape '\[|aten::|"
-    r"cannot be (broadcast|multiplied|reshaped)|Expected (all|reduction|tensor|dim)|unpack|subscriptable|object is not|"
-    r"has no attribute|'NoneType' object|unexpected keyword|positional argument|Boolean value of|dtype\('"
+    r"cannot be (broadcast|multiplied|reshaped)|Expected (all|reduction|tensor|dim)|unpack|subscriptable|"
+    r"object is not|has no attribute|'NoneType' object|unexpected keyword|positional argument|"
+    r"Boolean value of|dtype\('"
 )
 """What errors say that come from below, where nobody knows what was asked."""
 SHORTEST_ERROR = 40
