@@ -10,7 +10,16 @@ from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.generation.logits_process import LogitsProcessorList
 
 from .memory_cache import MemoryCache, mark_of
-from .memory_checks import Call, check_capacity, check_owners, check_positions, check_rolling, check_view
+from .memory_checks import (
+    Call,
+    check_capacity,
+    check_memories,
+    check_owners,
+    check_positions,
+    check_rolling,
+    check_text,
+    check_view,
+)
 from .memory_layout import Text
 
 
@@ -62,13 +71,11 @@ class MemoryGenerationMixin(GenerationMixin):
             kwargs.get("memory_num_tokens"),
             has_memories=context_input_ids is not None or kwargs.get("memory_embeds") is not None,
         )  # fmt: skip
+        _check_prompt(call.text, kwargs.get("past_key_values"), rolling_memory)
         check_owners(call)
         if call.has_memories:
-            if context_input_ids is not None and call.memory_embeds is not None:
-                raise ValueError(
-                    "Both `context_input_ids` and `memory_embeds` were given, but a prompt has one context. Give the "
-                    "context or its ready memories."
-                )
+            if tokens is not None:
+                check_memories(self.config, call)
             kwargs.update(self._memories_of_prompt(call))
         has_ids = embeds is None
         if rolling_memory:
@@ -361,3 +368,16 @@ def without_checkpointing(model: Any) -> Iterator[None]:
     finally:
         for module in switched:
             module.gradient_checkpointing = True
+
+
+def _check_prompt(text: Text, cache: Any, rolling_memory: Any) -> None:
+    """Refuse a prompt that the library would cut to fit, or fail on inside."""
+    if rolling_memory is not None and not isinstance(rolling_memory, bool):
+        raise ValueError(f"`rolling_memory` is {rolling_memory!r}; expected True, False, or None for the default.")
+    if cache is not None and not isinstance(cache, Cache):
+        raise ValueError(
+            f"`past_key_values` is a {type(cache).__name__}; expected a `Cache` of an earlier call, or None."
+        )
+    if text.tokens is not None and cache is None:
+        embeds = text.inputs_embeds
+        check_text(text if embeds is None else Text(None, text.attention_mask, embeds, tokens=embeds), None)
