@@ -38,12 +38,7 @@ from training.measure.metrics import bootstrap_interval, token_results, wilson_i
 from training.places import portable_path
 from training.probe import numbers, read_texts
 from training.records.figures import write_ceiling_figure
-from training.records.record import (
-    Measurement,
-    data_digest,
-    read_json,
-    write_json,
-)
+from training.records.record import Measurement, data_digest, read_json, write_json
 from training.records.record import write_record as save_record
 
 Regenerate = Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor]

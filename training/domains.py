@@ -41,10 +41,7 @@ LETTERS = string.ascii_letters + string.digits + string.punctuation
 CAUSAL_LENGTH = 256
 TRIES = 4
 SUITES = {"memory_autoencoder": ["retention"], "memory_encoder_decoder": ["blank_copy", "copy"]}
-DESCRIPTIONS = {
-    "random_strings": "random strings of letters, digits and signs",
-    "digits": "random digits",
-}
+DESCRIPTIONS = {"random_strings": "random strings of letters, digits and signs", "digits": "random digits"}
 
 
 def made_up_texts(domain: str, num_texts: int, length: int = 2000, seed: int = 0) -> list[str]:
