@@ -40,11 +40,7 @@ def quickstart(record: Record) -> Table:
             "under 25%",
             _goal(", ".join(f"{control:.1%}" for control in controls), max(controls) < 0.25),
         ],
-        [
-            "copy, teacher-forced",
-            "98%",
-            _goal(percent(copy["memory"]), copy["memory"]["token_accuracy"] >= 0.98),
-        ],
+        ["copy, teacher-forced", "98%", _goal(percent(copy["memory"]), copy["memory"]["token_accuracy"] >= 0.98)],
         ["copy, free-running: texts without an error", "reported", free_running(copy["memory"])],
         [
             "next-token loss after memories (nats per token)",

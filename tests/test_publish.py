@@ -14,18 +14,8 @@ from huggingface_hub import ModelCard
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaForCausalLM
 from transformers.dynamic_module_utils import get_relative_imports
 
-from modeling_memory import (
-    MaskedMixerForCausalLM,
-    MemoryAutoencoder,
-    MemoryAutoencoderConfig,
-    MemoryProcessor,
-)
-from tests.conftest import (
-    build_tiny_encoder_tokenizer,
-    build_tiny_tokenizer,
-    tiny_decoder_config,
-    tiny_encoder_config,
-)
+from modeling_memory import MaskedMixerForCausalLM, MemoryAutoencoder, MemoryAutoencoderConfig, MemoryProcessor
+from tests.conftest import build_tiny_encoder_tokenizer, build_tiny_tokenizer, tiny_decoder_config, tiny_encoder_config
 from tests.memory_models import CHUNK, WINDOW, build_model
 from tests.records import RECORD
 from training import domains, publish

@@ -104,12 +104,7 @@ VALUES: list[tuple[str, str, str | int, Callable[[dict[str, Any]], str]]] = [
         lambda r: f"{r['metrics']['against_ceiling']['one_pass']['loss']:.4f}",
     ),
     ("capacity", "tokens right", "8", lambda r: f"{r['metrics']['capacity']['by_length']['8']['token_accuracy']:.1%}"),
-    (
-        "rolling_quality",
-        "rolling memory",
-        1,
-        lambda r: f"{r['metrics']['quality']['losses']['rolling'][0]:.3f}",
-    ),
+    ("rolling_quality", "rolling memory", 1, lambda r: f"{r['metrics']['quality']['losses']['rolling'][0]:.3f}"),
 ]
 
 

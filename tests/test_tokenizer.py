@@ -10,13 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.conftest import build_tiny_tokenizer
-from training.data.tokenizer import (
-    _evenly,
-    special_tokens_of,
-    token_byte_lengths,
-    tokenizer_checksum,
-    train_tokenizer,
-)
+from training.data.tokenizer import _evenly, special_tokens_of, token_byte_lengths, tokenizer_checksum, train_tokenizer
 
 TEXTS = [
     "In the beginning the words were few, and the memory of them was long.",

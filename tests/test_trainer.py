@@ -19,12 +19,7 @@ from training.data.objectives import IGNORED, BatchSpec, SpecialTokens
 from training.data.rows import ObjectiveCollator, TokenRows, draw_lengths
 from training.recipes.recipe import TrainingRecipe
 from training.train.checkpoints import last_complete_checkpoint
-from training.train.trainer import (
-    MemoryTrainer,
-    NonFiniteLossError,
-    run_objective,
-    training_arguments,
-)
+from training.train.trainer import MemoryTrainer, NonFiniteLossError, run_objective, training_arguments
 
 SPECIAL = SpecialTokens(pad=0, bos=1, eos=2, copy=3, blank=4, memory=VOCAB_SIZE)
 OBJECTIVES = {"causal": 1.0, "copy": 0.5}

@@ -236,12 +236,7 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         }
         record.update(
             measurement.record(
-                device,
-                status,
-                inputs=inputs,
-                recipe=limits,
-                parameters=count_parameters(model),
-                metrics=measured,
+                device, status, inputs=inputs, recipe=limits, parameters=count_parameters(model), metrics=measured
             )
         )
         write_record(path, record)

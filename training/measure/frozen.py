@@ -24,6 +24,7 @@ from modeling_memory.memory_encoder import build_encoder, build_pooling
 
 POSITIONS = ("last", "second_to_last", "mean", "cls")
 UNTRAINED = "untrained:"
+READ_TOKENS = 8192  # tokens that a frozen model reads at a time
 OWN_TYPES = ("memory_autoencoder", "memory_encoder_decoder")
 
 
@@ -159,10 +160,10 @@ class FrozenEncoder:
 
 
 @torch.no_grad()
-def read_all(encoder: FrozenEncoder, tokens: torch.Tensor, batch_tokens: int = 8192) -> torch.Tensor:
+def read_all(encoder: FrozenEncoder, tokens: torch.Tensor) -> torch.Tensor:
     """Read the vectors of many texts `(N, T)`, some at a time; returns `(N, K, E)` on the CPU."""
     device = encoder.body.device
-    rows = max(1, batch_tokens // tokens.shape[1])
+    rows = max(1, READ_TOKENS // tokens.shape[1])
     return torch.cat([encoder.read(part.to(device)).float().cpu() for part in tokens.split(rows)])
 
 

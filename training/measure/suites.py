@@ -161,10 +161,7 @@ def check_suite(evaluation: Evaluation, suite: str) -> None:
 
 
 def score_suite(
-    evaluation: Evaluation,
-    suite: str,
-    rows: torch.Tensor,
-    baselines: Mapping[str, PreTrainedModel] | None = None,
+    evaluation: Evaluation, suite: str, rows: torch.Tensor, baselines: Mapping[str, PreTrainedModel] | None = None
 ) -> dict[str, Scores]:
     """Score every target of a suite under all its conditions; arguments and errors as of [`evaluate_suite`]."""
     check_suite(evaluation, suite)
@@ -334,11 +331,7 @@ def _copy_conditions(
         }
     # Output windows see the source only through its memories, so another source in front is another text's memories.
     wrong = torch.cat([other, text["input_ids"]], 1)
-    return {
-        "memory": batch,
-        "wrong_memory": {**batch, "input_ids": wrong},
-        "no_memory": split,
-    }
+    return {"memory": batch, "wrong_memory": {**batch, "input_ids": wrong}, "no_memory": split}
 
 
 def _clm(evaluation: Evaluation, rows: torch.Tensor, baselines: Mapping[str, PreTrainedModel]) -> dict[str, Scores]:

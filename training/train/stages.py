@@ -379,13 +379,7 @@ class StageRunner:
         return ObjectiveCollator(objectives, spec)
 
     def _train_rows(
-        self,
-        stage: StageRecipe,
-        model: PreTrainedModel,
-        num_items: int,
-        seed: int,
-        *,
-        step_rows: int | None = None,
+        self, stage: StageRecipe, model: PreTrainedModel, num_items: int, seed: int, *, step_rows: int | None = None
     ) -> TokenRows | DocumentRows | StreamedRows | PairedRows:
         if self.recipe.encoder_of(stage) is not None:
             text = self.paired_text(stage, model, "train")
