@@ -81,7 +81,7 @@ def test_hub_files_import_only_what_every_user_has(path):
 
 @pytest.mark.parametrize("auto_map", hub_folder.AUTO_MAPS.values(), ids=hub_folder.AUTO_MAPS)
 def test_entry_files_name_all_files_that_they_need(auto_map):
-    """Before 5.8 the library copies from a local folder what the entry's own file imports, and nothing behind it."""
+    """Before 5.8 the library copies from a local folder what the entry's own file imports, and no further ones."""
     for entry in {**auto_map, **hub_folder.PROCESSOR_AUTO_MAP}.values():
         path = PACKAGE / f"{entry.partition('.')[0]}.py"
         needed = {Path(file).stem for file in get_relative_import_files(path)}
@@ -154,7 +154,7 @@ def test_the_model_and_the_record_are_left_as_they_were(model, processor, tmp_pa
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
-def test_an_earlier_folder_leaves_nothing_behind(model, processor, tmp_path, monkeypatch):
+def test_nothing_of_an_earlier_folder_stays(model, processor, tmp_path, monkeypatch):
     """Written over, an old single file would win over new shards and serve old weights."""
     target = tmp_path / "hub"
     old = build_model()
