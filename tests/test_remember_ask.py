@@ -165,9 +165,9 @@ def test_without_room_the_nearest_are_taken_in_reading_order(filled):
     assert [one.chunk for one in ask.choose(filled, "<copy>")] == order
 
 
-def test_the_nearest_chunks_can_stand_in_full(saved, filled, capsys):
+def test_the_nearest_chunks_can_stand_as_text(saved, filled, capsys):
     used = ask.choose(filled, "over the sea", ["letters/deep/b.txt"], expand=1)
-    (shown,) = [one for one in used if one.in_full]
+    (shown,) = [one for one in used if one.in_clear]
     assert shown.score == max(one.score for one in used if one.score is not None)
     arguments = [saved, "store", "over the sea", "--texts", "letters/deep/b.txt", "--expand", "1", "--show"]
     assert ask.main([*arguments, "--max-new-tokens", "2"]) == 0

@@ -38,13 +38,13 @@ class Used:
         chunk ([`Chunk`]): The chunk.
         score (`float`, *optional*): How near it is to the prompt; `None` if that was not asked for.
         by (`str`): What the score is: `"BM25"` of its passage, or `"cosine"` of its memories.
-        in_full (`bool`): Whether it stands in the prompt as text.
+        in_clear (`bool`): Whether it stands in the prompt as text.
     """
 
     chunk: Chunk
     score: float | None = None
     by: str = "cosine"
-    in_full: bool = False
+    in_clear: bool = False
 
 
 def choose(
@@ -74,8 +74,8 @@ def choose(
     by, scores = rank(store, prompt, max(wanted, expand), texts)
     best = list(scores)
     kept = set(chunks) if nearest is None and wanted == len(chunks) else set(best[:wanted])
-    in_full = set(best[:expand])
-    return [Used(chunk, scores.get(chunk), by, chunk in in_full) for chunk in chunks if chunk in kept]
+    in_clear = set(best[:expand])
+    return [Used(chunk, scores.get(chunk), by, chunk in in_clear) for chunk in chunks if chunk in kept]
 
 
 def rank(
@@ -189,8 +189,8 @@ def answer(store: MemoryStore, prompt: str, used: Sequence[Used], **options: Any
         used (`Sequence` of [`Used`]): From [`choose`].
         options: Of `generate`.
     """
-    in_full = [one.chunk for one in used if one.in_full]
-    inputs = store.prepare(prompt, [one.chunk for one in used], expand=in_full)
+    in_clear = [one.chunk for one in used if one.in_clear]
+    inputs = store.prepare(prompt, [one.chunk for one in used], expand=in_clear)
     output = store.model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]  # type: ignore[union-attr]
     return store.processor.decode(output, skip_special_tokens=True)
 
@@ -203,7 +203,7 @@ def used_lines(store: MemoryStore, used: Sequence[Used], regenerated: Sequence[s
         where = "" if chunk.start is None else f", characters {chunk.start} to {chunk.end}"
         near = "" if one.score is None else f", {one.by} {one.score:.3f}"
         text = f": {_short(store.expand(chunk)[0])}" if store.keeps_text and chunk.start is not None else ""
-        kind = "full text" if one.in_full else "memory"
+        kind = "full text" if one.in_clear else "memory"
         lines.append(f"{kind} {place}: {chunk.text_id}, chunk {chunk.number}{where}{near}{text}")
         if regenerated is not None:
             lines.append(f"  regenerated: {_short(regenerated[place])}")
@@ -217,8 +217,8 @@ def summary(used: Sequence[Used]) -> str:
         numbers.setdefault(one.chunk.text_id, []).append(one.chunk.number)
     named = [f"{text_id} ({len(own)} chunks from {own[0]})" for text_id, own in list(numbers.items())[:SHOWN_TEXTS]]
     more = f" and {len(numbers) - SHOWN_TEXTS} more texts" if len(numbers) > SHOWN_TEXTS else ""
-    in_full = sum(one.in_full for one in used)
-    return f"answered from {', '.join(named)}{more}: {len(used) - in_full} as memories, {in_full} as text"
+    in_clear = sum(one.in_clear for one in used)
+    return f"answered from {', '.join(named)}{more}: {len(used) - in_clear} as memories, {in_clear} as text"
 
 
 def _short(text: str) -> str:
