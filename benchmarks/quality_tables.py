@@ -366,31 +366,6 @@ def capacity(record: Record) -> Table:
     )
 
 
-def retrieval(record: Record) -> Table:
-    """How often a piece of a text finds the text, before and after training, by start and kind of query."""
-    models, recipe = pick(record, "metrics.models"), pick(record, "recipe")
-    kinds = list(models[0]["before"])
-    heads = [f"{name.split('_')[0]} of {name.split('_')[1]}: {what}" for name in kinds for what in ("top-1", "top-10")]
-    rows = [["start", *heads]]
-    for model in models:
-        for when, label in (("before", "as it is"), ("after", "trained")):
-            if when in model:
-                cells = [cell for kind in kinds for cell in _found(model[when][kind])]
-                rows.append([f"{model['name']}, {label}", *cells])
-    found = models[0]["before"][kinds[0]]
-    kind = {"ngram": "tokens in a row", "bag": "tokens in any order"}[recipe["query"]]
-    return Table(
-        rows,
-        f"{found['num_texts']} test texts of {recipe['length']} tokens, each searched by {recipe['query_tokens']} of "
-        f"its tokens; 95% intervals over texts; chance is {found['chance']:.1%}. Trained on {kind}, {recipe['steps']} "
-        f"steps of {recipe['batch_tokens'] // recipe['length']} texts, {record['seconds'] / MINUTE:.0f} minutes.",
-    )
-
-
-def _found(found: Record) -> list[str]:
-    return [percent(found, "top_1"), f"{found['recall_at_10']:.1%}"]
-
-
 def fidelity(record: Record) -> Table:
     """How faithfully texts come back: a column for each domain, and the controls."""
     domains = {name.partition(", ")[2] or "books": result for name, result in pick(record, "metrics").items()}

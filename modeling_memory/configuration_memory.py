@@ -278,6 +278,15 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         """Rows of the decoder's token table (V)."""
         return getattr(self.decoder, "vocab_size", None)
 
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        if not is_int(value) or value < 1:
+            raise ValueError(f"`vocab_size` is {value!r}; expected a positive integer: the rows of the token table.")
+        # An encoder that reads the decoder's ids keeps pace, as its table does in `resize_token_embeddings`.
+        if self.self_memory and getattr(self.encoder, "vocab_size", None) == self.decoder.vocab_size:
+            self.encoder.vocab_size = value
+        self.decoder.vocab_size = value
+
     @property
     def hidden_size(self) -> int | None:
         """Width of the decoder (D)."""

@@ -116,7 +116,7 @@ class MemoryGenerationMixin(GenerationMixin):
         return {name: value for name, value in given.items() if value is not None}
 
     def _columns_of_prompt(self, input_ids: torch.Tensor, has_memories: bool) -> tuple[int, ...]:
-        """Return the number of columns of a prompt, and if it has memories its first and its last column with a slot."""
+        """Return the columns of a prompt, and if it has memories the numbers of the first and the last with a slot."""
         if not has_memories or self.config.memory_token_id is None:
             return (input_ids.shape[1],)
         slots = (input_ids == self.config.memory_token_id).any(0).nonzero().flatten().tolist()
@@ -181,8 +181,8 @@ class MemoryGenerationMixin(GenerationMixin):
             )
         if option("cache_implementation") not in (None, "dynamic"):
             raise ValueError(
-                f"`cache_implementation` is {option('cache_implementation')!r}, but this text needs a cache that knows "
-                f"its memories. {remedy}"
+                f"`cache_implementation` is {option('cache_implementation')!r}, but this text needs a cache that "
+                f"knows its memories. {remedy}"
             )
 
     def _check_padding_side(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
@@ -307,7 +307,7 @@ class MemoryGenerationMixin(GenerationMixin):
             taken = num_context * config.chunk_length // config.memories_per_chunk
             taken = taken if num_tokens is None else int((num_tokens * memory_mask).sum(1).max())
             end = num_columns - (num_context if embeds is None else 0) + taken
-        check_positions(model.decoder, end)  # type: ignore[attr-defined]
+        check_positions(model.decoder, end)
         if not rolling and num_context and (slots or embeds is not None):
             check_view(config, num_columns + padding - slots[0] if slots else num_columns + num_context)
 

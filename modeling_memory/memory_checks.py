@@ -161,7 +161,7 @@ def _check_text(text: Text, cache: Cache | None) -> None:
     batch_size, length = text.tokens.shape[:2]
     if cache is not None and not isinstance(cache, Cache):
         raise ValueError(
-            f"`past_key_values` is a {type(cache).__name__}; expected a `Cache` that an earlier call returned, or None."
+            f"`past_key_values` is a {type(cache).__name__}; expected a `Cache` of an earlier call, or None."
         )
     mask = text.attention_mask
     if mask is not None:
@@ -177,8 +177,9 @@ def _check_text(text: Text, cache: Cache | None) -> None:
     rows = None if cache is None else _rows_of(cache)
     if rows is not None and rows != batch_size:
         raise ValueError(
-            f"`past_key_values` holds {rows} texts, but `{name}` has {batch_size} rows. Continue the batch that filled "
-            "the cache, select or repeat its rows (`batch_select_indices`, `batch_repeat_interleave`), or pass None."
+            f"`past_key_values` holds {rows} texts, but `{name}` has {batch_size} rows. Continue the batch that "
+            "filled the cache, select or repeat its rows (`batch_select_indices`, `batch_repeat_interleave`), or pass "
+            "None."
         )
 
 
@@ -268,9 +269,9 @@ def check_context(config: PreTrainedConfig, ids: Any, mask: Any, num_memories: A
         )
     _check_kind("context_input_ids", ids, (3,), "(batch, chunks, chunk tokens)", "ids")
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != ids.shape):
-        given = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(
-            f"`context_attention_mask` has shape {given} and `context_input_ids` {tuple(ids.shape)}. Give them the "
+            f"`context_attention_mask` has shape {shape} and `context_input_ids` {tuple(ids.shape)}. Give them the "
             "same shape."
         )
     limit = encoder_limit(config.encoder)
@@ -306,8 +307,8 @@ def _check_labels(config: PreTrainedConfig, call: Call) -> None:
         if not isinstance(given, torch.Tensor) or given.shape != call.text.tokens.shape[:2]:
             shape = tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
             raise ValueError(
-                f"`{name}` has shape {shape}, but the text has {tuple(call.text.tokens.shape[:2])}. Give one label for "
-                "each column, -100 where nothing is to be learnt."
+                f"`{name}` has shape {shape}, but the text has {tuple(call.text.tokens.shape[:2])}. Give one label "
+                "for each column, -100 where nothing is to be learnt."
             )
         _check_kind(name, given, (2,), "(batch, tokens)", "ids")
         if keep is not None:
@@ -371,7 +372,7 @@ def _read(config: PreTrainedConfig, call: Call) -> Facts:
     num_tokens = found["num_tokens"]
     facts = Facts(num_tokens, (own_mask or given_mask is None) and min(num_tokens) == mask.shape[1])
     facts.has_holes = "holes" in found and found["holes"][0] > 0
-    facts.num_after = found["num_after"] if "num_after" in found else num_tokens
+    facts.num_after = found.get("num_after", num_tokens)
     facts.num_ahead = [whole - rest for whole, rest in zip(num_tokens, facts.num_after, strict=True)]
     keep = call.logits_to_keep
     if "lowest" in found:
@@ -718,7 +719,7 @@ def check_no_past(past: int) -> None:
 
 
 def check_own_cache(cache: Cache | None, needs_own: bool) -> None:
-    """Refuse a cache that cannot hold what later steps need to know, or that is not empty where it would have to be."""
+    """Refuse a cache that cannot hold what later steps need to know, or that would have to be empty and is not."""
     own = isinstance(cache, MemoryCache)
     if cache is None or (own and cache.get_seq_length() == 0) or not (own or needs_own):
         return

@@ -519,7 +519,7 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         shape = (ids.shape[0], ids.shape[1], ids.shape[2])
         layout = lay_context(self.config, shape, mask, counts, present, width, ids.device)
         chunk_ids, chunk_mask = ids.flatten(0, 1), None if mask is None else mask.flatten(0, 1)
-        if layout.chunks is not None:
+        if layout.chunks is not None and chunk_mask is not None:
             chunk_ids, chunk_mask = chunk_ids[layout.chunks], chunk_mask[layout.chunks]
         embeds = self._encode(chunk_ids, chunk_mask, layout.num_memories).flatten(0, 1)  # (N * K, D)
         if len(embeds) == 0:
@@ -571,8 +571,9 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         """
         tokens = inputs_embeds if input_ids is None else input_ids
         call = Call(
-            Text(input_ids, attention_mask, inputs_embeds, position_ids, tokens), context_input_ids, context_attention_mask,
-            context_num_memories, memory_embeds, memory_mask, memory_num_tokens, past_key_values,
+            Text(input_ids, attention_mask, inputs_embeds, position_ids, tokens),
+            context_input_ids, context_attention_mask, context_num_memories, memory_embeds, memory_mask,
+            memory_num_tokens, past_key_values,
             rolling_memory=rolling_memory,
             has_memories=context_input_ids is not None or memory_embeds is not None,
         )  # fmt: skip
@@ -767,7 +768,9 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
             if hidden_states is not None:
                 hidden_states = tuple(None if states is None else layout.lay_back(states) for states in hidden_states)
         kept = memories if layout.memories is None else layout.memories
-        if layout.row is not None and kept is not None:  # what stands before each text's last column
+        if (
+            layout.row is not None and kept is not None and entries is not None
+        ):  # what stands before each text's last column
             embeds = entries.unflatten(0, kept.mask.shape) if layout.kept is None else entries[layout.kept]
             kept = replace(kept, embeds=embeds.masked_fill(kept.mask[..., None] == 0, 0))
         if use_cache and decoder_cache is not None:
@@ -910,6 +913,7 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
             if shared is not None and len(groups) > 1:
                 width = max(layout.widths[part])
                 given = share_columns(shared, width, rows.row)
+                assert rows.mask is not None
                 rows.mask = torch.cat([rows.mask[:, :width], rows.mask[:, num_entries:]], 1)
             elif shared is not None and num_entries and num_rows > batch_size:
                 shared.batch_select_indices(layout.row)
@@ -922,7 +926,7 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
                 opened.append((outputs.past_key_values, rows.mask))
             elif use_cache:
                 opened += last_windows(layout, rows, part, outputs.past_key_values)
-        states = None
+        states: list[torch.Tensor | None] | None = None
         if hidden[0] is not None:
             front = 1 if len(hidden) > len(groups) else 0  # of the prefix all columns, of rows those of the text
             states = []
@@ -935,7 +939,7 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         decoder_cache, column_mask = opened[0] if opened else (None, None)
         if len(groups) > 1 and opened:
             decoder_cache, column_mask = join_rows(opened)
-        elif opened and layout.last is not None:
+        elif decoder_cache is not None and column_mask is not None and layout.last is not None:
             decoder_cache.batch_select_indices(layout.last)
             column_mask = column_mask[layout.last]
         attentions = outputs.attentions if num_rows == batch_size and len(groups) == 1 else None
@@ -969,7 +973,8 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
             if width < column_mask.shape[1]:
                 column_mask = cut_columns(decoder_cache, column_mask, width)
         return cache.open(
-            decoder_cache, replace(kept, embeds=kept.embeds.detach()), column_mask, opening.next_position, opening.fill,
+            decoder_cache, replace(kept, embeds=kept.embeds.detach()), column_mask, opening.next_position,
+            opening.fill,
             num_columns=text.tokens.shape[1], end=layout.end, max_fill=opening.max_fill,
             window_input_ids=None if opening.window is None else text.input_ids.flatten()[opening.window],
             asked=opening.asked, marked=opening.marked, sees_memories=opening.sees_memories,
@@ -1190,13 +1195,15 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
         """
         tokens = inputs_embeds if input_ids is None else input_ids
         call = Call(
-            Text(input_ids, attention_mask, inputs_embeds, position_ids, tokens), context_input_ids, context_attention_mask,
-            context_num_memories, memory_embeds, memory_mask, memory_num_tokens, past_key_values,
+            Text(input_ids, attention_mask, inputs_embeds, position_ids, tokens),
+            context_input_ids, context_attention_mask, context_num_memories, memory_embeds, memory_mask,
+            memory_num_tokens, past_key_values,
             labels, kwargs.pop("shift_labels", None), None if type(logits_to_keep) is int and logits_to_keep == 0
             else logits_to_keep, rolling_memory, context_input_ids is not None or memory_embeds is not None,
         )  # fmt: skip
         reading = self._read(call, use_cache, output_hidden_states, output_attentions, kwargs, head=True)
-        logits = reading.last_hidden_state.contiguous()  # (B, T, V)
+        features: Any = reading.last_hidden_state
+        logits = features.contiguous()  # (B, T, V)
         loss = None
         if call.labels is not None or call.shift_labels is not None:
             loss = self.loss_function(

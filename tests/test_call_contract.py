@@ -1,4 +1,4 @@
-"""What every call keeps to: the library's contracts, refusals that teach, gradients everywhere, few looks at a device."""
+"""What every call keeps to: the library's contracts, refusals that teach, gradients, few looks at a device."""
 
 import copy
 from collections.abc import Callable

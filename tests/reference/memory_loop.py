@@ -81,7 +81,7 @@ def positions_in_source(model, num_memories: int) -> tuple[list[int], int]:
 
 
 def read_slots_in_source(model, contexts: list[list[torch.Tensor]], token_ids: torch.Tensor) -> torch.Tensor:
-    """Logits `(n, V)` of one prompt whose slots, context after context, hold memories at their places in the full text.
+    """Logits `(n, V)` of one prompt whose slots, context after context, hold memories where their text would stand.
 
     Args:
         model: The model.
@@ -174,7 +174,7 @@ def read_slots(model, chunks: list[torch.Tensor], token_ids: torch.Tensor) -> to
 def read_after_context(model, chunks: list[torch.Tensor], token_ids: torch.Tensor) -> torch.Tensor:
     """Logits `(n, V)` of one prompt with slots whose tokens after the last slot fold, window after window.
 
-    With `memory_policy="drop_oldest"` the oldest of the compressed windows' memories make room; those of the slots stay.
+    With `memory_policy="drop_oldest"` the oldest memories of compressed windows make room; those of the slots stay.
     """
     config, table = model.config, model.get_input_embeddings()
     last = max(place for place, token in enumerate(token_ids) if token == config.memory_token_id)
