@@ -88,7 +88,7 @@ class Layout:
         positions (`torch.LongTensor` of shape `(R, S)`, *optional*): `None` leaves them to the decoder.
         text (`torch.LongTensor` of shape `(R, S)`, *optional*): Flat text columns; `None`: the text as it stands.
         entries (`torch.LongTensor` of shape `(R, S)`, *optional*): Flat numbers of memories, -1 for text columns.
-        places (`torch.LongTensor` of shape `(R, S)`, *optional*): Places in the window that tokens are told, or -1.
+        places (`torch.LongTensor` of shape `(R, S)`, *optional*): Places in the window that tokens are given, or -1.
         sees_memories (`bool` or `torch.BoolTensor` of shape `(R,)`): Whether a row sees any memory.
         num_wanted (`int`, *optional*): Only the last so many columns of a row are of the text; `None`: all.
         back (`torch.LongTensor` of shape `(B, T)`, *optional*): For each column of the text the flat number of the
@@ -213,9 +213,9 @@ def find_markers(config: PreTrainedConfig, input_ids: torch.Tensor, mask: torch.
 
 
 def tell_places(config: PreTrainedConfig, rank: torch.Tensor, sees: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
-    """Return places in the window, or in its chunk, from ranks `(R, S)`; -1 where a token is not told its place.
+    """Return places in the window, or in its chunk, from ranks `(R, S)`; -1 where a token is given none.
 
-    It is told in rows that see some memory (`sees`, `(R,)`), from the text's first marker on (`asked`, `(R, S)`).
+    It is given in rows that see some memory (`sees`, `(R,)`), from the text's first marker on (`asked`, `(R, S)`).
     """
     return torch.where(sees[:, None] & asked, rank.clamp(min=0) % config.num_places, -1)
 

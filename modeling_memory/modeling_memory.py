@@ -7,7 +7,7 @@
                                  |         |         |            memory states (B, C*K, E)
                               projector projector projector
                                  |         |         |
- decoder input                  m_0       m_1       m_2  y y y y   memory embeds (B, C*K, D), then the window in clear
+ decoder input                  m_0       m_1       m_2  y y y y   memory embeds (B, C*K, D), then the window's text
                                                          | | | |
  decoder output                                          logits    (B, T, V)
 ```
@@ -804,7 +804,7 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         return embeds.masked_fill(layout.prefix.mask[..., None] == 0, 0).flatten(0, 1)
 
     def _embed(self, layout: Layout, text: Text, entries: torch.Tensor | None) -> torch.Tensor:
-        """Give the embeddings `(R, S, D)` of what was laid out: tokens, told their places, and entries."""
+        """Give the embeddings `(R, S, D)` of what was laid out: tokens with their places, and entries."""
         if text.input_ids is None:
             embeds = text.inputs_embeds
             embeds = embeds if layout.text is None else embeds.flatten(0, 1)[layout.text]

@@ -134,7 +134,7 @@ def test_a_prompt_from_the_store_is_the_prompt_from_the_context(store, model, pr
     assert torch.equal(written, model.generate(**expected, max_new_tokens=4, do_sample=False))
 
 
-def test_expanded_chunks_stand_in_clear_in_their_place(store, processor):
+def test_expanded_chunks_stand_as_text_in_their_place(store, processor):
     chunks = store.chunks("cat")
     inputs = store.prepare("he <memory> it", chunks, expand=chunks[1:3])
     slot = processor.memory_token_id

@@ -155,7 +155,7 @@ def test_the_model_and_the_record_are_left_as_they_were(model, processor, tmp_pa
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
-def test_an_earlier_folder_leaves_nothing_behind(model, processor, tmp_path, monkeypatch):
+def test_nothing_of_an_earlier_folder_stays(model, processor, tmp_path, monkeypatch):
     """Written over, an old single file would win over new shards and serve old weights."""
     target = tmp_path / "hub"
     old = build_model()

@@ -1,4 +1,4 @@
-"""One loss, whatever the split into batches and processes; exact sums behind every number; nothing lost on a stop.
+"""One loss, whatever the split into batches and processes; exact sums for every number; nothing lost on a stop.
 
 Run as a module by `torchrun`, this file is its own two-process program: it trains one step and saves the gradients.
 """

@@ -59,7 +59,7 @@ def choose(
         texts (`Sequence` of `str`, *optional*): Ids of texts to choose from. Default: all.
         nearest (`int`, *optional*): Only so many chunks, the nearest to the prompt. Default: all if the model has room
             for them, else as many as it has room for.
-        expand (`int`): How many of the chunks, the nearest ones, stand in clear text.
+        expand (`int`): How many of the chunks, the nearest ones, stand as full text.
 
     Raises:
         ValueError: If there is no such text, nothing to choose from, or no token in the prompt to compare by.
@@ -204,7 +204,7 @@ def used_lines(store: MemoryStore, used: Sequence[Used], regenerated: Sequence[s
         where = "" if chunk.start is None else f", characters {chunk.start} to {chunk.end}"
         near = "" if one.score is None else f", {one.by} {one.score:.3f}"
         text = f": {_short(store.expand(chunk)[0])}" if store.keeps_text and chunk.start is not None else ""
-        kind = "in clear" if one.in_clear else "memory"
+        kind = "full text" if one.in_clear else "memory"
         lines.append(f"{kind} {place}: {chunk.text_id}, chunk {chunk.number}{where}{near}{text}")
         if regenerated is not None:
             lines.append(f"  regenerated: {_short(regenerated[place])}")
@@ -267,9 +267,9 @@ def run(options: argparse.Namespace, command: str, ask: Callable[[str], str] = i
         used = choose(store, prompt, options.texts, options.nearest, options.expand)
         print(summary(used), file=sys.stderr)
         if any(one.score is not None and one.by == "cosine" for one in used):
-            told = "found by memories, which compare how text begins, not what it means"
-            told += "" if store.keeps_text else "; `remember --keep-text` lets a store be searched by words"
-            print(told, file=sys.stderr)
+            note = "found by memories, which compare how text begins, not what it means"
+            note += "" if store.keeps_text else "; `remember --keep-text` lets a store be searched by words"
+            print(note, file=sys.stderr)
         if options.show or options.regenerate:
             regenerated = regenerate(store, [one.chunk for one in used]) if options.regenerate else None
             print("\n".join(used_lines(store, used, regenerated)))

@@ -12,7 +12,7 @@ and how fast do a few optimiser steps from there close the gap?
 B texts, T tokens of a text, K vectors, D width of the decoder, V vocabulary.
 
 All T tokens must come back for a text to fit. The gain counts tokens 2 to T, for which the decoder without memories
-has a prediction too. If every token is the likeliest behind its forerunners, greedy generation writes the text.
+has a prediction too. If every token is the likeliest after its forerunners, greedy generation writes the text.
 
 Source of the question: Kuratov et al. 2025, arXiv 2502.13063 (one vector, up to 1,568 tokens).
 """
@@ -47,8 +47,8 @@ Regenerate = Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor]
 """Memories `(B, K, D)` or `None`, and tokens `(B, T)` -> logits `(B, T, V)`; row t predicts token t."""
 
 
-def regenerate_behind(decoder: PreTrainedModel, prefix: Sequence[int] = ()) -> Regenerate:
-    """Let a causal LM write a text behind vectors: special tokens of its own, the vectors, the text.
+def regenerate_after(decoder: PreTrainedModel, prefix: Sequence[int] = ()) -> Regenerate:
+    """Let a causal LM write a text after vectors: special tokens of its own, the vectors, the text.
 
     Args:
         decoder (`PreTrainedModel`): A causal LM.
@@ -303,7 +303,7 @@ def capacity(
         `dict`: `by_length`: length -> metrics.
     """
     decoder.eval().requires_grad_(False)
-    logits_of = regenerate_behind(decoder, prefix)
+    logits_of = regenerate_after(decoder, prefix)
     keep = keep or (lambda _, measure: measure())
 
     def measure(length: int) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def evaluate_fidelity(
 
     Returns:
         `dict`: Condition -> metrics, as of the suite `retention` (autoencoder) or `copy`. `memory` has in `text` what
-        [`text_fidelity`] says of freely written texts, and `by_part`; `random_tokens` is the same model on random
+        [`text_fidelity`] says of free-running texts, and `by_part`; `random_tokens` is the same model on random
         tokens.
 
     Raises:

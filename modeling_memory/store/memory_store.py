@@ -616,7 +616,7 @@ class MemoryStore(Tables):
         return len(gone)
 
     def vacuum(self) -> int:
-        """Take deleted and replaced texts, and what killed writers left behind, off the disk.
+        """Take deleted and replaced texts, and what killed writers left, off the disk.
 
         Costs grow with what was deleted, and with the kept text. While a reader still holds an
         earlier state, the bytes stay in the write-ahead log, of which a warning tells.
@@ -728,7 +728,7 @@ class MemoryStore(Tables):
         return [text_id for text_id in given if text_id not in taken]
 
     def _store(self, records: Iterable[Record], text_ids: list[str] | None, on_duplicate: str) -> int:
-        """Write records in one change; of ids that are known beforehand, duplicates are told before any is made."""
+        """Write records in one change; duplicates of ids known beforehand are reported before any is made."""
         stored: set[str] = set()
         with self._database.changing() as database:
             wanted = set(self._new_ids(text_ids or (), on_duplicate))

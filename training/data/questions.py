@@ -85,7 +85,7 @@ def chat_turns(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -
         Ids, and a mask of the same length: 1 for the answer and the end of its turn.
 
     Raises:
-        ValueError: If there is no template, a turn holds a control token, or the answer cannot be told from what
+        ValueError: If there is no template, a turn holds a control token, or the answer cannot be parted from what
             stands before it.
     """
     if tokenizer.chat_template is None:
