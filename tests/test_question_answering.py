@@ -24,6 +24,10 @@ def parts():
     model = build_model(
         "llama", pooling="concat", max_group=CHUNK, memories_per_chunk=2, memory_positions="source", max_memories=24
     )
+    with torch.no_grad():
+        for name, parameter in model.decoder.named_parameters():
+            if ".layers." in name and parameter.dim() == 2:
+                parameter.mul_(4)  # so that what it writes depends on what it reads
     return model, MemoryProcessor(tokenizer, chunk_length=CHUNK, window_length=WINDOW, memories_per_chunk=2)
 
 
