@@ -32,13 +32,14 @@ class RememberedContexts:
 
     Attributes:
         memory_embeds (`torch.FloatTensor` of shape `(1, M, D)`): The memories, those of all contexts in order.
-        memory_num_tokens (`torch.LongTensor` of shape `(1, M)`): How many tokens each stands for.
         num_memories (`list` of `int`): Memories of each context.
+        memory_num_tokens (`torch.LongTensor` of shape `(1, M)`, *optional*): How many tokens each stands for. Default:
+            those of full chunks.
     """
 
     memory_embeds: torch.Tensor
-    memory_num_tokens: torch.Tensor
     num_memories: list[int]
+    memory_num_tokens: torch.Tensor | None = None
 
 
 class MemoryQuestionAnswering(Pipeline):
@@ -131,7 +132,7 @@ class MemoryQuestionAnswering(Pipeline):
             inputs["context_input_ids"], inputs["context_attention_mask"], inputs.get("context_num_memories"),
             return_num_tokens=True,
         )  # fmt: skip
-        return RememberedContexts(embeds, num_tokens, [per_chunk * count for count in counts])
+        return RememberedContexts(embeds, [per_chunk * count for count in counts], num_tokens)
 
     def stream(self, context: Any, question: str, **options: Any) -> Iterator[str]:
         """Answer one question piece by piece, as it is written.
@@ -176,11 +177,10 @@ class MemoryQuestionAnswering(Pipeline):
             padding_side="left",
             return_tensors="pt",
         )
-        return {
-            **inputs,
-            "memory_embeds": memories.memory_embeds.expand(len(chats), -1, -1),  # (B, M, D)
-            "memory_num_tokens": memories.memory_num_tokens.expand(len(chats), -1),
-        }
+        ready = {"memory_embeds": memories.memory_embeds.expand(len(chats), -1, -1)}  # (B, M, D)
+        if memories.memory_num_tokens is not None:
+            ready["memory_num_tokens"] = memories.memory_num_tokens.expand(len(chats), -1)
+        return {**inputs, **ready}
 
     def _forward(self, input_tensors: dict[str, Any], **generate_kwargs: Any) -> dict[str, torch.Tensor]:
         written = self.model.generate(**input_tensors, **generate_kwargs)

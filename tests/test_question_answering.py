@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import pipeline
 
-from modeling_memory import MemoryProcessor
+from modeling_memory import MemoryProcessor, MemoryStore
 from tests.conftest import build_tiny_tokenizer
 from tests.memory_models import CHUNK, WINDOW, build_model
 from tests.test_recall_qa import MARKED
+from training import ask
 
 TASK = "memory-question-answering"
 WRITE = {"max_new_tokens": 5, "min_new_tokens": 5}
@@ -103,3 +104,16 @@ def test_a_saved_folder_brings_its_pipeline(parts, answer, tmp_path: Path):
     assert found == answer(context=CONTEXTS[0], question=QUESTIONS, **WRITE)
     loaded.model.save_pretrained(tmp_path / "again")  # `pipeline` has put classes into the config
     assert (tmp_path / "again" / "config.json").is_file()
+
+
+def test_a_store_is_asked_as_its_texts_are(parts, answer, tmp_path: Path):
+    text = " ".join(CONTEXTS[0].split()[:7])
+    whole = parts[1].split_context(text)
+    assert len(whole[-1]) == CHUNK, "a store knows full chunks only"
+    store = MemoryStore.open(tmp_path / "store", *parts, create=True)
+    store.append({"first": text})
+    found = ask.answer(store, QUESTIONS[0], ask.choose(store, QUESTIONS[0]), is_question=True, **WRITE)
+    assert found == answer(context=text, question=QUESTIONS[0], **WRITE)["answer"]
+    shown = [ask.Used(chunk, in_clear=True) for chunk in store.chunks()]
+    with pytest.raises(ValueError, match="leave --expand out"):
+        ask.answer(store, QUESTIONS[0], shown, is_question=True)

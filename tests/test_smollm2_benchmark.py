@@ -60,8 +60,9 @@ def command(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
         smollm2_rows.SentenceEncoder, "__call__", lambda self, query, sentences: bm25(query, sentences)
     )
     return [
-        str(pair), "--text", str(TEXT), "--questions", str(questions(tmp_path)), "--limit", "3", "--question-limit", "3",
-        "--first-token", "64", "--cells", str(tmp_path / "cells.json"), "--out", str(tmp_path / "record.json"),
+        str(pair), "--text", str(TEXT), "--questions", str(questions(tmp_path)), "--limit", "3",
+        "--question-limit", "3", "--first-token", "64", "--cells", str(tmp_path / "cells.json"),
+        "--out", str(tmp_path / "record.json"),
     ]  # fmt: skip
 
 

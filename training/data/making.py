@@ -145,7 +145,7 @@ def _question(reply: str) -> str:
     >>> _question('Sure! Here it is: "Who built the bridge?" I hope this helps.'), _question("I cannot.")
     ('Who built the bridge?', '')
     """
-    found = re.search(r"(?:^|[\n:\"“.!]\s*)([A-Z][^.!?\n\"“]{8,160}\?)", reply)
+    found = re.search(r"(?:^|[\n:\"“.!]\s*)([A-Z][^.!?:\n\"“]{8,160}\?)", reply)
     return found[1] if found else ""
 
 
