@@ -92,6 +92,7 @@ from .memory_parts import (
 )
 from .memory_saving import PARTS, check_older_weights, is_quantized, load_by_reference, trained_state
 from .modeling_masked_mixer import MaskedMixerForCausalLM
+from .pipeline_memory import CUSTOM_PIPELINES
 
 TOKENS_PER_GROUP = {"cpu": 4096}
 """Most tokens, memories among them, that are read at a time where no gradient is asked for, by type of device."""
@@ -249,6 +250,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
                 "nobody loads. Save by reference: `save_pretrained(folder, by_reference=True)`."
             )
         self.config.auto_map = dict(AUTO_MAP)
+        self.config.custom_pipelines = {task: dict(entry) for task, entry in CUSTOM_PIPELINES.items()}
         for child in (self.config.encoder, self.config.decoder):  # their code is reached through the model's own
             vars(child).pop("auto_map", None)
             child._name_or_path = ""

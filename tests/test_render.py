@@ -11,14 +11,19 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cost_tables, drawings, quality_tables, render, snippet, speed, table
+from benchmarks import cost_tables, drawings, quality_tables, render, smollm2_tables, snippet, speed, table
 from benchmarks.table import Table
 from training.places import REPOSITORY
 from training.records.record import read_json
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 PAGE = "\n".join(f"Before {name}.\n\n<!-- table:{name} -->\nold\n<!-- end -->\n" for name in render.TABLES)
-MADE = {name: entry for name, entry in render.TABLES.items() if entry.make is not None}
+# A table whose record is not there yet says so on its page; its own tests make it from a small one.
+MADE = {
+    name: entry
+    for name, entry in render.TABLES.items()
+    if entry.make is not None and all((RESULTS / f"{record}.json").is_file() for record in entry.records)
+}
 
 
 def load(name: str) -> dict[str, Any]:
@@ -43,7 +48,7 @@ def changed(record: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     return record
 
 
-@pytest.mark.parametrize("module", [table, quality_tables, cost_tables])
+@pytest.mark.parametrize("module", [table, quality_tables, cost_tables, smollm2_tables])
 def test_examples_in_docstrings_are_true(module: Any):
     assert doctest.testmod(module).failed == 0
 

@@ -84,7 +84,7 @@ def measure_suites(
     config = model.config
     evaluation = Evaluation(
         model,
-        special_tokens_of(tokenizer),
+        special_tokens_of(tokenizer, getattr(config, "copy_token_id", None), getattr(config, "blank_token_id", None)),
         chunk_length=config.chunk_length,
         window_length=getattr(config, "window_length", config.chunk_length),
         byte_lengths=byte_lengths_of(tokenizer),

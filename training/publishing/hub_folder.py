@@ -122,6 +122,7 @@ def write_hub_folder(
     record: Mapping[str, Any] | None = None,
     card_context: Mapping[str, Any] | None = None,
     bases: Mapping[str, Base] | None = None,
+    by_reference: bool = False,
 ) -> Path:
     """Write a model as a Hub folder that loads without this package.
 
@@ -140,6 +141,7 @@ def write_hub_folder(
             [`training.publishing.cards.render_card`]; it is kept in the saved record.
         bases (`dict`, *optional*): For `"encoder"`, `"decoder"` or both what they come from: their weights are then
             referred to, and only what differs from them is written.
+        by_reference (`bool`): The same with the bases that the model itself remembers, packages say.
 
     Returns:
         `Path`: The folder.
@@ -154,9 +156,9 @@ def write_hub_folder(
         raise ValueError(f"A {model.config.model_type} has no bases to refer to; publish it by value.")
     _check_replaceable(target)
     with _written_aside(target) as staging:
-        sources: dict[str, Any] = (
-            {"by_reference": {part: base.source for part, base in bases.items()}} if bases else {}
-        )
+        sources: dict[str, Any] = {"by_reference": True} if by_reference else {}
+        if bases:
+            sources = {"by_reference": {part: base.source for part, base in bases.items()}}
         model.save_pretrained(staging, max_shard_size=MAX_SHARD_SIZE, **sources)
         if processor is not None:
             processor.save_pretrained(staging)
