@@ -86,6 +86,7 @@ TABLES: dict[str, Entry] = {
     **_entries("capacity", "python -m training.ceiling", quality_tables.capacity),
     **_entries("retrieval", "python -m training.retrieval", quality_tables.retrieval),
     **_entries("fidelity", "python -m training.evaluate runs/quickstart/hub", quality_tables.fidelity),
+    **_entries("scores", "python -m training.evaluate MODEL --suite benchmarks --data FOLDER", quality_tables.scores),
     **_entries("speed", "python -m benchmarks.speed", cost_tables.speed, cost_tables.speed_scaling),
     **_entries("time_to_accuracy", "python -m benchmarks.time_to_accuracy", cost_tables.time_to_accuracy),
     **_entries("switches", "python -m benchmarks.switches", cost_tables.switches),
