@@ -8,7 +8,7 @@ help:  ## print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install:  ## install the package with what training and development need, in the tested versions
-	$(PYTHON) -m pip install -c constraints.txt -e ".[train,eval,dev]"
+	$(PYTHON) -m pip install -c constraints.txt -e ".[train,dev]"
 
 format:  ## rewrite the sources in the house format
 	$(PYTHON) -m ruff check --fix .

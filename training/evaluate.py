@@ -224,10 +224,11 @@ def run_benchmarks(options: argparse.Namespace, measurement: Measurement, path: 
         raise ValueError(f"{options.model} has no tokenizer beside it; save one there")
     names = ("limit", "batch_size", "clear", "min_memory_chunks")
     limits = {name: getattr(options, name) for name in names}
+    files = [path for path in sorted(Path(options.data).iterdir()) if path.is_file()]
     record: dict[str, Any] = {}
 
     def keep(measured: dict[str, Any], status: str = "running") -> None:
-        inputs = {"model": portable_path(options.model), "files": file_checksums(sorted(Path(options.data).iterdir()))}
+        inputs = {"model": portable_path(options.model), "files": file_checksums(files)}
         parts = {"inputs": inputs, "recipe": {**limits, "tasks": tasks}, "parameters": count_parameters(model)}
         record.update(measurement.record(device, status, metrics=measured, **parts))
         write_record(path, record)

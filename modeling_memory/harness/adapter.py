@@ -35,6 +35,8 @@ MODES = ("full", "memory", "truncated", "none")
 MAX_SCORED = 4096
 """Columns with logits in one call: a table of 50,000 tokens takes 0.8 GB of them in float32."""
 
+MAX_READ = 65536
+"""Columns in one call: a batch of long contexts is smaller than `batch_size`."""
 COUNTS = ("requests", "memory_requests", "context_tokens", "memory_tokens", "memories", "cut_tokens")
 
 logger = logging.getLogger(__name__)
@@ -351,7 +353,10 @@ class MemoryLM(TemplateLM):
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             groups[keys[i]].append(i)
         for group in groups.values():
-            yield from (group[i : i + self.batch_size] for i in range(0, len(group), self.batch_size))
+            while group:
+                size = max(1, min(self.batch_size, MAX_READ // max(1, lengths[group[0]])))
+                yield group[:size]
+                group = group[size:]
 
     def _score(self, rows: list[list[Reading]], disable_tqdm: bool) -> list[tuple[float, bool]]:
         """Log-likelihood of each request, summed over its pieces, and whether all of them are what greedy writes."""

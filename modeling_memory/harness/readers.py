@@ -170,6 +170,7 @@ def needles(
         seed (`int`): Of everything that is drawn.
         tokenizer (`str`): Whose tokens are counted. Default: the model's.
         pretrained (`str`): The model.
+        others (`Any`): What else the harness tells every task.
 
     Raises:
         ValueError: If the kind is unknown, no tokenizer is named, or a size has no room for the question.
