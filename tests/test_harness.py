@@ -267,7 +267,13 @@ def names() -> list[str]:
 @pytest.fixture(scope="module")
 def results(model, data) -> dict[str, Any]:
     lm = adapter(model, mode="memory", clear=8, min_memory_chunks=1, batch_size=4, max_gen_toks=4)
-    metadata = {"data": str(data), "tokenizer": str(data / "tokenizer"), "sizes": [1024, 2048], "per_size": 1}
+    metadata = {
+        "data": str(data),
+        "tokenizer": str(data / "tokenizer"),
+        "sizes": [1024, 2048],
+        "per_size": 1,
+        "words": 12,
+    }
     manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata)
     calls = Calls(model)
     found = simple_evaluate(

@@ -182,6 +182,7 @@ def needles(
         raise ValueError("needles are cut to a number of tokens; name a tokenizer with --metadata tokenizer=FOLDER")
     reader = AutoTokenizer.from_pretrained(name)
     words = " ".join(row["text"] for row in read_rows(data, file)).split()
+    words = words * (1 + int(max(sizes)) // len(words))  # a short haystack is repeated
     generator = random.Random(f"{seed} {kind}")  # a text seed: equal on every machine
     found = []
     for _ in range(per_size):
