@@ -160,7 +160,7 @@ class MemoryLM(TemplateLM):
 
     def _set_cut(self, mode: str, clear: int | None, min_memory_chunks: int) -> None:
         self.has_memories = hasattr(self.model, "encode_memories")
-        self.memory_config: Any = self.model.config if self.has_memories else None
+        self.memory_config: Any = self.model.config
         self.decoder = self.model.decoder if self.has_memories else self.model
         self.chunk_length = self.memory_config.chunk_length if self.has_memories else 1
         self.per_chunk = self.memory_config.memories_per_chunk if self.has_memories else 0
@@ -175,10 +175,6 @@ class MemoryLM(TemplateLM):
             raise ValueError(
                 "The model's `memory_token_id` is None, so a prompt has no slots for memories. Set it in the config "
                 "to an id that no text uses; the vocabulary's size serves."
-            )
-        if self.processor is None and self.memory_config.encoder.vocab_size != self.memory_config.decoder.vocab_size:
-            raise ValueError(
-                "Encoder and decoder have a tokenizer each; give the model's MemoryProcessor as `tokenizer`."
             )
         self.clear = self.memory_config.window_length if clear is None else _count("clear", clear, 1)
         self.min_memory_chunks = _count("min_memory_chunks", min_memory_chunks, 0)

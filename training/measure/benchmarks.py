@@ -127,7 +127,7 @@ def _items(samples: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 def _scores(results: dict[str, Any], items: dict[str, list[Any]]) -> dict[str, Any]:
     """Each metric as the harness aggregates it, with an interval over items where it is their mean."""
-    scores = {}
+    scores: dict[str, dict[str, Any]] = {}
     for name, value in results.items():
         metric, _, filtered = name.partition(",")
         if not isinstance(value, (int, float)) or isinstance(value, bool) or metric.endswith("_stderr"):
