@@ -94,6 +94,7 @@ TABLES: dict[str, Entry] = {
         smollm2_tables.smollm2_questions,
         smollm2_tables.smollm2_first_token,
     ),
+    **_entries("scores", "python -m training.evaluate MODEL --suite benchmarks --data FOLDER", quality_tables.scores),
     **_entries("speed", "python -m benchmarks.speed", cost_tables.speed),
     **_entries(
         "rolling",
