@@ -414,7 +414,7 @@ class MemoryAutoencoder(PreTrainedModel):
         if not isinstance(labels, torch.Tensor) or labels.shape != shape:
             given = tuple(labels.shape) if isinstance(labels, torch.Tensor) else type(labels).__name__
             raise ValueError(f"`labels` has shape {given}; expected {tuple(shape)}, one a token, unshifted.")
-        if labels is input_ids:
+        if input_ids is not None and labels is input_ids:
             return labels.long()
         check_token_ids("labels", labels, None)
         if not (labels.is_meta or torch.compiler.is_compiling()):

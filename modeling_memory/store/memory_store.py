@@ -310,13 +310,13 @@ class MemoryStore(Tables):
         if wanted is None or isinstance(wanted, str):
             return self.chunks(wanted)
         single = isinstance(wanted, (Chunk, Passage))
-        wanted = [*wanted] if isinstance(wanted, Iterable) and not single else wanted
-        if not single and (not isinstance(wanted, list) or None in wanted):
+        named: Any = [*wanted] if isinstance(wanted, Iterable) and not single else wanted
+        if not single and (not isinstance(named, list) or None in named):
             raise MemoryStoreError(
                 f"What is wanted is {wanted!r:.80}; expected an id, or ids, chunks or passages, or None for all."
             )
         chunks: list[Chunk] = []
-        for one in [wanted] if single else wanted:
+        for one in [named] if single else named:
             chunks += [one] if isinstance(one, Chunk) else one.chunks if isinstance(one, Passage) else self.chunks(one)
         return chunks
 
