@@ -203,10 +203,9 @@ def test_prompts_are_asked_for_one_after_the_other(saved, filled, capsys):
     prompts = iter(["the mat", "<memory> <memory>", "<copy>", ""])
     options = ask.build_parser().parse_args([saved, "store", "--texts", "letters/a.txt", "--max-new-tokens", "2"])
     ask.run(options, "", ask=lambda _: next(prompts))
-    lines = capsys.readouterr().out.splitlines()
-    refused = [line for line in lines if line.startswith("error: ")]
-    assert lines[0].startswith("5 texts, ") and len(refused) == 1 and next(prompts, None) is None
-    assert refused[0].startswith("error: A text contains '<memory>' 2 times")
+    printed = capsys.readouterr().out  # an answer may hold line feeds of its own
+    assert printed.startswith("5 texts, ") and printed.count("\nerror: A text contains '<memory>' 2 times") == 1
+    assert next(prompts, None) is None
 
 
 def test_sampling_is_repeatable(saved, filled, capsys):
