@@ -306,8 +306,7 @@ def answers_of(reader: Reader, selector: Selector, asked: list[dict[str, Any]], 
         given = {"tokenize": True, "add_generation_prompt": True, "padding_side": "left", "return_tensors": "pt"}
         if kind in ("memories", "another text's"):
             content = [[{"type": "memory"}, {"type": "text", "text": f"\n\n{one['question']}{HINT}"}] for one in batch]
-            counts = [len(processor.split_context(text)) for text in own]
-            budget = [[reader.chunk // int(rate)] * count + [0] * (max(counts) - count) for count in counts]
+            budget = reader.chunk // int(rate)
             chats = [[{"role": "user", "content": one}] for one in content]
             inputs = processor.apply_chat_template(chats, context=own, context_num_memories=budget, **given)
             output = reader.model.generate(**inputs, **writing)
