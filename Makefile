@@ -2,7 +2,7 @@
 PYTHON ?= python
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint types test test-slow test-oldest quickstart starters check
+.PHONY: help install format lint types test test-slow test-library test-oldest quickstart starters check
 
 help:  ## print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ test:  ## run the tests and the doctests (minutes on two cores)
 
 test-slow:  ## run the tests that take minutes each
 	$(PYTHON) -m pytest -m slow
+
+test-library:  ## run transformers' own tests of models, configs and processors on ours (fetches its source distribution)
+	TRANSFORMERS_TESTS=$$(PYTHON=$(PYTHON) .ci/transformers_tests) $(PYTHON) -m pytest -m hf_common -n 2 tests/hf_common
 
 test-oldest:  ## run the package's tests on the oldest supported torch and transformers (downloads some gigabytes)
 	PYTHON=$(PYTHON) bash .ci/oldest

@@ -1,4 +1,4 @@
-"""Tables of what things cost: speed, time to an accuracy, switches of a stage, memories at use."""
+"""Tables of what things cost: speed, memories at use."""
 
 from benchmarks.table import Record, Table, count, duration, pick, quartiles
 
@@ -8,16 +8,6 @@ PATHS = {
     "stored_64": "stored, 64 tokens a memory",
     "encode": "encoded first, small encoder",
     "encode_own": "encoded first, encoder as large as the decoder",
-}
-SWITCHES = {
-    "activations computed again": "`gradient_checkpointing`",
-    "bf16": "`bf16`",
-    "logits in chunks": "`loss_chunk`",
-    "all three": "these three",
-    "states encoded once": "`encode_once`",
-    "compiled": "`compile`",
-    "compiled, all three": "`compile` and the three",
-    "rows grouped by length": "`group_by_length`",
 }
 READINGS = {
     "reading/1024": "1,024 tokens a memory",
@@ -39,89 +29,8 @@ def speed(record: Record) -> Table:
         spreads = metrics[name]["spread"]
         times = [duration(spreads[path]["median"]) for path in ("plain", "fast")]
         rows.append([title.format(**metrics[name]["given"]), *times, quartiles(metrics[name]["ratio"])])
-    return Table(rows, _rounds(record))
-
-
-def speed_scaling(record: Record) -> Table:
-    """The cost of one text by its number of windows, and the exponent of that cost."""
-    metrics = pick(record, "metrics")
-    windows, goal = pick(metrics, "scaling.given.windows"), pick(metrics, "scaling.target_exponent")
-    length = metrics["scaling"]["given"]["window_length"]
-    rows = [[f"one text of so many windows of {length} tokens", *map(str, windows), "exponent", "R²"]]
-    for key in ("scaling", "scaling_short_chunks"):
-        given = metrics[key]["given"]
-        tokens = given["chunk_length"] // given["memories_per_chunk"]
-        for name, title in (("train_step", "training step"), ("read", "reading")):
-            result = pick(metrics, f"{key}.{name}")
-            times = [duration(result["spread"][str(n)]["median"]) for n in windows]
-            exponent = f"{result['fit']['exponent']:.3f}"
-            if key == "scaling":
-                exponent += f" (at most {goal}{'' if result['fit']['exponent'] <= goal else ': missed'})"
-            rows.append([f"{title}, {tokens} tokens a memory", *times, exponent, f"{result['fit']['r_squared']:.3f}"])
-    return Table(rows, _rounds(record))
-
-
-def _rounds(record: Record) -> str:
     peak = pick(record, "peak_memory_bytes.process") / 2**30
-    return f"Medians of {record['repetitions']} rounds, timed in turn; peak memory {peak:.1f} GiB."
-
-
-def time_to_accuracy(record: Record) -> Table:
-    """Recipe against baseline: steps, time and accuracy of each, and the ratio of the times."""
-    metrics, given = pick(record, "metrics"), pick(record, "given")
-    names = {
-        "baseline": f"float32, AdamW at {given['baseline']['learning_rate']:g}, plain loop",
-        "recipe": f"recipe {given['recipe']} as shipped",
-    }
-    rows = [["", "steps", "seconds", "seconds per step", "tokens right"]]
-    for side, text in names.items():
-        result = pick(metrics, side)
-        rows.append([
-            text, f"{result['steps']:,}", f"{result['seconds']:.0f}",
-            duration(result["seconds"] / result["steps"]), f"{result['token_accuracy']:.1%}",
-        ])  # fmt: skip
-    bound = "More than " if metrics["is_lower_bound"] else ""
-    missed = "" if metrics["ratio"] >= 10 else " (missed: at least 10)"
-    cpu = metrics.get("cpu_ratio")
-    clock = "" if cpu is None else f" by the clock, {cpu:.1f} in CPU time"
-    return Table(
-        rows,
-        f"{bound}{metrics['ratio']:.1f} times faster{clock}{missed} to {record['target']:.0%} of the validation "
-        f"tokens, {given['tokens_per_memory']:g} tokens a vector. Part of that is the optimiser (Muon with a schedule "
-        "against AdamW at a constant rate), part the batched model.",
-    )
-
-
-def switches(record: Record) -> Table:
-    """Speed of a training step by switch, and peak memory of the loss."""
-    rows = [["training step, float32 unless said", "tokens per second", "times as fast (quartiles)"]]
-
-    def add(part: str, name: str, ratio: Record) -> None:
-        speed = pick(record, f"metrics.{part}.tokens_per_second")[name]
-        rows.append([SWITCHES.get(name, name), f"{speed:,.0f}", quartiles(ratio, 2)])
-
-    compiled = record["metrics"].get("compile")
-    for part in ("steps", "compile") if compiled else ("steps",):
-        for name, ratio in pick(record, f"metrics.{part}.times_as_fast").items():
-            if name != "plain" or part == "steps":  # the compiled ones' own plain step is nearly the same
-                add(part, name, ratio)
-    for part, name in (("lengths", "rows grouped by length"), ("processes", "2 processes")):
-        add(part, name, pick(record, f"metrics.{part}.times_as_fast"))
-    lengths, memory = pick(record, "metrics.lengths"), pick(record, "metrics.loss_memory")
-    before, after = lengths["padding"].values()
-    compiling = "`compile` was not measured"
-    if compiled:
-        compiling = f"compiled, the first step took {compiled['seconds_of_first_step']['compiled']:.0f} s"
-    whole, chunked = (memory[name]["bytes"] / MIB for name in ("whole", "chunked"))
-    return Table(
-        rows,
-        f"Each against the plain step of the same rows, timed in turn, other work on the machine; {compiling}. Rows "
-        f"grouped by length: a pass over {lengths['rows']} documents of the shipped text; {after:.1%} of the columns "
-        f"are padding in the place of {before:.1%}. 2 processes share the rows of one, on "
-        f"{pick(record, 'metrics.processes.cores')} cores. The loss of {memory['tokens']:,} tokens over a vocabulary "
-        f"of {memory['vocab_size']:,} takes {whole:,.0f} MiB with all logits, {chunked:,.0f} MiB with those of "
-        f"{memory['chunk']} tokens at a time.",
-    )
+    return Table(rows, f"Medians of {record['repetitions']} rounds, timed in turn; peak memory {peak:.1f} GiB.")
 
 
 def by_length(record: Record, kind: str, shape: str) -> dict[int, Record]:

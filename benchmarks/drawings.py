@@ -28,54 +28,6 @@ def draw_ceiling(record: Record, folder: Path) -> list[str]:
     return [write_ceiling_figure(record, folder)]
 
 
-def draw_speed(record: Record, folder: Path) -> list[str]:
-    """Time against number of windows, both axes logarithmic, with the fitted lines."""
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2, sharex=True)
-    for panel, (name, title) in zip(panels, (("train_step", "training step"), ("read", "reading")), strict=True):
-        for colour, key in zip(COLOURS, ("scaling", "scaling_short_chunks"), strict=False):
-            given, result = pick(record, f"metrics.{key}.given"), pick(record, f"metrics.{key}.{name}")
-            windows, fit = given["windows"], result["fit"]
-            spreads = [result["spread"][str(n)] for n in windows]
-            medians = [values["median"] for values in spreads]
-            errors = [[values["median"] - values["min"] for values in spreads],
-                      [values["max"] - values["median"] for values in spreads]]  # fmt: skip
-            tokens = given["chunk_length"] // given["memories_per_chunk"]
-            label = f"{tokens} tokens a memory: exponent {fit['exponent']:.2f}"
-            panel.errorbar(windows, medians, yerr=errors, fmt="o", color=colour, markersize=4, capsize=2, label=label)
-            panel.plot(windows, [fit["factor"] * n ** fit["exponent"] for n in windows], color=colour, linewidth=1.2)
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
-        panel.set_xticks(windows, [str(n) for n in windows])
-        panel.set_xlabel(f"windows of {given['window_length']} tokens")
-        panel.set_title(f"{title} (median, least, most; line: fit)", fontsize=10)
-        _tidy(panel)
-        panel.legend(fontsize=8, frameon=False)
-    panels[0].set_ylabel("seconds")
-    return _save(figure, folder / "scaling.png")
-
-
-def draw_time_to_accuracy(record: Record, folder: Path) -> list[str]:
-    """Validation token accuracy against seconds of training, for recipe and baseline."""
-    figure = Figure(figsize=(6, 3.8), layout="constrained")
-    panel = figure.subplots()
-    labels = {"recipe": "recipe as shipped", "baseline": "float32 AdamW, plain loop"}
-    for colour, (side, label) in zip(COLOURS, labels.items(), strict=False):
-        curve = pick(record, f"metrics.{side}.curve")
-        seconds, accuracies = ([point[key] for point in curve] for key in ("seconds", "token_accuracy"))
-        panel.plot(seconds, accuracies, "o-", color=colour, label=label, markersize=3, linewidth=1.4)
-    target = record["target"]
-    panel.axhline(target, color="grey", linestyle="--", linewidth=1, label=f"{target:.0%}: where the clock stops")
-    panel.set_xscale("log")
-    panel.set_xlabel("seconds of training")
-    panel.set_ylabel("tokens right, validation split")
-    panel.set_title(f"autoencoder, {pick(record, 'given.tokens_per_memory'):g} tokens a vector", fontsize=10)
-    _shares(panel)
-    _tidy(panel)
-    panel.legend(fontsize=8, frameon=False, loc="center left")
-    return _save(figure, folder / "curves.png")
-
-
 def draw_fidelity_curve(record: Record, folder: Path) -> list[str]:
     """Token accuracy against tokens per vector."""
     runs = sorted(pick(record, "metrics.runs").values(), key=lambda run: run["chunk_length"])
@@ -167,8 +119,6 @@ def _draw_losses(cell: Record, folder: Path) -> list[str]:
 
 DRAWINGS = {
     "quickstart": draw_quickstart,
-    "speed": draw_speed,
-    "time_to_accuracy": draw_time_to_accuracy,
     "probe": draw_probe,
     "ceiling": draw_ceiling,
     "fidelity_curve": draw_fidelity_curve,

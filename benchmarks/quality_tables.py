@@ -40,11 +40,7 @@ def quickstart(record: Record) -> Table:
             "under 25%",
             _goal(", ".join(f"{control:.1%}" for control in controls), max(controls) < 0.25),
         ],
-        [
-            "copy, teacher-forced",
-            "98%",
-            _goal(percent(copy["memory"]), copy["memory"]["token_accuracy"] >= 0.98),
-        ],
+        ["copy, teacher-forced", "98%", _goal(percent(copy["memory"]), copy["memory"]["token_accuracy"] >= 0.98)],
         ["copy, free-running: texts without an error", "reported", free_running(copy["memory"])],
         [
             "next-token loss after memories (nats per token)",
@@ -366,31 +362,6 @@ def capacity(record: Record) -> Table:
     )
 
 
-def retrieval(record: Record) -> Table:
-    """How often a piece of a text finds the text, before and after training, by start and kind of query."""
-    models, recipe = pick(record, "metrics.models"), pick(record, "recipe")
-    kinds = list(models[0]["before"])
-    heads = [f"{name.split('_')[0]} of {name.split('_')[1]}: {what}" for name in kinds for what in ("top-1", "top-10")]
-    rows = [["start", *heads]]
-    for model in models:
-        for when, label in (("before", "as it is"), ("after", "trained")):
-            if when in model:
-                cells = [cell for kind in kinds for cell in _found(model[when][kind])]
-                rows.append([f"{model['name']}, {label}", *cells])
-    found = models[0]["before"][kinds[0]]
-    kind = {"ngram": "tokens in a row", "bag": "tokens in any order"}[recipe["query"]]
-    return Table(
-        rows,
-        f"{found['num_texts']} test texts of {recipe['length']} tokens, each searched by {recipe['query_tokens']} of "
-        f"its tokens; 95% intervals over texts; chance is {found['chance']:.1%}. Trained on {kind}, {recipe['steps']} "
-        f"steps of {recipe['batch_tokens'] // recipe['length']} texts, {record['seconds'] / MINUTE:.0f} minutes.",
-    )
-
-
-def _found(found: Record) -> list[str]:
-    return [percent(found, "top_1"), f"{found['recall_at_10']:.1%}"]
-
-
 def fidelity(record: Record) -> Table:
     """How faithfully texts come back: a column for each domain, and the controls."""
     domains = {name.partition(", ")[2] or "books": result for name, result in pick(record, "metrics").items()}
@@ -473,3 +444,41 @@ def document_losses(cell: Record, name: str) -> list[tuple[float, float, float]]
             break
         columns.append((statistics.fmean(column), min(column), max(column)))
     return columns
+
+
+def scores(record: Record) -> Table:
+    """A row for each benchmark: its score in every way of reading, and what went through memories."""
+    rows = [["task", "metric", "items", "full text", "memory", "truncated", "none", "memory minus full (95%)",
+             "through memories"]]  # fmt: skip
+    for task, result in pick(record, "metrics").items():
+        metric, modes = result["headline"], result["modes"]
+        memory = modes.get("memory", {})
+        gap = memory.get("minus_full", {}).get(metric)
+        counts = memory.get("counts")
+        share = "" if counts is None else f"{counts['memory_requests'] / max(1, counts['requests']):.0%}"
+        rows.append([
+            task, metric, str(modes["full"]["scores"][metric]["num_items"]),
+            *(_benchmark_score(modes.get(mode), metric) for mode in ("full", "memory", "truncated", "none")),
+            "" if gap is None else f"{gap['value']:+.3f} ({gap['interval'][0]:+.3f} to {gap['interval'][1]:+.3f})",
+            share,
+        ])  # fmt: skip
+    return Table(
+        rows,
+        f"The first {pick(record, 'recipe.limit')} items at most of each file, the same in every column. Intervals "
+        "are of 95% over items, those of a difference over paired items; of a perplexity the difference is in nats "
+        "per word. A score is called a memory's only where requests went through memories; the last column has the "
+        "share.",
+    )
+
+
+def _benchmark_score(values: dict[str, Any] | None, metric: str) -> str:
+    if values is None:
+        return ""
+    if "refused" in values:
+        return "refused: no memory is read"
+    score = values["scores"][metric]
+    if metric.endswith(("perplexity", "per_byte")):
+        return f"{score['value']:.3f}"
+    if "interval" not in score:
+        return f"{score['value']:.1%}"
+    return percent({metric: score["value"], f"{metric}_interval": score["interval"]}, metric)

@@ -84,7 +84,6 @@ TABLES: dict[str, Entry] = {
     **_entries("probe", "python -m training.probe", quality_tables.probe),
     **_entries("ceiling", "python -m training.ceiling runs/quickstart/hub", quality_tables.ceiling),
     **_entries("capacity", "python -m training.ceiling", quality_tables.capacity),
-    **_entries("retrieval", "python -m training.retrieval", quality_tables.retrieval),
     **_entries("fidelity", "python -m training.evaluate runs/quickstart/hub", quality_tables.fidelity),
     **_entries(
         "smollm2",
@@ -95,9 +94,8 @@ TABLES: dict[str, Entry] = {
         smollm2_tables.smollm2_questions,
         smollm2_tables.smollm2_first_token,
     ),
-    **_entries("speed", "python -m benchmarks.speed", cost_tables.speed, cost_tables.speed_scaling),
-    **_entries("time_to_accuracy", "python -m benchmarks.time_to_accuracy", cost_tables.time_to_accuracy),
-    **_entries("switches", "python -m benchmarks.switches", cost_tables.switches),
+    **_entries("scores", "python -m training.evaluate MODEL --suite benchmarks --data FOLDER", quality_tables.scores),
+    **_entries("speed", "python -m benchmarks.speed", cost_tables.speed),
     **_entries(
         "rolling",
         "python -m benchmarks.rolling --threads 2",

@@ -18,7 +18,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -285,7 +285,7 @@ def first_token_paths(
 ) -> dict[str, Callable[[], torch.Tensor]]:
     """Ways from `tokens` of context and a prompt to the logits of the next token, each with its cache.
 
-    `full` reads all in clear; `stored_16` and `stored_64` have a memory for so many tokens; `encode` makes the
+    `full` reads all as text; `stored_16` and `stored_64` have a memory for so many tokens; `encode` makes the
     memories of 16 first, `encode_own` with an encoder as large as the decoder: its own body.
     """
     config = model.config
@@ -417,7 +417,8 @@ def measure_folding(cell: Folding, model: MemoryEncoderDecoderForCausalLM) -> di
         slots = torch.full((1, memory_embeds.shape[1]), config.memory_token_id)
         ids = torch.cat([slots, text[:, :1]], 1)
         caches[name] = read(name, ids, memory_embeds=memory_embeds, rolling_memory=True)
-        caches[name].num_pinned = torch.zeros_like(caches[name].num_pinned)  # those of a text that folded before
+        memories = caches[name].memories  # those of a text that was compressed before
+        caches[name].memories = replace(memories, num_pinned=torch.zeros_like(memories.num_pinned))
     kinds = [f"{name}_{kind}" for name in paths for kind in ("step", "fold")]
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     cpu_seconds: dict[str, list[float]] = {name: [] for name in kinds}

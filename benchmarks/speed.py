@@ -1,4 +1,4 @@
-"""How much faster the batched model is than the plain loop, and how its cost grows with the text.
+"""How much faster the batched model is than the plain loop.
 
 ```bash
 python -m benchmarks.speed                 # quickstart sizes, minutes
@@ -13,29 +13,19 @@ over the rounds are reported. What is not counted: building the model, tokenisin
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from transformers import LlamaConfig
 
-from benchmarks.measure import (
-    benchmark_parser,
-    compare,
-    describe_run,
-    fit_exponent,
-    interleave,
-    load_average,
-    run_benchmark,
-    spread,
-)
+from benchmarks.measure import benchmark_parser, compare, describe_run, load_average, run_benchmark
 from modeling_memory import MaskedMixerConfig, MemoryEncoderDecoderConfig, MemoryEncoderDecoderForCausalLM
 from tests.reference import memory_loop
 from training.records.record import peak_memory_bytes
 
 # float32 sums in another order: 4e-6 of the largest value measured, gradients included.
 TOLERANCE = 1e-4
-TARGET_EXPONENT = 1.1
 
 
 @dataclass(frozen=True)
@@ -58,9 +48,6 @@ class Sizes:
     train_windows: int = 4
     prompt_length: int = 96
     new_tokens: int = 96
-    scaling_windows: tuple[int, ...] = (2, 4, 8, 16, 32)
-    scaling_window_length: int = 256
-    scaling_short_chunk: int = 16
 
 
 QUICK = Sizes(
@@ -79,9 +66,6 @@ QUICK = Sizes(
     train_windows=3,
     prompt_length=12,
     new_tokens=10,
-    scaling_windows=(2, 3, 4),
-    scaling_window_length=8,
-    scaling_short_chunk=4,
 )
 
 
@@ -186,49 +170,6 @@ def measure_generate(model: MemoryEncoderDecoderForCausalLM, sizes: Sizes, **tim
     return {"given": given, **result}
 
 
-def measure_scaling(sizes: Sizes, chunk_length: int, *, repetitions: int, seed: int) -> dict[str, Any]:
-    """Cost of a training step and of reading, one text at a time, as the number of windows grows.
-
-    The lengths are timed in turn. Reading gives the logits of every token, without gradients.
-    """
-    window_length = sizes.scaling_window_length
-    num_memories = max(sizes.scaling_windows) * (window_length // chunk_length) * sizes.memories_per_chunk
-    sizes = replace(
-        sizes,
-        chunk_length=chunk_length,
-        window_length=window_length,
-        max_position_embeddings=window_length + num_memories,
-    )
-    model = build_model(sizes, seed)
-    texts = {n: random_tokens(sizes, 1, n * window_length, seed=4) for n in sizes.scaling_windows}
-
-    def step(text: torch.Tensor) -> Callable[[], Any]:
-        return lambda: train_step(model, lambda: model(text, labels=text, use_cache=False).loss)
-
-    def read(text: torch.Tensor) -> Callable[[], Any]:
-        def run() -> None:
-            with torch.no_grad():
-                model(text, use_cache=False)
-
-        return run
-
-    result: dict[str, Any] = {
-        "given": {
-            "texts": 1,
-            "chunk_length": chunk_length,
-            "window_length": window_length,
-            "memories_per_chunk": sizes.memories_per_chunk,
-            "windows": list(texts),
-        }
-    }
-    for name, build in (("train_step", step), ("read", read)):
-        seconds = interleave({str(n): build(text) for n, text in texts.items()}, repetitions=repetitions, warmup=2)
-        spreads = {n: spread(values) for n, values in seconds.items()}
-        fit = fit_exponent(list(texts), [spreads[str(n)]["median"] for n in texts])
-        result[name] = {"seconds": seconds, "spread": spreads, "fit": fit}
-    return result
-
-
 def measure(sizes: Sizes, *, repetitions: int, seed: int) -> dict[str, Any]:
     """Run all measurements; returns the measured part of the record."""
     model = build_model(sizes, seed)
@@ -238,12 +179,6 @@ def measure(sizes: Sizes, *, repetitions: int, seed: int) -> dict[str, Any]:
     for name, function in comparisons.items():
         metrics[name] = function(model, sizes, **timing)
         print(comparison_line(name, metrics[name]), flush=True)
-    chunks = {"scaling": sizes.scaling_window_length, "scaling_short_chunks": sizes.scaling_short_chunk}
-    for name, chunk_length in chunks.items():
-        metrics[name] = measure_scaling(sizes, chunk_length, seed=seed, **timing)
-        for line in scaling_lines(metrics[name]):
-            print(line, flush=True)
-    metrics["scaling"]["target_exponent"] = TARGET_EXPONENT
     return metrics
 
 
@@ -255,20 +190,6 @@ def comparison_line(name: str, result: dict[str, Any]) -> str:
         f"(quartiles {ratio['first_quartile']:.2f} to {ratio['third_quartile']:.2f}, extremes {ratio['min']:.2f} to "
         f"{ratio['max']:.2f})"
     )
-
-
-def scaling_lines(result: dict[str, Any]) -> list[str]:
-    """Say how two costs grow, a line each."""
-    given = result["given"]
-    lines = []
-    for name in ("train_step", "read"):
-        fit, spreads = result[name]["fit"], result[name]["spread"]
-        times = ", ".join(f"{n}: {values['median']:.4f} s" for n, values in spreads.items())
-        lines.append(
-            f"{name:<12} chunks of {given['chunk_length']}, windows of {given['window_length']}: windows ** "
-            f"{fit['exponent']:.3f} (R² {fit['r_squared']:.4f}); {times}"
-        )
-    return lines
 
 
 def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
@@ -290,7 +211,7 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line."""
-    parser = benchmark_parser("speed", "Time the batched memory model against the plain loop, and long texts.")
+    parser = benchmark_parser("speed", "Time the batched memory model against the plain loop.")
     parser.add_argument("--repetitions", type=int, default=7, help="timed rounds (default: 7)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: 0)")
     return run_benchmark(parser, run, arguments)

@@ -107,7 +107,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
             tables.
         copy_token_id (`int`, *optional*): Id of the marker that asks for a copy; a real row of both token tables.
         blank_token_id (`int`, *optional*): Id of the blank of the blank-copy objective; a real row likewise.
-        window_positions (`bool`): Whether tokens after memories are told, from the text's first COPY or BLANK on,
+        window_positions (`bool`): Whether tokens after memories are given, from the text's first COPY or BLANK on,
             their place in the window, with spread memories in its chunk, by a learned vector added to their embedding.
             With rotary positions alone a decoder takes several times longer to learn which part of a memory to write
             where. Other text is as the decoder knows it.
@@ -277,6 +277,15 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
     def vocab_size(self) -> int | None:
         """Rows of the decoder's token table (V)."""
         return getattr(self.decoder, "vocab_size", None)
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        if not is_int(value) or value < 1:
+            raise ValueError(f"`vocab_size` is {value!r}; expected a positive integer: the rows of the token table.")
+        # An encoder that reads the decoder's ids keeps pace, as its table does in `resize_token_embeddings`.
+        if self.self_memory and getattr(self.encoder, "vocab_size", None) == self.decoder.vocab_size:
+            self.encoder.vocab_size = value
+        self.decoder.vocab_size = value
 
     @property
     def hidden_size(self) -> int | None:

@@ -10,7 +10,16 @@ from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.generation.logits_process import LogitsProcessorList
 
 from .memory_cache import MemoryCache, mark_of
-from .memory_checks import Call, check_capacity, check_owners, check_positions, check_rolling, check_view
+from .memory_checks import (
+    Call,
+    check_capacity,
+    check_memories,
+    check_owners,
+    check_positions,
+    check_rolling,
+    check_text,
+    check_view,
+)
 from .memory_layout import Text
 
 
@@ -62,13 +71,11 @@ class MemoryGenerationMixin(GenerationMixin):
             kwargs.get("memory_num_tokens"),
             has_memories=context_input_ids is not None or kwargs.get("memory_embeds") is not None,
         )  # fmt: skip
+        _check_prompt(call.text, kwargs.get("past_key_values"), rolling_memory)
         check_owners(call)
         if call.has_memories:
-            if context_input_ids is not None and call.memory_embeds is not None:
-                raise ValueError(
-                    "Both `context_input_ids` and `memory_embeds` were given, but a prompt has one context. Give the "
-                    "context or its ready memories."
-                )
+            if tokens is not None:
+                check_memories(self.config, call)
             kwargs.update(self._memories_of_prompt(call))
         has_ids = embeds is None
         if rolling_memory:
@@ -116,7 +123,7 @@ class MemoryGenerationMixin(GenerationMixin):
         return {name: value for name, value in given.items() if value is not None}
 
     def _columns_of_prompt(self, input_ids: torch.Tensor, has_memories: bool) -> tuple[int, ...]:
-        """Return the number of columns of a prompt, and if it has memories its first and its last column with a slot."""
+        """Return the columns of a prompt, and if it has memories the numbers of the first and the last with a slot."""
         if not has_memories or self.config.memory_token_id is None:
             return (input_ids.shape[1],)
         slots = (input_ids == self.config.memory_token_id).any(0).nonzero().flatten().tolist()
@@ -181,8 +188,8 @@ class MemoryGenerationMixin(GenerationMixin):
             )
         if option("cache_implementation") not in (None, "dynamic"):
             raise ValueError(
-                f"`cache_implementation` is {option('cache_implementation')!r}, but this text needs a cache that knows "
-                f"its memories. {remedy}"
+                f"`cache_implementation` is {option('cache_implementation')!r}, but this text needs a cache that "
+                f"knows its memories. {remedy}"
             )
 
     def _check_padding_side(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
@@ -307,7 +314,7 @@ class MemoryGenerationMixin(GenerationMixin):
             taken = num_context * config.chunk_length // config.memories_per_chunk
             taken = taken if num_tokens is None else int((num_tokens * memory_mask).sum(1).max())
             end = num_columns - (num_context if embeds is None else 0) + taken
-        check_positions(model.decoder, end)  # type: ignore[attr-defined]
+        check_positions(model.decoder, end)
         if not rolling and num_context and (slots or embeds is not None):
             check_view(config, num_columns + padding - slots[0] if slots else num_columns + num_context)
 
@@ -361,3 +368,16 @@ def without_checkpointing(model: Any) -> Iterator[None]:
     finally:
         for module in switched:
             module.gradient_checkpointing = True
+
+
+def _check_prompt(text: Text, cache: Any, rolling_memory: Any) -> None:
+    """Refuse a prompt that the library would cut to fit, or fail on inside."""
+    if rolling_memory is not None and not isinstance(rolling_memory, bool):
+        raise ValueError(f"`rolling_memory` is {rolling_memory!r}; expected True, False, or None for the default.")
+    if cache is not None and not isinstance(cache, Cache):
+        raise ValueError(
+            f"`past_key_values` is a {type(cache).__name__}; expected a `Cache` of an earlier call, or None."
+        )
+    if text.tokens is not None and cache is None:
+        embeds = text.inputs_embeds
+        check_text(text if embeds is None else Text(None, text.attention_mask, embeds, tokens=embeds), None)

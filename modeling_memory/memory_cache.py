@@ -178,7 +178,7 @@ class MemoryCache(DynamicCache):
             rows (`torch.LongTensor` of shape `(R,)`): Their numbers.
         """
         part = MemoryCache()
-        vars(part).update(vars(self))
+        part.__dict__.update(self.__dict__)
         part.layers = share_columns(self, self.column_mask.shape[1], rows).layers
         part._apply_to_rows(lambda state: state[rows])
         return part
@@ -257,7 +257,7 @@ class MemoryCache(DynamicCache):
 
     def reset(self) -> None:
         """Empty the cache: it is then what a fresh one is."""
-        vars(self).update(vars(MemoryCache(rolling=self._made_rolling)))
+        self.__dict__.update(MemoryCache(rolling=self._made_rolling).__dict__)
 
 
 @dataclass
@@ -291,7 +291,7 @@ def mark_cache(cache: Cache | None, mark: ReadMark | None) -> None:
 def mark_of(cache: Cache | None) -> ReadMark | None:
     """Return what was noted on a cache of the library's. One that is empty, because it was reset, holds nothing."""
     mark = getattr(cache, "memory_mark", None)
-    return None if mark is None or int(cache.get_seq_length()) == 0 else mark
+    return None if cache is None or mark is None or int(cache.get_seq_length()) == 0 else mark
 
 
 def join_rows(parts: list[tuple[Cache, torch.Tensor]]) -> tuple[Cache, torch.Tensor]:

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ ABANDONED = 24 * 3600
 """Seconds after which what a killed save left aside is taken for nobody's."""
 
 
+# The library asks in the midst of loading which missing weights to draw, and hands on nothing of the caller's wishes.
+_DRAWS_MISSING: ContextVar[bool] = ContextVar("draws_missing", default=False)
+
+
 def load_whole(load: Callable[..., Any], *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
     """Load a model by the library's `from_pretrained`, and refuse weights that do not fit it.
 
@@ -31,11 +36,13 @@ def load_whole(load: Callable[..., Any], *args: Any, output_loading_info: bool =
         load (`Callable`): `from_pretrained` of the library, bound to a class.
         args: As in the library.
         output_loading_info (`bool`): Whether the caller asks for the names; then none is refused.
-        kwargs: As in the library.
+        kwargs: As in the library. An empty `state_dict` asks for fresh weights.
 
     Raises:
         ValueError: If a weight is missing that is tied to no other, has another shape, or has no place in the model.
     """
+    is_fresh = kwargs.get("state_dict") is not None and not kwargs["state_dict"]
+    token = _DRAWS_MISSING.set(output_loading_info or is_fresh)
     try:
         model, report = load(*args, output_loading_info=True, **kwargs)
     except SafetensorError as error:
@@ -49,8 +56,12 @@ def load_whole(load: Callable[..., Any], *args: Any, output_loading_info: bool =
             f"{args[0] if args else 'The checkpoint'} has weights of another shape than its config says; the report "
             "above names them. Load a checkpoint with its own config."
         ) from error
+    finally:
+        _DRAWS_MISSING.reset(token)
     if output_loading_info:
         return model, report
+    if is_fresh:
+        return model
     mismatched = [entry if isinstance(entry, str) else entry[0] for entry in report["mismatched_keys"]]
     for names, fault in (
         (report["missing_keys"], "has no weights for"),
@@ -68,7 +79,7 @@ def load_whole(load: Callable[..., Any], *args: Any, output_loading_info: bool =
 def refuse_a_missing_part(model: PreTrainedModel, missing: Any, parts: tuple[str, ...]) -> None:
     """Refuse a checkpoint without any weight of a part, before memory is taken for random ones.
 
-    A damaged config may ask for billions of them.
+    A damaged config may ask for billions of them. A caller of [`load_whole`] who asks for them gets them.
 
     Args:
         model (`PreTrainedModel`): The model that is being loaded.
@@ -78,7 +89,7 @@ def refuse_a_missing_part(model: PreTrainedModel, missing: Any, parts: tuple[str
     Raises:
         ValueError: Naming the part and its size.
     """
-    for part in parts:
+    for part in () if _DRAWS_MISSING.get() else parts:
         sizes = {name: value.numel() for name, value in model.named_parameters() if name.startswith(f"{part}.")}
         if sizes and sizes.keys() <= set(missing):
             raise ValueError(
@@ -119,11 +130,15 @@ def written_aside(folder: str | os.PathLike) -> Iterator[Path]:
     try:
         yield aside
         _move_in(aside, target)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        # Only where it failed: of many processes that save, one writes, and the others must not take its folder away.
+        for place in made:
+            with contextlib.suppress(OSError):  # not empty
+                place.rmdir()
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-        for place in made:
-            with contextlib.suppress(OSError):  # only what this call made and left empty
-                place.rmdir()
 
 
 def _move_in(aside: Path, target: Path) -> None:

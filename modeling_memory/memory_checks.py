@@ -116,12 +116,12 @@ def check_call(config: PreTrainedConfig, call: Call) -> Facts | None:
     tokens = text.tokens
     usual = isinstance(tokens, torch.Tensor) and tokens.dtype == torch.long and tokens.dim() == 2 and tokens.numel()
     if not usual or text.attention_mask is not None or cache is not None or text.input_ids is None:
-        _check_text(text, cache)
+        check_text(text, cache)
     others = (call.context_attention_mask, call.context_num_memories, call.memory_mask, call.memory_num_tokens)
     if any(other is not None for other in others):
         check_owners(call)
     if call.has_memories:
-        _check_memories(config, call)
+        check_memories(config, call)
     if call.labels is not None or call.shift_labels is not None or call.logits_to_keep is not None:
         _check_labels(config, call)
     past = 0 if cache is None else cache.get_seq_length()
@@ -151,7 +151,8 @@ def _check_kind(name: str, value: Any, ranks: tuple[int, ...], layout: str, kind
         raise ValueError(f"`{name}` has type {value.dtype}; expected floating point vectors. Ids go to `input_ids`.")
 
 
-def _check_text(text: Text, cache: Cache | None) -> None:
+def check_text(text: Text, cache: Cache | None) -> None:
+    """Refuse a text, its mask or its cache by type and shape."""
     if text.input_ids is None:
         name = "inputs_embeds"
         _check_kind(name, text.inputs_embeds, (3,), "(batch, tokens, width)", "numbers")
@@ -161,7 +162,7 @@ def _check_text(text: Text, cache: Cache | None) -> None:
     batch_size, length = text.tokens.shape[:2]
     if cache is not None and not isinstance(cache, Cache):
         raise ValueError(
-            f"`past_key_values` is a {type(cache).__name__}; expected a `Cache` that an earlier call returned, or None."
+            f"`past_key_values` is a {type(cache).__name__}; expected a `Cache` of an earlier call, or None."
         )
     mask = text.attention_mask
     if mask is not None:
@@ -177,8 +178,9 @@ def _check_text(text: Text, cache: Cache | None) -> None:
     rows = None if cache is None else _rows_of(cache)
     if rows is not None and rows != batch_size:
         raise ValueError(
-            f"`past_key_values` holds {rows} texts, but `{name}` has {batch_size} rows. Continue the batch that filled "
-            "the cache, select or repeat its rows (`batch_select_indices`, `batch_repeat_interleave`), or pass None."
+            f"`past_key_values` holds {rows} texts, but `{name}` has {batch_size} rows. Continue the batch that "
+            "filled the cache, select or repeat its rows (`batch_select_indices`, `batch_repeat_interleave`), or pass "
+            "None."
         )
 
 
@@ -215,7 +217,8 @@ def check_owners(call: Call) -> None:
             raise ValueError(f"`{name}` was given without `{owner}`. Give both or neither.")
 
 
-def _check_memories(config: PreTrainedConfig, call: Call) -> None:
+def check_memories(config: PreTrainedConfig, call: Call) -> None:
+    """Refuse memories, or contexts to make them of, by type and shape, and beside the text."""
     batch_size = call.text.tokens.shape[0]
     if call.context_input_ids is not None:
         if call.memory_embeds is not None:
@@ -268,9 +271,9 @@ def check_context(config: PreTrainedConfig, ids: Any, mask: Any, num_memories: A
         )
     _check_kind("context_input_ids", ids, (3,), "(batch, chunks, chunk tokens)", "ids")
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != ids.shape):
-        given = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(
-            f"`context_attention_mask` has shape {given} and `context_input_ids` {tuple(ids.shape)}. Give them the "
+            f"`context_attention_mask` has shape {shape} and `context_input_ids` {tuple(ids.shape)}. Give them the "
             "same shape."
         )
     limit = encoder_limit(config.encoder)
@@ -306,8 +309,8 @@ def _check_labels(config: PreTrainedConfig, call: Call) -> None:
         if not isinstance(given, torch.Tensor) or given.shape != call.text.tokens.shape[:2]:
             shape = tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
             raise ValueError(
-                f"`{name}` has shape {shape}, but the text has {tuple(call.text.tokens.shape[:2])}. Give one label for "
-                "each column, -100 where nothing is to be learnt."
+                f"`{name}` has shape {shape}, but the text has {tuple(call.text.tokens.shape[:2])}. Give one label "
+                "for each column, -100 where nothing is to be learnt."
             )
         _check_kind(name, given, (2,), "(batch, tokens)", "ids")
         if keep is not None:
@@ -320,7 +323,7 @@ LIMITS = ("max_position_embeddings", "sliding_window", "attention_chunk_size")
 """Fields of a decoder's config that may bound what it sees."""
 FLAGS = {
     "wrong_mask", "empty", "wrong_ids", "not_finite", "wrong_memory_mask", "wrong_num_tokens", "wrong_labels",
-    "wrong_shift_labels", "labelled_slots", "wrong_context", "wrong_context_mask", "wrong_budget",
+    "wrong_shift_labels", "wrong_columns", "labelled_slots", "wrong_context", "wrong_context_mask", "wrong_budget",
 }  # fmt: skip
 """Names of truth values that say that something cannot be read."""
 
@@ -353,7 +356,9 @@ def _read(config: PreTrainedConfig, call: Call) -> Facts:
         if smallest_attention_window(config.decoder) is not None:
             ask["first_slot"] = slots.any(0).long().argmax()
     if isinstance(call.logits_to_keep, torch.Tensor) and len(call.logits_to_keep):
-        ask["lowest"] = (after.cumsum(1) - 1)[:, call.logits_to_keep].amin(1)
+        last = mask.shape[1] - 1
+        ask["wrong_columns"] = ((call.logits_to_keep < -last - 1) | (call.logits_to_keep > last)).any()
+        ask["lowest"] = (after.cumsum(1) - 1)[:, call.logits_to_keep.clamp(-last - 1, last)].amin(1)
     if call.has_memories:
         _ask_memories(config, call, ask)
     for name in ("labels", "shift_labels"):
@@ -371,7 +376,7 @@ def _read(config: PreTrainedConfig, call: Call) -> Facts:
     num_tokens = found["num_tokens"]
     facts = Facts(num_tokens, (own_mask or given_mask is None) and min(num_tokens) == mask.shape[1])
     facts.has_holes = "holes" in found and found["holes"][0] > 0
-    facts.num_after = found["num_after"] if "num_after" in found else num_tokens
+    facts.num_after = found.get("num_after", num_tokens)
     facts.num_ahead = [whole - rest for whole, rest in zip(num_tokens, facts.num_after, strict=True)]
     keep = call.logits_to_keep
     if "lowest" in found:
@@ -531,6 +536,11 @@ def _refuse(config: PreTrainedConfig, call: Call, found: dict[str, list[int]], s
         if wrong(f"wrong_{name}"):
             ids = getattr(call, name)
             _refuse_ids("The decoder", name, ids, config.decoder.vocab_size, ids == -100)
+    if wrong("wrong_columns"):
+        raise ValueError(
+            f"`logits_to_keep` asks for the columns {call.logits_to_keep.tolist()}, but the text has "
+            f"{text.tokens.shape[1]}. Give columns of it."
+        )
     if wrong("labelled_slots") and call.shift_labels is None:
         assert slots is not None
         row, column = (slots & (call.labels != -100)).nonzero()[0].tolist()
@@ -718,7 +728,7 @@ def check_no_past(past: int) -> None:
 
 
 def check_own_cache(cache: Cache | None, needs_own: bool) -> None:
-    """Refuse a cache that cannot hold what later steps need to know, or that is not empty where it would have to be."""
+    """Refuse a cache that cannot hold what later steps need to know, or that would have to be empty and is not."""
     own = isinstance(cache, MemoryCache)
     if cache is None or (own and cache.get_seq_length() == 0) or not (own or needs_own):
         return

@@ -88,7 +88,7 @@ class Layout:
         positions (`torch.LongTensor` of shape `(R, S)`, *optional*): `None` leaves them to the decoder.
         text (`torch.LongTensor` of shape `(R, S)`, *optional*): Flat text columns; `None`: the text as it stands.
         entries (`torch.LongTensor` of shape `(R, S)`, *optional*): Flat numbers of memories, -1 for text columns.
-        places (`torch.LongTensor` of shape `(R, S)`, *optional*): Places in the window that tokens are told, or -1.
+        places (`torch.LongTensor` of shape `(R, S)`, *optional*): Places in the window that tokens are given, or -1.
         sees_memories (`bool` or `torch.BoolTensor` of shape `(R,)`): Whether a row sees any memory.
         num_wanted (`int`, *optional*): Only the last so many columns of a row are of the text; `None`: all.
         back (`torch.LongTensor` of shape `(B, T)`, *optional*): For each column of the text the flat number of the
@@ -213,9 +213,9 @@ def find_markers(config: PreTrainedConfig, input_ids: torch.Tensor, mask: torch.
 
 
 def tell_places(config: PreTrainedConfig, rank: torch.Tensor, sees: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
-    """Return places in the window, or in its chunk, from ranks `(R, S)`; -1 where a token is not told its place.
+    """Return places in the window, or in its chunk, from ranks `(R, S)`; -1 where a token is given none.
 
-    It is told in rows that see some memory (`sees`, `(R,)`), from the text's first marker on (`asked`, `(R, S)`).
+    It is given in rows that see some memory (`sees`, `(R,)`), from the text's first marker on (`asked`, `(R, S)`).
     """
     return torch.where(sees[:, None] & asked, rank.clamp(min=0) % config.num_places, -1)
 
@@ -557,7 +557,7 @@ class _Cut:
 def _cut(
     text: Text, mask: torch.Tensor | None, counts: list[int], window_length: int | None, lowest: list[int] | None
 ) -> _Cut:
-    """Cut each text into windows, skipping padding wherever it stands; windows that a short row lacks do not appear."""
+    """Cut each text into windows, skipping padding wherever it stands; what a short row lacks does not appear."""
     tokens = text.tokens
     (batch_size, length), device = tokens.shape[:2], tokens.device
     width = max(1, max(counts) if window_length is None else min(window_length, max(counts)))
@@ -573,11 +573,10 @@ def _cut(
     index = torch.arange(sum(laid), device=device) - (ends - num_laid - first)[row]
     rank = index[:, None] * width + torch.arange(width, device=device)  # (P, W)
     count = torch.tensor(counts, device=device)
-    order, mask_of_text = None, mask
+    order = None
+    mask_of_text = torch.ones(batch_size, length, dtype=torch.long, device=device) if mask is None else mask
     column = rank.clamp(max=length - 1)
-    if mask is None:
-        mask_of_text = torch.ones(batch_size, length, dtype=torch.long, device=device)
-    else:
+    if mask is not None:
         order = pack(mask)
         column = order[row[:, None], column]
     present = (rank < count[row][:, None]).long()
@@ -819,10 +818,8 @@ def lay_context(
     """
     batch_size, num_chunks, length = shape
     per_chunk = config.memories_per_chunk
-    if mask is None:
-        num_real = torch.full((batch_size, num_chunks), length, device=device)
-    else:
-        num_real = (mask != 0).sum(2)  # (B, C)
+    num_real = torch.full((batch_size, num_chunks), length, device=device)
+    num_real = num_real if mask is None else (mask != 0).sum(2)  # (B, C)
     there = num_real > 0
     asked = torch.full_like(num_real, per_chunk) if counts is None else counts
     number = torch.arange(per_chunk, device=device)

@@ -19,6 +19,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import cached_file
 
+from .configuration_checks import encoder_limit
+
 PACKAGE = "package:"
 """What a source begins with whose files an installed Python package carries."""
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "trust_remote_code")
@@ -54,7 +56,7 @@ def package_version(source: str) -> tuple[str | None, str | None]:
 
 
 def _place(source: str | os.PathLike, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return where a pretrained model lies and how it is loaded, the weights of a GGUF file unpacked unless told."""
+    """Return where a pretrained model lies and how it is loaded, a GGUF file's weights unpacked by default."""
     if kwargs.get("gguf_file") is not None and kwargs.get("quantization_config") is None:
         try:
             from transformers.utils.quantization_config import GgufConfig
@@ -67,11 +69,13 @@ def _place(source: str | os.PathLike, kwargs: dict[str, Any]) -> tuple[str, dict
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
     """Forget that unpacked weights were once quantised: they are saved, cast and trained as any others."""
-    quantization = getattr(model.config, "quantization_config", None)
+    quantization: Any = getattr(model.config, "quantization_config", None)
     if getattr(quantization, "dequantize", False):
         del model.config.quantization_config
         for name in ("hf_quantizer", "quantization_method", "is_quantized"):
             vars(model).pop(name, None)
+    elif getattr(quantization, "gguf_file", None):  # left packed: the config is saved, and names no place
+        quantization.gguf_file = os.path.basename(quantization.gguf_file)
     return model
 
 
@@ -411,7 +415,8 @@ def identity_gain(encoder: PreTrainedModel, norm: torch.nn.Module, decoder: PreT
     # A few hundred tokens from all over the vocabulary, in chunks short enough for any encoder.
     size = min(encoder.get_input_embeddings().weight.shape[0], table.weight.shape[0])
     ids = torch.arange(0, size, max(1, size // 512), device=table.weight.device)[:512]
-    ids = ids[: len(ids) // 8 * 8 or None].reshape(-1, 8 if len(ids) >= 8 else len(ids))
+    length = min(8, len(ids), encoder_limit(encoder.config) or 8)
+    ids = ids[: len(ids) // length * length].reshape(-1, length)  # (chunks, tokens)
     states = norm(encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state)
     return (table(ids).float().std() / states.float().std()).item()
 

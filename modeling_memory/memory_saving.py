@@ -114,7 +114,8 @@ def _refer(part: str, source: Any, options: dict[str, Any], base: PreTrainedMode
         reference["gguf_file"] = os.path.basename(options["gguf_file"])
     quantization = options.get("quantization_config")
     if quantization is not None and not getattr(quantization, "dequantize", False):
-        reference["quantization"] = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        known = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        reference["quantization"] = {name: value for name, value in known.items() if name != "gguf_file"}  # a path
     return reference
 
 

@@ -7,7 +7,7 @@
                                  |         |         |            memory states (B, C*K, E)
                               projector projector projector
                                  |         |         |
- decoder input                  m_0       m_1       m_2  y y y y   memory embeds (B, C*K, D), then the window in clear
+ decoder input                  m_0       m_1       m_2  y y y y   memory embeds (B, C*K, D), then the window's text
                                                          | | | |
  decoder output                                          logits    (B, T, V)
 ```
@@ -38,6 +38,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
 # Unused names: transformers before 5.8 copies from a local folder only the files that this one imports itself.
+from .configuration_checks import Fields  # noqa: F401
 from .configuration_masked_mixer import MaskedMixerConfig
 from .configuration_memory import AUTO_MAP, MemoryEncoderDecoderConfig
 from .generation_memory import MemoryGenerationMixin
@@ -181,13 +182,13 @@ class MemoryPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load a model as `PreTrainedModel.from_pretrained` does, and freeze what its config says is frozen.
 
-        Of a model saved by reference the bases are loaded from where they came from; `encoder_base` and
-        `decoder_base` name another place (id, folder or model), and must where a base came from a folder. Their hashes
-        are checked.
+        Of a model saved by reference the bases are loaded from where they came from, the Hub or an installed Python
+        package; `encoder_base` and `decoder_base` name another place (id, folder, package or model), and must where a
+        base came from a folder. Their hashes are checked.
 
         Raises:
-            ValueError: If weights are missing, unless `output_loading_info` asks for their names; if a base is not
-                named or is not the one that the model was trained on.
+            ValueError: If weights are missing or do not fit, unless `output_loading_info` asks for their names; if a
+                base is not named, not installed, or not the one that the model was trained on.
         """
         given = {part: kwargs.pop(f"{part}_base") for part in PARTS if f"{part}_base" in kwargs}
         config = kwargs.get("config")
@@ -217,6 +218,8 @@ class MemoryPreTrainedModel(PreTrainedModel):
     ) -> None:
         """Save as `PreTrainedModel.save_pretrained` does, with an `auto_map` that every Auto class finds.
 
+        Whatever stops a save, the folder holds the model that it held before.
+
         Args:
             save_directory (`str` or `os.PathLike`): The folder.
             args: As in the library.
@@ -224,8 +227,6 @@ class MemoryPreTrainedModel(PreTrainedModel):
                 and ids, revisions and hashes of these. A dictionary names the place of `"encoder"`, `"decoder"` or
                 both; a part that it leaves out is saved by value.
             kwargs: As in the library.
-
-        Whatever stops a save, the folder holds the model that it held before.
 
         Raises:
             ValueError: If adapters are merged and still there, a part is not what it is said to come from, or
@@ -521,7 +522,7 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         shape = (ids.shape[0], ids.shape[1], ids.shape[2])
         layout = lay_context(self.config, shape, mask, counts, present, width, ids.device)
         chunk_ids, chunk_mask = ids.flatten(0, 1), None if mask is None else mask.flatten(0, 1)
-        if layout.chunks is not None:
+        if layout.chunks is not None and chunk_mask is not None:
             chunk_ids, chunk_mask = chunk_ids[layout.chunks], chunk_mask[layout.chunks]
         embeds = self._encode(chunk_ids, chunk_mask, layout.num_memories).flatten(0, 1)  # (N * K, D)
         if len(embeds) == 0:
@@ -573,8 +574,9 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         """
         tokens = inputs_embeds if input_ids is None else input_ids
         call = Call(
-            Text(input_ids, attention_mask, inputs_embeds, position_ids, tokens), context_input_ids, context_attention_mask,
-            context_num_memories, memory_embeds, memory_mask, memory_num_tokens, past_key_values,
+            Text(input_ids, attention_mask, inputs_embeds, position_ids, tokens),
+            context_input_ids, context_attention_mask, context_num_memories, memory_embeds, memory_mask,
+            memory_num_tokens, past_key_values,
             rolling_memory=rolling_memory,
             has_memories=context_input_ids is not None or memory_embeds is not None,
         )  # fmt: skip
@@ -748,7 +750,7 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
             check_positions(self.decoder, layout.end)
         if memories is not None and layout.row is not None and text.input_ids is not None:
             # Where a window is not full a slot may stand, masked; its id need not be a row of the table.
-            slots = text.input_ids == self.config.memory_token_id
+            slots = text.input_ids == (-1 if self.config.memory_token_id is None else self.config.memory_token_id)
             text = replace(text, input_ids=text.input_ids.masked_fill(slots, 0))
         if layout.row is None:
             entries = None if memories is None else memories.embeds.flatten(0, 1)
@@ -761,16 +763,17 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
                 features = layout.lay_back(features.flatten(0, 1), columns)
         else:
             entries = self._entries(layout, text, memories)
-            features, hidden_states, decoder_cache, column_mask = self._decode_windows(
+            features, hidden_states, attentions, decoder_cache, column_mask = self._decode_windows(
                 layout, text, entries, use_cache, head, options
             )
-            attentions = None
             assert layout.back is not None
             features = features[layout.back if columns is None else layout.back[:, columns]]
             if hidden_states is not None:
                 hidden_states = tuple(None if states is None else layout.lay_back(states) for states in hidden_states)
         kept = memories if layout.memories is None else layout.memories
-        if layout.row is not None and kept is not None:  # what stands before each text's last column
+        if (
+            layout.row is not None and kept is not None and entries is not None
+        ):  # what stands before each text's last column
             embeds = entries.unflatten(0, kept.mask.shape) if layout.kept is None else entries[layout.kept]
             kept = replace(kept, embeds=embeds.masked_fill(kept.mask[..., None] == 0, 0))
         if use_cache and decoder_cache is not None:
@@ -803,7 +806,7 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         return embeds.masked_fill(layout.prefix.mask[..., None] == 0, 0).flatten(0, 1)
 
     def _embed(self, layout: Layout, text: Text, entries: torch.Tensor | None) -> torch.Tensor:
-        """Give the embeddings `(R, S, D)` of what was laid out: tokens, told their places, and entries."""
+        """Give the embeddings `(R, S, D)` of what was laid out: tokens with their places, and entries."""
         if text.input_ids is None:
             embeds = text.inputs_embeds
             embeds = embeds if layout.text is None else embeds.flatten(0, 1)[layout.text]
@@ -868,15 +871,15 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         use_cache: bool,
         head: bool,
         options: dict[str, Any],
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, Cache | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, Any, Any, Cache | None, torch.Tensor | None]:
         """Decode windows, each after the entries of its text.
 
         What stands before the windows of a text does not depend on them: it runs once, and its keys and values are
         shared. Without gradients windows are decoded in groups, so that memory does not grow with the text.
 
         Returns:
-            Features of flat columns `(n, X)`, hidden states `(n, D)` of all layers if asked for, and if a cache is
-            wanted that of each text's last window with the mask over its columns `(B, S)`.
+            Features of flat columns `(n, X)`, hidden states `(n, D)` of all layers and attentions if asked for (those
+            only of one window a text), and the cache of each text's last window with the mask over its columns.
         """
         prefix, batch_size = layout.prefix, len(layout.lasts or [])
         assert prefix is not None and prefix.entries is not None and layout.row is not None
@@ -913,6 +916,7 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
             if shared is not None and len(groups) > 1:
                 width = max(layout.widths[part])
                 given = share_columns(shared, width, rows.row)
+                assert rows.mask is not None
                 rows.mask = torch.cat([rows.mask[:, :width], rows.mask[:, num_entries:]], 1)
             elif shared is not None and num_entries and num_rows > batch_size:
                 shared.batch_select_indices(layout.row)
@@ -925,7 +929,7 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
                 opened.append((outputs.past_key_values, rows.mask))
             elif use_cache:
                 opened += last_windows(layout, rows, part, outputs.past_key_values)
-        states = None
+        states: list[torch.Tensor | None] | None = None
         if hidden[0] is not None:
             front = 1 if len(hidden) > len(groups) else 0  # of the prefix all columns, of rows those of the text
             states = []
@@ -938,10 +942,12 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         decoder_cache, column_mask = opened[0] if opened else (None, None)
         if len(groups) > 1 and opened:
             decoder_cache, column_mask = join_rows(opened)
-        elif opened and layout.last is not None:
+        elif decoder_cache is not None and column_mask is not None and layout.last is not None:
             decoder_cache.batch_select_indices(layout.last)
             column_mask = column_mask[layout.last]
-        return parts[0] if len(parts) == 1 else torch.cat(parts), states, decoder_cache, column_mask
+        attentions = outputs.attentions if num_rows == batch_size and len(groups) == 1 else None
+        features = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return features, states, attentions, decoder_cache, column_mask
 
     def _open(
         self,
@@ -970,7 +976,8 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
             if width < column_mask.shape[1]:
                 column_mask = cut_columns(decoder_cache, column_mask, width)
         return cache.open(
-            decoder_cache, replace(kept, embeds=kept.embeds.detach()), column_mask, opening.next_position, opening.fill,
+            decoder_cache, replace(kept, embeds=kept.embeds.detach()), column_mask, opening.next_position,
+            opening.fill,
             num_columns=text.tokens.shape[1], end=layout.end, max_fill=opening.max_fill,
             window_input_ids=None if opening.window is None else text.input_ids.flatten()[opening.window],
             asked=opening.asked, marked=opening.marked, sees_memories=opening.sees_memories,
@@ -1191,13 +1198,15 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
         """
         tokens = inputs_embeds if input_ids is None else input_ids
         call = Call(
-            Text(input_ids, attention_mask, inputs_embeds, position_ids, tokens), context_input_ids, context_attention_mask,
-            context_num_memories, memory_embeds, memory_mask, memory_num_tokens, past_key_values,
+            Text(input_ids, attention_mask, inputs_embeds, position_ids, tokens),
+            context_input_ids, context_attention_mask, context_num_memories, memory_embeds, memory_mask,
+            memory_num_tokens, past_key_values,
             labels, kwargs.pop("shift_labels", None), None if type(logits_to_keep) is int and logits_to_keep == 0
             else logits_to_keep, rolling_memory, context_input_ids is not None or memory_embeds is not None,
         )  # fmt: skip
         reading = self._read(call, use_cache, output_hidden_states, output_attentions, kwargs, head=True)
-        logits = reading.last_hidden_state.contiguous()  # (B, T, V)
+        features: Any = reading.last_hidden_state
+        logits = features.contiguous()  # (B, T, V)
         loss = None
         if call.labels is not None or call.shift_labels is not None:
             loss = self.loss_function(

@@ -38,7 +38,7 @@ from .configuration_memory_autoencoder import MemoryAutoencoderConfig
 from .memory_checkpoint import load_whole, refuse_a_missing_part, save_whole
 from .memory_encoder import build_encoder, build_pooling, encode_chunks, initialize_leaf
 from .memory_parts import keep_existing_plans
-from .modeling_masked_mixer import check_attention_mask
+from .modeling_masked_mixer import check_attention_mask, check_token_ids
 
 
 @dataclass
@@ -51,12 +51,15 @@ class MemoryAutoencoderOutput(ModelOutput):
         memories (`torch.FloatTensor` of shape `(B, K, E)`, *optional*): What the chunk was written from.
         hidden_states (`tuple` of `torch.FloatTensor` of shape `(B, T, D)`, *optional*): The decoder's states, before
             and after every layer, in the columns of the logits.
+        attentions (`tuple` of `torch.FloatTensor` of shape `(B, heads, L, L)`, *optional*): The decoder's, over the
+            ranks of the chunk: column i of the logits is rank i where there is no padding.
     """
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     memories: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 class Bottleneck(nn.Module):
@@ -299,12 +302,10 @@ class MemoryAutoencoder(PreTrainedModel):
         Raises:
             ValueError: If the shape is another.
         """
-        return self._decode(memories, output_hidden_states=False)[0]
+        return self._decode(memories, output_hidden_states=False, output_attentions=False)[0]
 
-    def _decode(
-        self, memories: torch.Tensor, output_hidden_states: bool
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
-        """Give logits `(B, L, V)`, and the decoder's states `(B, L, D)` if they are asked for."""
+    def _decode(self, memories: torch.Tensor, **asked: Any) -> tuple[torch.Tensor, ModelOutput]:
+        """Give logits `(B, L, V)`, and what the decoder returned, with what else was asked for."""
         expected = self.config.memories_per_chunk, self.config.encoder.hidden_size
         if memories.dim() != 3 or memories.shape[0] == 0 or memories.shape[1:] != expected:
             raise ValueError(
@@ -312,10 +313,8 @@ class MemoryAutoencoder(PreTrainedModel):
                 "memories per chunk, encoder width. `encode` gives them."
             )
         inputs_embeds = self.expansion(self.bridge(memories.to(self.lm_head.weight.dtype)))  # (B, L, D)
-        outputs = self.decoder(
-            inputs_embeds=inputs_embeds, use_cache=False, return_dict=True, output_hidden_states=output_hidden_states
-        )
-        return self.lm_head(outputs.last_hidden_state), outputs.hidden_states
+        outputs = self.decoder(inputs_embeds=inputs_embeds, use_cache=False, return_dict=True, **asked)
+        return self.lm_head(outputs.last_hidden_state), outputs
 
     @torch.no_grad()
     def reconstruct(
@@ -348,7 +347,8 @@ class MemoryAutoencoder(PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         memories: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> MemoryAutoencoderOutput:
         """Encode chunks and write them back.
@@ -359,7 +359,9 @@ class MemoryAutoencoder(PreTrainedModel):
             memories (`torch.FloatTensor` of shape `(B, K, E)`, *optional*): Memories instead of `input_ids`.
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*): The token that each column must give, usually
                 `input_ids`: there is no shift. -100 and padding have no loss.
-            output_hidden_states (`bool`, *optional*): Whether to return the decoder's states. Default: as the config
+            output_hidden_states (`bool` or list of `int`, *optional*): Whether to return the decoder's states, or
+                which. Default: as the config says.
+            output_attentions (`bool`, *optional*): Whether to return the decoder's attentions. Default: as the config
                 says.
             kwargs: `num_items_in_batch` reaches the loss.
 
@@ -373,33 +375,63 @@ class MemoryAutoencoder(PreTrainedModel):
         """
         given = input_ids if input_ids is not None else labels
         memories_given = memories is not None
+        if given is not None and not isinstance(given, torch.Tensor):
+            check_token_ids("labels" if input_ids is None else "input_ids", given, None)
         self._check_length(given)
         memories = self._memories(input_ids, attention_mask, memories)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        logits, states = self._decode(memories, bool(output_hidden_states))
+        logits, outputs = self._decode(
+            memories,
+            output_hidden_states=_given(output_hidden_states, self.config.output_hidden_states),
+            output_attentions=_given(output_attentions, self.config.output_attentions),
+        )
+        states = outputs.hidden_states
         if given is not None:
             if memories_given:
                 check_attention_mask("attention_mask", attention_mask, *given.shape)
             logits = self._lay_back(logits, attention_mask, given.shape[1])
-            states = states and tuple(self._lay_back(state, attention_mask, given.shape[1]) for state in states)
+            states = states and tuple(
+                None if state is None else self._lay_back(state, attention_mask, given.shape[1]) for state in states
+            )
 
         loss = None
         if labels is not None:
-            if labels.shape != logits.shape[:2]:
-                raise ValueError(
-                    f"`labels` has shape {tuple(labels.shape)}; expected {tuple(logits.shape[:2])}, one a token, "
-                    "unshifted."
-                )
+            labels = self._check_labels(labels, input_ids, logits.shape[:2])
             if attention_mask is not None:
                 labels = labels.masked_fill(attention_mask == 0, -100)
             loss = self.loss_function(
                 logits, None, vocab_size=self.config.vocab_size, shift_labels=labels.contiguous(), **kwargs
             )
-        return MemoryAutoencoderOutput(loss=loss, logits=logits, memories=memories, hidden_states=states)
+        return MemoryAutoencoderOutput(
+            loss=loss,
+            logits=logits,
+            memories=memories,
+            hidden_states=states,
+            attentions=getattr(outputs, "attentions", None),
+        )
+
+    def _check_labels(self, labels: Any, input_ids: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
+        """Return labels as the loss takes them; those that are the ids themselves were looked at."""
+        if not isinstance(labels, torch.Tensor) or labels.shape != shape:
+            given = tuple(labels.shape) if isinstance(labels, torch.Tensor) else type(labels).__name__
+            raise ValueError(f"`labels` has shape {given}; expected {tuple(shape)}, one a token, unshifted.")
+        if input_ids is not None and labels is input_ids:
+            return labels.long()
+        check_token_ids("labels", labels, None)
+        if not (labels.is_meta or torch.compiler.is_compiling()):
+            wrong = ((labels < 0) & (labels != -100)) | (labels >= self.config.vocab_size)
+            if bool(wrong.any()):
+                raise ValueError(
+                    f"`labels` holds {int(labels[wrong][0])}; expected ids of 0 to {self.config.vocab_size - 1}, or "
+                    "-100 where nothing is to be learnt."
+                )
+        return labels.long()
 
     def _check_length(self, token_ids: torch.Tensor | None) -> None:
-        if token_ids is not None and token_ids.dim() == 2 and token_ids.shape[1] > self.config.chunk_length:
+        if (
+            isinstance(token_ids, torch.Tensor)
+            and token_ids.dim() == 2
+            and token_ids.shape[1] > self.config.chunk_length
+        ):
             raise ValueError(
                 f"A row has {token_ids.shape[1]} tokens, but this autoencoder writes chunks of "
                 f"{self.config.chunk_length} (`chunk_length`). Cut the text into chunks."
@@ -410,19 +442,35 @@ class MemoryAutoencoder(PreTrainedModel):
     ) -> torch.Tensor:
         if (input_ids is None) == (memories is None):
             raise ValueError("Give either `input_ids` or `memories`, and only one of them.")
-        return self.encode(input_ids, attention_mask) if memories is None else memories
+        if memories is None:
+            return self.encode(input_ids, attention_mask)
+        if not isinstance(memories, torch.Tensor) or not memories.is_floating_point():
+            given = (
+                f"has type {memories.dtype}"
+                if isinstance(memories, torch.Tensor)
+                else f"is a {type(memories).__name__}"
+            )
+            raise ValueError(f"`memories` {given}; expected a tensor of vectors. `encode` makes it.")
+        if not (memories.is_meta or torch.compiler.is_compiling() or bool(torch.isfinite(memories).all())):
+            raise ValueError(
+                "`memories` holds values that are not finite. Encode the chunk again, in float32 or bfloat16 if this "
+                "was float16."
+            )
+        return memories
 
     @staticmethod
     def _lay_back(logits: torch.Tensor, attention_mask: torch.Tensor | None, num_columns: int) -> torch.Tensor:
         """Take logits by rank `(B, L, V)` to the columns `(B, T, V)` of a text with padding."""
+        # The whole chunk is returned as it is, so that its gradient can be asked for.
+        first = logits if num_columns == logits.shape[1] else logits[:, :num_columns].contiguous()
         if attention_mask is None:
-            return logits[:, :num_columns].contiguous()
+            return first
         real = attention_mask != 0
         ranks = (real.long().cumsum(1) - 1).clamp(min=0)  # (B, T)
         if not torch.compiler.is_compiling():
             columns = torch.arange(num_columns, device=ranks.device)
             if bool(((ranks == columns) | ~real).all()):
-                return logits[:, :num_columns].contiguous()  # no padding in front: nothing to move
+                return first  # no padding in front: nothing to move
         return logits.gather(1, ranks[:, :, None].expand(-1, -1, logits.shape[2]))
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
@@ -431,3 +479,7 @@ class MemoryAutoencoder(PreTrainedModel):
         self.config.vocab_size = self.lm_head.weight.shape[0]
         self.config.encoder.vocab_size = table.weight.shape[0]
         return table
+
+
+def _given(asked: Any, default: Any) -> Any:
+    return default if asked is None else asked

@@ -94,16 +94,16 @@ class MemoryQuestionAnswering(Pipeline):
         wrong = next((one for one in questions if not isinstance(one, str) or not one.strip()), None)
         if not questions or wrong is not None:
             raise ValueError(f"`question` is {question!r:.60}; expected a text, or a list of texts.")
-        if not isinstance(context, RememberedContexts):
-            context = self.remember(context, memories_per_chunk)
-        elif memories_per_chunk is not None:
+        if isinstance(context, RememberedContexts) and memories_per_chunk is not None:
             raise ValueError(
                 "`memories_per_chunk` was chosen when the contexts were remembered; give it to `remember`."
             )
+        given = isinstance(context, RememberedContexts)
+        remembered: Any = context if given else self.remember(context, memories_per_chunk)
         settings = {"max_new_tokens": 64, "do_sample": False, **self._forward_params, **options}
         answers: list[str] = []
         for start in range(0, len(questions), batch_size):
-            prompts = self.preprocess(questions[start : start + batch_size], memories=context)
+            prompts = self.preprocess(questions[start : start + batch_size], memories=remembered)
             answers += self.postprocess(self.forward(prompts, **settings))
         found = [{"question": one, "answer": reply} for one, reply in zip(questions, answers, strict=True)]
         return found[0] if isinstance(question, str) else found

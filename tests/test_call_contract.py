@@ -1,4 +1,4 @@
-"""What every call keeps to: the library's contracts, refusals that teach, gradients everywhere, few looks at a device."""
+"""What every call keeps to: the library's contracts, refusals that teach, gradients, few looks at a device."""
 
 import copy
 from collections.abc import Callable
@@ -251,6 +251,13 @@ class TestTheLibrarysContracts:
         wanted = whole if len(kept) == len(whole) else (whole[0], whole[2])
         for mine, expected in zip(kept, wanted, strict=True):
             torch.testing.assert_close(mine, expected, atol=ATOL, rtol=0)
+
+    @pytest.mark.parametrize("fields", EVERY_LAYOUT)
+    def test_attentions_after_memories_cover_them(self, fields):
+        model = build_model(**fields)
+        model.set_attn_implementation("eager")
+        out = model(inputs_embeds=torch.ones(2, 5, 32), memory_embeds=torch.ones(2, 3, 32), output_attentions=True)
+        assert [layer.shape for layer in out.attentions] == [(2, 4, 5, 8)] * 2
 
     def test_continuous_batching_is_refused(self):
         with pytest.raises(ValueError, match="padded on the left"):

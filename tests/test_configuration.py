@@ -1,5 +1,7 @@
 """What a configuration promises about lengths and layouts, and what tools read off it."""
 
+import re
+
 import pytest
 from transformers import AutoConfig, MistralConfig
 
@@ -96,3 +98,17 @@ def test_tables_name_the_field_and_the_remedy():
         check_fields(config(), fields)
     with pytest.raises(ValueError, match="32 is the width"):
         check_rules(config(), [(lambda c: False, "{c.hidden_size} is the width")])
+
+
+def test_the_vocabulary_is_set_for_all_who_read_its_ids():
+    config = MemoryEncoderDecoderConfig(encoder=tiny_encoder_config("llama"), decoder=tiny_decoder_config())
+    config.vocab_size = 50
+    assert (config.vocab_size, config.decoder.vocab_size, config.encoder.vocab_size) == (50, 50, 50)
+    two_tokenizers = MemoryEncoderDecoderConfig(
+        encoder=tiny_encoder_config("llama"), decoder=tiny_decoder_config(), self_memory=False
+    )
+    two_tokenizers.vocab_size = 50
+    assert (two_tokenizers.decoder.vocab_size, two_tokenizers.encoder.vocab_size) == (50, 96)
+    for value in (0, -1, 2.5, "many", None):
+        with pytest.raises(ValueError, match=re.escape(f"`vocab_size` is {value!r}; expected a positive integer")):
+            config.vocab_size = value

@@ -9,10 +9,10 @@ import torch
 
 from tests.memory_models import CHUNK, WINDOW, build_model
 from tests.test_launch import ALL, ROW, ROWS, SOURCE, SPECIAL, stream
+from training.data import encoded as encoded_module
 from training.data.encoded import encode_once
 from training.data.objectives import BatchSpec
 from training.data.rows import ObjectiveCollator, TokenRows
-from training.data.texts import encoded as encoded_module
 from training.train.trainer import run_objective, run_objective_chunked
 
 CPU = torch.device("cpu")

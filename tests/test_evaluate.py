@@ -233,7 +233,7 @@ def test_short_sources_count_only_with_their_end(monkeypatch: pytest.MonkeyPatch
     ("fields", "measured"),
     [
         ({"max_memories": 1, "memory_policy": "drop_oldest"}, [CHUNK // 2]),
-        ({"max_memories": 3, "memory_policy": "keep_nearest"}, [CHUNK // 2, CHUNK + CHUNK // 2]),
+        ({"max_memories": 3, "memory_policy": "drop_oldest"}, [CHUNK // 2, CHUNK + CHUNK // 2]),
         ({"memory_token_id": None}, []),
     ],
 )

@@ -485,3 +485,19 @@ def test_plans_for_parallel_runs_name_what_there_is():
 def test_senseless_configurations_of_concat_are_refused():
     with pytest.raises(ValueError, match="`pooling` is 'concat'; expected one of 'last'"):
         autoencoder(pooling="concat")
+
+
+def test_attentions_and_single_states_of_the_decoder_are_returned_when_asked():
+    torch.manual_seed(0)
+    config = MemoryAutoencoderConfig(encoder=attention("llama"), decoder=attention("llama"), chunk_length=LENGTH)
+    model = MemoryAutoencoder._from_config(config, attn_implementation="eager").eval()
+    input_ids = torch.randint(3, VOCAB, (2, LENGTH))
+    asked = model(input_ids, output_attentions=True, output_hidden_states=[1])
+    assert [state is None for state in asked.hidden_states] == [True, False]
+    assert [tuple(one.shape) for one in asked.attentions] == [(2, 2, LENGTH, LENGTH)]
+    assert torch.allclose(asked.attentions[0].sum(-1), torch.ones(2, 2, LENGTH))
+    plain = model(input_ids)
+    assert plain.attentions is None and torch.equal(plain.logits, asked.logits)
+    model.config.decoder.output_attentions = False
+    model.config.output_attentions = True
+    assert model(input_ids).attentions is not None

@@ -273,6 +273,10 @@ def test_an_identity_start_is_the_embedding_of_the_last_token():
         memories, _ = model.encode_memories(chunks, chunks != 0)
         assert torch.equal(memories[0, 0], table(torch.tensor(5))), "a group of one token"
         assert torch.equal(memories[0, 2:], table(torch.tensor([6, 7])))
+    # An encoder of short chunks, whose own limit is below what would be read at once.
+    short = build_encoder(MaskedMixerConfig(**{**SIZES, "max_position_embeddings": 4}, initializer_range=0.2))
+    fields = {"chunk_length": 4, "projector_start": "identity_on_last"}
+    MemoryEncoderDecoderForCausalLM.from_encoder_decoder_pretrained(short, model.decoder, **fields)
     # States of another scale come out as large as the decoder's embeddings.
     model = concat_model(projector_start="identity_on_last", encoder_layers=None)
     scale = model.projector.out.weight[:, -16:].diagonal()

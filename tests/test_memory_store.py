@@ -134,7 +134,7 @@ def test_a_prompt_from_the_store_is_the_prompt_from_the_context(store, model, pr
     assert torch.equal(written, model.generate(**expected, max_new_tokens=4, do_sample=False))
 
 
-def test_expanded_chunks_stand_in_clear_in_their_place(store, processor):
+def test_expanded_chunks_stand_as_text_in_their_place(store, processor):
     chunks = store.chunks("cat")
     inputs = store.prepare("he <memory> it", chunks, expand=chunks[1:3])
     slot = processor.memory_token_id
@@ -300,7 +300,7 @@ def test_user_mistakes_are_explained(store, model, processor, tmp_path):
         store.append({"x": "y"}, on_duplicate="ignore")
     with pytest.raises(ValueError, match="expected a string of one character"):
         store.append({"": "y"})
-    with pytest.raises(ValueError, match="as a context it is empty"):
+    with pytest.raises(ValueError, match="The text .x. cannot be remembered. A context is empty"):
         store.append({"x": ""})
     with pytest.raises(ValueError, match=r"expected a tensor \(queries, 32\)"):
         store.nearest(torch.zeros(1, 3), 1)

@@ -7,6 +7,7 @@ import gguf
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import quantization_config
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM as Model
 from modeling_memory.memory_parts import locate
@@ -154,4 +155,14 @@ def test_a_gguf_file_of_a_folder(site, tmp_path):
     references = json.loads((tmp_path / "config.json").read_text())["references"]
     assert {(ref["id"], ref["gguf_file"]) for ref in references.values()} == {(None, FILE)}
     loaded = Model.from_pretrained(tmp_path, encoder_base=folder, decoder_base=folder)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+def test_packed_weights_on_request_name_no_place(site, installed, tmp_path):
+    """Without a kernel for this device the library unpacks them all the same; either way it loads as it was saved."""
+    packed = getattr(quantization_config, "GgufConfig", None)  # releases before it always unpack
+    model = joined(**({"quantization_config": packed(dequantize=False)} if packed else {}))
+    model.save_pretrained(tmp_path, by_reference=True)
+    assert str(site) not in (tmp_path / "config.json").read_text()
+    loaded = Model.from_pretrained(tmp_path)
     assert torch.equal(logits_of(loaded), logits_of(model))

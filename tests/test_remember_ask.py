@@ -16,7 +16,7 @@ from tests.memory_models import BLANK, CHUNK, WINDOW, build_model
 from training import ask, remember
 from training.places import REPOSITORY
 
-LETTERS = {"a.txt": "the cat sat on the mat.", "deep/b.txt": "over the hills and over the sea.", "c.md": "no text"}
+LETTERS = {"a.txt": "the cat sat on the mat.", "deep/b.txt": "over the hills and over the sea.", "c.rst": "no text"}
 ROWS = ["in the end", "another ring here", "here and there"]
 
 
@@ -93,6 +93,29 @@ def test_the_same_command_goes_on_with_what_is_missing_or_has_changed(saved, let
     assert MemoryStore("store").text("letters/a.txt") == "the dog sat on the mat." and len(MemoryStore("store")) == 5
 
 
+def test_a_row_that_no_tokenizer_reads_is_named_and_the_others_are_stored(saved, letters, capsys):
+    rows = [{"text": "in the end"}, {"text": "a\ud800b"}, {"text": 5}, {"text": "here and there"}]
+    (letters / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert remember.main([saved, "rows.jsonl", "--to", "store", "--keep-text"]) == 2
+    output, told = capsys.readouterr()
+    assert "2 texts remembered" in output
+    told = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert ["rows.jsonl, line 2" in told[0], "rows.jsonl, line 3" in told[1], len(told)] == [True, True, 2]
+    store = MemoryStore("store")
+    assert {one: store.text(one) for one in store.text_ids} == {
+        "rows.jsonl#0": "in the end",
+        "rows.jsonl#3": "here and there",
+    }
+
+
+def test_how_much_there_is_and_how_much_is_done_is_shown(saved, letters, capsys, monkeypatch):
+    monkeypatch.setattr(remember, "COMMIT_CHARACTERS", 1)
+    assert remember.main([saved, "letters", "rows.jsonl", "--to", "store"]) == 0
+    total = sum(map(len, EXPECTED.values()))
+    told = capsys.readouterr().err
+    assert "remember: 100%" in told and f"{total}/{total}".replace(str(total), f"{total:.0f}.0") in told, told
+
+
 def test_two_processes_fill_one_store(saved, letters):
     config = REPOSITORY / "configuration" / "accelerate" / "cpu_two_processes.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
@@ -116,11 +139,11 @@ def test_an_answer_is_that_of_the_model_with_the_text_as_context(saved, filled, 
     prompt = "<memory>the sea"
     options = ["--texts", "letters/a.txt", "--max-new-tokens", "4"]
     assert ask.main([saved, "store", prompt, *options]) == 0
-    printed = capsys.readouterr().out.splitlines()[-1]
+    printed = capsys.readouterr().out
     inputs = filled.processor(text=prompt, context=LETTERS["a.txt"], return_tensors="pt")
     output = filled.model.generate(**inputs, max_new_tokens=4, do_sample=False)
     new = output[0, inputs["input_ids"].shape[1] :]
-    assert printed == filled.processor.decode(new, skip_special_tokens=True)
+    assert printed.endswith(filled.processor.decode(new, skip_special_tokens=True) + "\n")
 
 
 def test_used_memories_are_shown_with_what_the_model_makes_of_each(saved, filled, capsys):
@@ -165,24 +188,25 @@ def test_without_room_the_nearest_are_taken_in_reading_order(filled):
     assert [one.chunk for one in ask.choose(filled, "<copy>")] == order
 
 
-def test_the_nearest_chunks_can_stand_in_clear(saved, filled, capsys):
+def test_the_nearest_chunks_can_stand_as_text(saved, filled, capsys):
     used = ask.choose(filled, "over the sea", ["letters/deep/b.txt"], expand=1)
     (shown,) = [one for one in used if one.in_clear]
     assert shown.score == max(one.score for one in used if one.score is not None)
     arguments = [saved, "store", "over the sea", "--texts", "letters/deep/b.txt", "--expand", "1", "--show"]
     assert ask.main([*arguments, "--max-new-tokens", "2"]) == 0
     captured = capsys.readouterr()
-    assert captured.out.count("in clear") == 1
+    assert captured.out.count("full text") == 1
     assert "answered from letters/deep/b.txt (" in captured.err and "1 as text" in captured.err
 
 
 def test_prompts_are_asked_for_one_after_the_other(saved, filled, capsys):
     prompts = iter(["the mat", "<memory> <memory>", "<copy>", ""])
     options = ask.build_parser().parse_args([saved, "store", "--texts", "letters/a.txt", "--max-new-tokens", "2"])
-    ask.run(options, ask=lambda _: next(prompts))
+    ask.run(options, "", ask=lambda _: next(prompts))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("5 texts, ") and lines[2].startswith("error: A text contains '<memory>' 2 times")
-    assert len(lines) == 4 and next(prompts, None) is None
+    refused = [line for line in lines if line.startswith("error: ")]
+    assert lines[0].startswith("5 texts, ") and len(refused) == 1 and next(prompts, None) is None
+    assert refused[0].startswith("error: A text contains '<memory>' 2 times")
 
 
 def test_sampling_is_repeatable(saved, filled, capsys):
@@ -203,6 +227,7 @@ def test_user_mistakes_end_with_one_line(saved, filled, letters, capsys):
         "was begun with the format float32": [saved, "letters", "--to", "store", "--dtype", "int8"],
         "is no folder and no Hub repository": ["nowhere/nothing", "letters", "--to", "store"],
         "no 'body'": [saved, "rows.jsonl", "--to", "store", "--text-column", "body"],
+        "argument --threads: '-1'": [saved, "letters", "--to", "store", "--threads", "-1"],
     }
     for message, arguments in mistakes.items():
         assert remember.main(arguments) == 2, message
@@ -211,7 +236,8 @@ def test_user_mistakes_end_with_one_line(saved, filled, letters, capsys):
     for message, arguments in {
         "is no memory store": [saved, "empty", "x"],
         "has no text 'z'": [saved, "store", "x", "--texts", "z"],
-        "--nearest is 0": [saved, "store", "x", "--nearest", "0"],
+        "argument --nearest: '0': expected a whole number of 1": [saved, "store", "x", "--nearest", "0"],
+        "'nope' is no device of this machine": [saved, "store", "x", "--device", "nope"],
     }.items():
         assert ask.main(arguments) == 2
         assert message in capsys.readouterr().err

@@ -326,3 +326,17 @@ def test_a_config_leads_nowhere_but_to_the_hub_and_to_packages(reference):
         MemoryEncoderDecoderConfig(**parts, references={"decoder": {"dtype": "float32", "sha256": SHA}})
     with pytest.raises(ValueError, match="`references` has 'head'"):
         MemoryEncoderDecoderConfig(**parts, references={"head": good})
+
+
+@pytest.mark.parametrize("kind", [Model, MemoryAutoencoder])
+def test_who_asks_for_fresh_weights_gets_them(kind, tmp_path):
+    bodies = {"encoder": tiny_encoder_config("llama"), "decoder": tiny_decoder_config()}
+    config = kind.config_class(**bodies, chunk_length=4)
+    fresh = kind.from_pretrained(None, config=config, state_dict={})
+    assert all(value.isfinite().all() and value.abs().max() < 10 for value in fresh.parameters())
+    fresh.save_pretrained(tmp_path)
+    save_file({"other": torch.ones(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    _, report = kind.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(report["missing_keys"]) == {name for name, _ in fresh.named_parameters()}
+    with pytest.raises(ValueError, match="no weights for the encoder"):  # the wish was for that call alone
+        kind.from_pretrained(tmp_path)

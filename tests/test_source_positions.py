@@ -1,4 +1,4 @@
-"""Memories at the places of the text that they stand for: tokens keep the positions that they have in the full text."""
+"""Memories at the places of the text that they stand for: tokens keep the positions of the full text."""
 
 import pytest
 import torch

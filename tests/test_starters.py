@@ -18,8 +18,9 @@ from transformers import AutoModel
 
 from benchmarks.snippet import find_snippet, run_snippet
 from modeling_memory import MemoryAutoencoder
-from training import hub_folder, run
+from training import run
 from training.places import REPOSITORY
+from training.publishing import hub_folder
 from training.publishing.cards import check_card
 from training.publishing.hub_folder import (
     check_complete,

@@ -24,6 +24,7 @@ import torch
 import transformers
 
 from modeling_memory import Chunk, MemoryQuestionAnswering, MemoryStore, RememberedContexts
+from training.command_line import Parser, device, positive_number, run_command, whole_number
 from training.remember import load_memory_model
 
 SHOWN = 60
@@ -59,7 +60,7 @@ def choose(
         texts (`Sequence` of `str`, *optional*): Ids of texts to choose from. Default: all.
         nearest (`int`, *optional*): Only so many chunks, the nearest to the prompt. Default: all if the model has room
             for them, else as many as it has room for.
-        expand (`int`): How many of the chunks, the nearest ones, stand in clear text.
+        expand (`int`): How many of the chunks, the nearest ones, stand as full text.
 
     Raises:
         ValueError: If there is no such text, nothing to choose from, or no token in the prompt to compare by.
@@ -216,7 +217,7 @@ def used_lines(store: MemoryStore, used: Sequence[Used], regenerated: Sequence[s
         where = "" if chunk.start is None else f", characters {chunk.start} to {chunk.end}"
         near = "" if one.score is None else f", {one.by} {one.score:.3f}"
         text = f": {_short(store.expand(chunk)[0])}" if store.keeps_text and chunk.start is not None else ""
-        kind = "in clear" if one.in_clear else "memory"
+        kind = "full text" if one.in_clear else "memory"
         lines.append(f"{kind} {place}: {chunk.text_id}, chunk {chunk.number}{where}{near}{text}")
         if regenerated is not None:
             lines.append(f"  regenerated: {_short(regenerated[place])}")
@@ -241,33 +242,34 @@ def _short(text: str) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
-    parser = argparse.ArgumentParser(prog="python -m training.ask", description="Answer prompts from a memory store.")
+    parser = Parser(prog="python -m training.ask", description="Answer prompts from a memory store.")
     add = parser.add_argument
     add("model", help="folder or Hub id of the model that remembered")
     add("store", help="folder of the store, from python -m training.remember")
     add("prompt", nargs="?", help="prompt; without one, prompts are asked for")
     add("--texts", nargs="+", metavar="ID", help="answer from these texts only")
-    add("--nearest", type=int, metavar="N", help="answer from so many chunks, the nearest to the prompt")
-    add("--expand", type=int, default=0, metavar="N", help="put the N nearest chunks into the prompt as text")
+    add("--nearest", type=whole_number(), metavar="N", help="answer from so many chunks, the nearest to the prompt")
+    add(
+        "--expand",
+        type=whole_number(0),
+        default=0,
+        metavar="N",
+        help="put the N nearest chunks into the prompt as text",
+    )
     add("--question", action="store_true", help="ask the prompt as a question in the decoder's chat template")
     add("--show", action="store_true", help="show which memories are used")
     add("--regenerate", action="store_true", help="show what the model regenerates from each memory alone")
-    add("--max-new-tokens", type=int, default=32, metavar="N", help="tokens of the answer (32)")
-    add("--temperature", type=float, metavar="X", help="sample at this temperature; greedy without")
-    add("--top-p", type=float, default=1.0, metavar="X", help="sample from this much of the probability (1)")
-    add("--seed", type=int, default=0, metavar="N", help="of sampling (0)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the model runs")
-    add("--threads", type=int, metavar="N", help="processor threads")
+    add("--max-new-tokens", type=whole_number(), default=32, metavar="N", help="tokens of the answer (32)")
+    add("--temperature", type=positive_number, metavar="X", help="sample at this temperature; greedy without")
+    add("--top-p", type=positive_number, default=1.0, metavar="X", help="sample from this much of the probability (1)")
+    add("--seed", type=whole_number(0), default=0, metavar="N", help="of sampling (0)")
+    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="where the model runs")
+    add("--threads", type=whole_number(), metavar="N", help="processor threads")
     return parser
 
 
-def run(options: argparse.Namespace, ask: Callable[[str], str] = input) -> None:
+def run(options: argparse.Namespace, command: str, ask: Callable[[str], str] = input) -> None:
     """Do what the command line says."""
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    for name in ("nearest", "max_new_tokens"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected 1 or more")
     model, processor = load_memory_model(options.model, options.device)
     store = MemoryStore(options.store, model, processor)
     writing: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": options.temperature is not None}
@@ -278,6 +280,10 @@ def run(options: argparse.Namespace, ask: Callable[[str], str] = input) -> None:
     def reply(prompt: str) -> None:
         used = choose(store, prompt, options.texts, options.nearest, options.expand)
         print(summary(used), file=sys.stderr)
+        if any(one.score is not None and one.by == "cosine" for one in used):
+            note = "found by memories, which compare how text begins, not what it means"
+            note += "" if store.keeps_text else "; `remember --keep-text` lets a store be searched by words"
+            print(note, file=sys.stderr)
         if options.show or options.regenerate:
             regenerated = regenerate(store, [one.chunk for one in used]) if options.regenerate else None
             print("\n".join(used_lines(store, used, regenerated)))
@@ -302,17 +308,7 @@ def run(options: argparse.Namespace, ask: Callable[[str], str] = input) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    options = build_parser().parse_args(arguments)
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        run(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    return 0
+    return run_command(build_parser(), run, arguments)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from training.command_line import Parser, run_command
 from training.publishing.bases import Base, check_bases_on_hub, find_bases
 from training.publishing.cards import card_licence, stage_record
 from training.publishing.hub_folder import (
@@ -30,7 +31,7 @@ from training.publishing.hub_folder import (
     write_hub_folder,
 )
 from training.publishing.provenance import NOTHING_RECORDED
-from training.publishing.push import PushError, check_target, push_folder
+from training.publishing.push import check_target, push_folder
 from training.publishing.verification import verify_hub_folder
 from training.records.record import read_json
 
@@ -39,7 +40,7 @@ __all__ = ["PublishError", "load_checkpoint", "main", "verify_hub_folder", "writ
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m training.publish",
         description="Write a checkpoint as a Hub folder, load it back in clean processes, and push it.",
         epilog="Without --push nothing leaves this machine. The token is that of `hf auth login` or HF_TOKEN.",
@@ -106,7 +107,7 @@ def _add_card_options(parser: argparse.ArgumentParser) -> None:
     card.add_argument("--project", metavar="URL", help="address of the project that made it")
 
 
-def publish(options: argparse.Namespace) -> None:
+def publish(options: argparse.Namespace, command: str) -> None:
     """Write, verify and push, as the command line says."""
     target = {name: getattr(options, name) for name in ("private", "revision", "branch", "pull_request")}
     if options.push:
@@ -215,16 +216,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    options = build_parser().parse_args(arguments)
-    try:
-        publish(options)
-    except (ValueError, OSError, PublishError, PushError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: rerun the same command to resume; what is on the Hub is whole", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(build_parser(), publish, arguments)
 
 
 if __name__ == "__main__":

@@ -5,22 +5,21 @@ python -m training.remember runs/quickstart/hub letters/ notes.jsonl --to runs/l
 accelerate launch --config_file configuration/accelerate/ddp.yaml -m training.remember MODEL letters/ --to runs/letters
 ```
 
-A text is a `.txt` file, or a row of a `.jsonl` or `.parquet` file or of a dataset of the Hub. Its id is the file's
-path as given, with `#row` where a file holds several. What is stored is on the disk; after an interruption the same
-command goes on with what is missing, and a text that has changed since is remembered anew. Several processes share the
-texts and write to one store.
+A text is a `.txt` or `.md` file, or a row of a `.jsonl` or `.parquet` file or of a dataset of the Hub. Its id is the
+file's path as given, with `#row` where a file holds several. What is stored is on the disk; after an interruption the
+same command goes on with what is missing, and a text that has changed since is remembered anew. A row that holds no
+text is named and left out. Several processes share the texts and write to one store.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
@@ -29,12 +28,13 @@ from transformers import PreTrainedModel
 from modeling_memory import MemoryProcessor, MemoryStore
 from modeling_memory.store.codec import DTYPES
 from modeling_memory.store.texts import text_digest
+from training.command_line import MISTAKE, Parser, run_command, whole_number
 from training.data.sources import HUB, SUFFIXES, HubDataset, read_file
 from training.evaluate import find_model
 from training.publishing.hub_folder import load_checkpoint
 
-COMMIT_CHARACTERS = 1_000_000
-"""Characters of text that are stored by one change: what an interruption may cost."""
+COMMIT_CHARACTERS = 200_000
+"""Characters of text that are stored by one change: what an interruption may cost, and how often the bar moves."""
 
 Source = Path | HubDataset
 
@@ -83,12 +83,16 @@ def find_sources(words: Sequence[str]) -> list[Source]:
     return list(dict.fromkeys(sources))
 
 
-def named_texts(sources: Sequence[Source], text_column: str = "text") -> Iterator[tuple[str, str]]:
+def named_texts(
+    sources: Sequence[Source], text_column: str = "text", refuse: Callable[[str], None] | None = None
+) -> Iterator[tuple[str, str]]:
     """Yield each text with its id, one at a time.
 
     Args:
         sources (`Sequence`): From [`find_sources`].
         text_column (`str`): Column or field that holds a document's text.
+        refuse (`Callable`, *optional*): Is told of rows of files that hold no text or half a character, which are then
+            left out. By default such a row is an error.
     """
     for source in sources:
         if isinstance(source, HubDataset):
@@ -98,8 +102,14 @@ def named_texts(sources: Sequence[Source], text_column: str = "text") -> Iterato
                     yield f"{name}#{row}", text
         else:
             is_one = ".txt" in source.suffixes[-2:]
-            for row, text in enumerate(read_file(source, text_column)):
-                yield (source.as_posix() if is_one else f"{source.as_posix()}#{row}"), text
+            left_out: list[
+                str
+            ] = []  # they are counted, so that the rows after them keep their ids once they are mended
+            texts = read_file(source, text_column, None if refuse is None else left_out.append)
+            for row, text in enumerate(texts):
+                yield (source.as_posix() if is_one else f"{source.as_posix()}#{row + len(left_out)}"), text
+            for told in left_out:
+                refuse(told)  # type: ignore[misc]
 
 
 def remember(
@@ -117,7 +127,7 @@ def remember(
         texts (`Iterator`): Ids and texts.
         batch_size (`int`): Chunks that the encoder reads at a time.
         commit_characters (`int`): Characters of one change of the store.
-        bar (`tqdm`, *optional*): Counts chunks.
+        bar (`tqdm`, *optional*): Counts characters, and shows chunks beside them.
 
     Returns:
         `dict`: `stored`, `changed` (of these) and `known` texts, and `chunks` that were encoded.
@@ -129,16 +139,22 @@ def remember(
     def progress(chunks: int) -> None:
         counts["chunks"] += chunks
         if bar is not None:
-            bar.update(chunks)
+            bar.set_postfix_str(f"{counts['chunks']:,} chunks")
 
     def commit() -> None:
         counts["stored"] += store.append(waiting, batch_size=batch_size, on_duplicate="replace", progress=progress)
+        advance(sum(map(len, waiting.values())))
         waiting.clear()
+
+    def advance(characters: int) -> None:
+        if bar is not None:
+            bar.update(characters)
 
     for text_id, text in texts:
         is_known = text_id in store
         if is_known and store.digest(text_id) == text_digest(text):
             counts["known"] += 1
+            advance(len(text))
             continue
         counts["changed"] += is_known
         characters += len(text) - len(waiting.get(text_id, ""))
@@ -153,7 +169,7 @@ def remember(
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
-    parser = argparse.ArgumentParser(prog="python -m training.remember", description="Keep texts as memories on disk.")
+    parser = Parser(prog="python -m training.remember", description="Keep texts as memories on disk.")
     add = parser.add_argument
     add("model", help="folder or Hub id of a memory model")
     add("texts", nargs="+", metavar="TEXT", help="files, folders, or hub:ID@COMMIT")
@@ -161,15 +177,19 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=tuple(DTYPES), help="number format of a new store (float16)")
     add("--keep-text", action="store_true", help="let a new store keep the texts, to show and expand chunks")
     add("--text-column", default="text", metavar="NAME", help="column or field of the text (text)")
-    add("--batch-size", type=int, default=256, metavar="N", help="chunks that the encoder reads at a time (256)")
-    add("--threads", type=int, metavar="N", help="processor threads")
+    add(
+        "--batch-size",
+        type=whole_number(),
+        default=256,
+        metavar="N",
+        help="chunks that the encoder reads at a time (256)",
+    )
+    add("--threads", type=whole_number(), metavar="N", help="processor threads")
     return parser
 
 
-def run(options: argparse.Namespace) -> dict[str, int]:
-    """Do what the command line says; returns what was done by all processes together."""
-    if options.threads:
-        torch.set_num_threads(options.threads)
+def run(options: argparse.Namespace, command: str) -> int:
+    """Do what the command line says; returns the exit status, which is that of a mistake if a text was refused."""
     state, started = PartialState(cpu=not torch.cuda.is_available()), time.perf_counter()
     sources = find_sources(options.texts)
     model, processor = load_memory_model(options.model, state.device)
@@ -181,8 +201,15 @@ def run(options: argparse.Namespace) -> dict[str, int]:
             f"{options.to} was begun with the format {store.dtype} and {'the' if store.keeps_text else 'no'} text. "
             "Leave the options out, or begin another store."
         )
-    texts = islice(named_texts(sources, options.text_column), state.process_index, None, state.num_processes)
-    with tqdm(desc="remember", unit="chunk", unit_scale=True, disable=not state.is_main_process) as bar:
+    total = None
+    if state.is_main_process and not any(isinstance(source, HubDataset) for source in sources):  # not streamed twice
+        texts = named_texts(sources, options.text_column, lambda told: None)
+        total = sum(len(text) for _, text in texts) // state.num_processes
+    refused: list[str] = []
+    texts = named_texts(sources, options.text_column, refused.append)
+    texts = islice(texts, state.process_index, None, state.num_processes)
+    shown = {"unit": "char", "unit_scale": True, "disable": not state.is_main_process}
+    with tqdm(desc="remember", total=total, **shown) as bar:
         counts = remember(store, texts, batch_size=options.batch_size, bar=bar)
     everywhere: list[dict[str, int]] = gather_object([counts])
     totals = {name: sum(one[name] for one in everywhere) for name in counts}
@@ -200,22 +227,14 @@ def run(options: argparse.Namespace) -> dict[str, int]:
         if store.num_unknown:
             share = store.num_unknown / store.num_tokens
             print(f"{store.num_unknown:,} tokens ({share:.1%}) are none that the encoder knows: remembered as nothing")
-    return totals
+        for told in refused:
+            print(f"error: {told} It is left out; the other texts are stored.", file=sys.stderr)
+    return MISTAKE if refused else 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    options = build_parser().parse_args(arguments)
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        run(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on with what is missing", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(build_parser(), run, arguments)
 
 
 if __name__ == "__main__":

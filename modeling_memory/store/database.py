@@ -133,8 +133,13 @@ def new_file(path: Path) -> Iterator[sqlite3.Connection]:
                 yield database
             finally:
                 database.close()  # the last to close carries the write-ahead log over into the file
-        with suppress(FileExistsError):
+        try:
             os.link(part, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            if not path.exists():
+                os.replace(part, path)
         sync_folder(path.parent)
     finally:
         for ending in ("", "-wal", "-shm", "-journal"):
@@ -225,9 +230,13 @@ class Database:
             # Without the right to write there is no log to read, and no one here to change the file: `immutable`.
             options = "mode=ro&immutable=1" if self.is_fixed else "mode=rw"
             self._connection = connect(self.path, self.lock_seconds, options)
-            self._file = self._identity()
-            self._begin()
-            self._check_schema()
+            try:
+                self._file = self._identity()
+                self._begin()
+                self._check_schema()
+            except BaseException:
+                self.close()
+                raise
 
     def _identity(self) -> tuple[int, int] | None:
         try:

@@ -33,7 +33,7 @@ def verify(store: MemoryStore) -> list[str]:
     for (line,) in attempt(store._read, "PRAGMA integrity_check") or ():
         if line != "ok":
             problems.append(f"{FILE} of {store.folder.name} is damaged: {line}")
-    rows = attempt(store._read, "SELECT * FROM texts ORDER BY key") or []
+    rows = attempt(lambda: store._in_order(-1, store._read("SELECT * FROM texts ORDER BY key"))) or []
     found = {"texts": len(rows), "chunks": 0, "passages": 0}
     for row in rows:
         entry = attempt(store._entry, row)
@@ -104,8 +104,9 @@ def _whole_records(store: MemoryStore, lost: list[str]) -> Iterator[Record]:
         text_id = None
         try:
             for row in store._read("SELECT * FROM texts WHERE key = ?", key):
-                text_id = row[1] if isinstance(row[1], str) else None
-                yield store._whole(*store._entry(row))
+                text_id = row[1] if isinstance(row[1], str) and row[0] == key else None
+                if row[0] == key:  # a damaged tree may answer with another row
+                    yield store._whole(*store._entry(row))
         except (MemoryStoreError, OSError) as fault:
             logger.warning(str(fault))
             lost += [text_id] if text_id is not None else []

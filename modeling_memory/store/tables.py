@@ -76,14 +76,31 @@ class Tables:
             raise MemoryStoreError(
                 f"{self.folder.name} has no text {text_id!r}. `store.text_ids` lists those that it has."
             )
-        self._known[text_id] = self._entry(found[0])
-        return self._known[text_id]
+        key, entry = self._entry(found[0])
+        if entry.text_id != text_id:
+            raise damaged(self.folder / FILE, f"its index of ids leads from {text_id!r} to {entry.text_id!r}")
+        self._known[text_id] = key, entry
+        return key, entry
+
+    def _by_key(self, key: int) -> Entry:
+        """Row of the text to which chunks or passages belong."""
+        found = self._read("SELECT * FROM texts WHERE key = ?", key)
+        if not found or found[0][0] != key:
+            raise damaged(self.folder / FILE, f"the text of the chunks {key << SHIFT} and following is gone")
+        return self._entry(found[0])[1]
+
+    def _in_order(self, before: int, rows: list[tuple]) -> list[tuple]:
+        """Rows as they are, if each number is above the one before: a damaged tree may give one row twice."""
+        numbers = [before, *(row[0] for row in rows)]
+        if any(one >= other for one, other in zip(numbers, numbers[1:], strict=False)):
+            raise damaged(self.folder / FILE, f"rows after {before} are not in order")
+        return rows
 
     def _entries(self, size: int = 1000) -> Iterator[tuple[int, Entry]]:
         """All texts, some at a time, so that a change in between does no harm."""
         key, seen = -1, 0
         while rows := self._read("SELECT * FROM texts WHERE key > ? ORDER BY key LIMIT ?", key, size):
-            for row in rows:
+            for row in self._in_order(key, rows):
                 yield self._entry(row)
             key, seen = rows[-1][0], seen + len(rows)
         stored = self._database.state["texts"]
@@ -101,9 +118,9 @@ class Tables:
     def _blobs(self, rows: range) -> list[tuple[int, bytes]]:
         """Memories of rows that follow each other, as they are stored."""
         found = self._read("SELECT * FROM chunks WHERE row BETWEEN ? AND ?", rows.start, rows.stop - 1)
-        if len(found) != len(rows):
-            missing = sorted(set(rows) - {row for row, _, _ in found})[0]
-            raise damaged(self.folder / FILE, f"{self._name(missing)} is gone")
+        if [row for row, _, _ in found] != list(rows):
+            missing = sorted(set(rows) - {row for row, _, _ in found})
+            raise damaged(self.folder / FILE, f"{self._name((missing or rows)[0])} is gone or out of order")
         return [(row, self._checked_blob(row, blob, stored)) for row, blob, stored in found]
 
     def _checked_blob(self, row: int, blob: Any, stored: Any) -> bytes:
@@ -123,6 +140,7 @@ class Tables:
         """All memories, block by block; compared with their checksums once for each state of the store."""
         is_checked, row, seen = self._checked == self.generation, -1, 0
         while found := self._read("SELECT * FROM chunks WHERE row > ? ORDER BY row LIMIT ?", row, block_size):
+            self._in_order(row, found)
             if not is_checked:
                 for one in found:
                     self._checked_blob(*one)
@@ -134,13 +152,9 @@ class Tables:
         self._checked = self.generation
 
     def _chunks_of(self, rows: set[int]) -> dict[int, Chunk]:
-        keys = {row >> SHIFT for row in rows}
-        entries = {}
-        for key in keys:
-            found = self._read("SELECT * FROM texts WHERE key = ?", key)
-            if not found:
-                raise damaged(self.folder / FILE, f"the text of the chunks {key << SHIFT} and following is gone")
-            entries[key] = chunks_of(self._entry(found[0])[1])
+        entries = {key: chunks_of(self._by_key(key)) for key in {row >> SHIFT for row in rows}}
+        if any(row & (1 << SHIFT) - 1 >= len(entries[row >> SHIFT]) for row in rows):
+            raise damaged(self.folder / FILE, "it holds chunks that belong to no text")
         return {row: entries[row >> SHIFT][row & (1 << SHIFT) - 1] for row in rows}
 
     def _passages(self, key: int, entry: Entry) -> list[tuple[int, str]]:
@@ -152,19 +166,18 @@ class Tables:
             )
         first = key << SHIFT
         found = self._read("SELECT * FROM passages WHERE row BETWEEN ? AND ?", first, first + (1 << SHIFT) - 1)
-        whole = len(found) == entry.passages and found[0][0] == first
+        whole = len(self._in_order(first - 1, found)) == entry.passages and found[0][0] == first
         if not whole or any(stored != checksum(content, row) for row, content, stored in found):
             raise damaged(self.folder / FILE, f"the kept text of {entry.text_id!r} does not agree with its checksum")
         return [(row - first, content) for row, content, _ in found]
 
     def _passage(self, row: int) -> Passage:
         key, number = row >> SHIFT, row & (1 << SHIFT) - 1
-        found = self._read("SELECT * FROM texts WHERE key = ?", key)
+        entry = self._by_key(key)
         content = self._read("SELECT content, checksum FROM passages WHERE row = ?", row)
         after = self._read("SELECT min(row) FROM passages WHERE row BETWEEN ? AND ?", row + 1, (key + 1 << SHIFT) - 1)
-        if not found or not content or content[0][1] != checksum(content[0][0], row):
+        if not content or content[0][1] != checksum(content[0][0], row):
             raise damaged(self.folder / FILE, f"the kept text of {self._name(row)} does not agree with its checksum")
-        _, entry = self._entry(found[0])
         stop = len(entry.places) if after[0][0] is None else after[0][0] - (key << SHIFT)
         return Passage(entry.text_id, tuple(chunks_of(entry)[number:stop]), content[0][0])
 

@@ -181,7 +181,7 @@ def _replies(
         return_tensors="pt",
     )  # fmt: skip
     sampling = {"do_sample": temperature > 0, **({"temperature": temperature, "top_p": 0.95} if temperature else {})}
-    output = model.generate(**inputs.to(model.device), max_new_tokens=40, **sampling)  # type: ignore[operator]
+    output = model.generate(**inputs.to(model.device), max_new_tokens=40, **sampling)
     return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

@@ -1,6 +1,6 @@
 """Objectives as data: which tokens a batch shows and which token each position must output.
 
-Every objective is a pure function of token ids. It makes the *text* that the model reads in clear; in front of it
+Every objective is a pure function of token ids. It makes the *text* that the model reads as full text; before it
 stands the *source*, what shall be remembered:
 
 | objective | source | text | target of text position j |
@@ -64,7 +64,7 @@ Distillation has the same inputs, and beside them the whole text for the teacher
 B batch, n tokens of a row, H tokens of a source, T columns of a batch, C chunks, L chunk length, K memories per chunk.
 
 Source: Badger 2026, arXiv 2602.13466, copy and blank copy objectives and curriculum. There the copy has no marker
-(or three overwritten tokens), so its first token cannot be told from a continuation, and its loss is halved.
+(or three overwritten tokens), so its first token looks like a continuation, and its loss is halved.
 """
 
 from collections.abc import Mapping, Sequence
@@ -87,7 +87,7 @@ class SpecialTokens:
     Attributes:
         pad (`int`): Fills columns that the attention mask hides.
         bos (`int`, *optional*): Begins a document. No objective adds one.
-        eos (`int`, *optional*): Ends a document. Copies of sources that may end anywhere ask for it behind them.
+        eos (`int`, *optional*): Ends a document. Copies of sources that may end anywhere ask for it after them.
         memory (`int`, *optional*): Slot that a memory takes; for the slots layout.
         copy (`int`, *optional*): Marker that asks for the source; for the copy objective.
         blank (`int`, *optional*): Token that shows nothing; for the blank copy objective.
@@ -738,7 +738,7 @@ def _whole_windows(
 
 
 def _with_end(tokens: torch.Tensor, mask: torch.Tensor, eos_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Put the end token behind rows `(B, H)` that have room for it."""
+    """Put the end token after rows `(B, H)` that have room for it."""
     is_end = torch.arange(tokens.shape[1], device=tokens.device) == mask.sum(1, keepdim=True)  # (B, H)
     return tokens.masked_fill(is_end, eos_token_id), mask | is_end
 

@@ -90,7 +90,7 @@ def chat_turns(
         Ids, and a mask of the same length: 1 for the answer and the end of its turn.
 
     Raises:
-        ValueError: If there is no template, a turn holds a control token, or the answer cannot be told from what
+        ValueError: If there is no template, a turn holds a control token, or the answer cannot be parted from what
             stands before it.
     """
     if tokenizer.chat_template is None:
@@ -116,13 +116,13 @@ def chat_turns(
         ids, mask = list(found["input_ids"]), list(found["assistant_masks"])
     else:
         ids = _ids(tokenizer, whole)
-        before = _ids(tokenizer, asked, add_generation_prompt=True)
-        if len(before) >= len(ids) or ids[: len(before)] != before:
+        opened = _ids(tokenizer, asked, add_generation_prompt=True)
+        if len(opened) >= len(ids) or ids[: len(opened)] != opened:
             raise ValueError(
                 "the chat template writes something else before an answer that is there than before one that is to "
                 "be written; give the template a {% generation %} block around the assistant's content"
             )
-        mask = [0] * len(before) + [1] * (len(ids) - len(before))
+        mask = [0] * len(opened) + [1] * (len(ids) - len(opened))
         mask = _until_end(ids, mask, tokenizer.eos_token_id)
     if not any(mask):
         raise ValueError(f"the chat template shows no token of the answer {answer!r}; give a longer answer")

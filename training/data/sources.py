@@ -18,7 +18,7 @@ import pyarrow
 import pyarrow.parquet
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-SUFFIXES = (".parquet", *(f"{kind}{end}" for kind in (".jsonl", ".txt") for end in ("", *COMPRESSIONS)))
+SUFFIXES = (".parquet", *(f"{kind}{end}" for kind in (".jsonl", ".txt", ".md") for end in ("", *COMPRESSIONS)))
 HUB = "hub:"
 READ_ERRORS = (OSError, EOFError, zlib.error, UnicodeDecodeError, pyarrow.ArrowInvalid)
 
@@ -106,10 +106,10 @@ def read_file(file: Path, text_column: str = "text", skip: Callable[[str], None]
     """Yield the documents of a file that have a visible character.
 
     Args:
-        file (`Path`): `.parquet`, `.jsonl` (one object a line) or `.txt` (one document), the latter two also with
-            `.gz` or `.zst`.
+        file (`Path`): `.parquet`, `.jsonl` (one object a line), `.txt` or `.md` (one document each), all but the
+            first also with `.gz` or `.zst`.
         text_column (`str`): Column or field that holds a document's text.
-        skip (`Callable`, *optional*): Is told what is wrong with a row that holds no text or half a character; the
+        skip (`Callable`, *optional*): Is given what is wrong with a row that holds no text or half a character; the
             rows after it are read all the same. By default such a row is an error.
 
     Raises:
@@ -161,10 +161,10 @@ def _read(file: Path, text_column: str) -> Iterator[tuple[str, Any]]:
     if name.endswith(".parquet") and not compression:
         yield from _read_parquet(file, text_column)
         return
-    if not name.endswith((".jsonl", ".txt")):
+    if not name.endswith((".jsonl", ".txt", ".md")):
         raise ValueError(f"{file} has no known ending; known: {', '.join(SUFFIXES)}. Convert it to one of these.")
     with _open(file, compression) as content:
-        if name.endswith(".txt"):
+        if name.endswith((".txt", ".md")):
             yield str(file), content.read()
         else:
             yield from _read_json_lines(file, content, text_column)

@@ -128,7 +128,7 @@ def special_tokens_of(
 def complete_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Give a tokenizer that was made elsewhere what slots and padding need, where it lacks it.
 
-    `<memory>` gets the id behind its last one; padding, which is always masked, is the end token. Markers are not
+    `<memory>` gets the id after its last one; padding, which is always masked, is the end token. Markers are not
     added: they would need rows of the model's tables.
 
     Args:

@@ -90,8 +90,9 @@ def code_files(auto_map: Mapping[str, str], folder: Path | None = None) -> set[s
     Raises:
         FileNotFoundError: If a file that is named or imported is not there.
 
-    >>> sorted(code_files({"AutoConfig": "configuration_masked_mixer.MaskedMixerConfig"}))
-    ['configuration_masked_mixer.py']
+    >>> found = code_files({"AutoConfig": "configuration_masked_mixer.MaskedMixerConfig"})
+    >>> "modeling_masked_mixer.py" in found, "processing_memory.py" in found
+    (True, False)
     """
     entries = {(folder or CODE) / f"{entry.partition('.')[0]}.py" for entry in auto_map.values()}
     imported = {Path(name).name for entry in entries for name in get_relative_import_files(entry)}

@@ -124,7 +124,7 @@ class RowsRecipe:
     `source_length` (default `row_length`) is how much of a row the copy objectives take as their source; with
     `vary_source` the rows of a batch take one window, two, ... up to it in turn.
     `shortened` is the share of an autoencoder's chunks, and in the slots layout of the copies' sources, that are cut
-    to a random length; a cut copy learns to write the end token behind its last. Validation reads them whole.
+    to a random length; a cut copy learns to write the end token after its last. Validation reads them whole.
     `window_length` is for `causal_lm` only: the decoder then reads each window of the row by itself, which
     makes it the no-memory baseline of a memory model with that window; default is the whole row.
     Stages with equal `seed` (default: the recipe's) and lengths read the same rows in the same order.

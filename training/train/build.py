@@ -6,12 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from modeling_memory import (
@@ -42,7 +37,7 @@ def build_stage_model(
     Args:
         stage (`StageRecipe`): The stage.
         special_tokens (`SpecialTokens`): Ids of the run's special tokens.
-        vocab_size (`int`): Rows of the token tables; the memory slot's id lies just behind them.
+        vocab_size (`int`): Rows of the token tables; the memory slot's id lies just after them.
         load (`Callable`): Gives the trained model of an earlier stage. Of a pretrained part what the recipe says of
             it, or the model, of an encoder then also what it says about pooling, as [`load_encoder`] does.
 

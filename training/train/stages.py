@@ -86,7 +86,7 @@ class StageRunner:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the models' token tables: the slot's id lies just behind them."""
+        """Rows of the models' token tables: the slot's id lies just after them."""
         memory = self.special_tokens.memory
         return len(self.tokenizer) if memory is None else min(memory, len(self.tokenizer))
 
@@ -398,13 +398,7 @@ class StageRunner:
         return ObjectiveCollator(objectives, spec)
 
     def _train_rows(
-        self,
-        stage: StageRecipe,
-        model: PreTrainedModel,
-        num_items: int,
-        seed: int,
-        *,
-        step_rows: int | None = None,
+        self, stage: StageRecipe, model: PreTrainedModel, num_items: int, seed: int, *, step_rows: int | None = None
     ) -> TokenRows | DocumentRows | StreamedRows | PairedRows:
         if self.recipe.encoder_of(stage) is not None:
             text = self.paired_text(stage, model, "train")
@@ -417,7 +411,7 @@ class StageRunner:
         tokens = self.inputs.tokens["train"]
         if stage.data.documents and step_rows is not None:  # a sample for the projector may be packed
             eos = self.special_tokens.require("eos", "data.documents")
-            # A window to copy and a token behind it; the other stages only need a token that predicts another.
+            # A window to copy and a token after it; the other stages only need a token that predicts another.
             shortest = model.config.window_length + 1 if stage.kind == "memory" else 2
             return DocumentRows(
                 tokens,
@@ -475,7 +469,7 @@ class StageClock(TrainerCallback):
     """Seconds of a stage over all its sessions, also of those that were killed, up to their last log.
 
     Args:
-        path (`Path`): One entry a session: the step it began at, the last step it told of, its seconds.
+        path (`Path`): One entry a session: the step it began at, the last step it logged, its seconds.
         resumed_at (`int`): The step that this session begins at.
         keeps (`bool`): Whether this process writes the file.
     """
@@ -521,7 +515,7 @@ def chunk_counts(stage: StageRecipe, chunk_length: int) -> tuple[int, int]:
     """Return the chunks that become memories, and those of a row, for an encoder with its own tokenizer.
 
     Raises:
-        ValueError: If lengths are no whole chunks, or nothing is left to read behind the source.
+        ValueError: If lengths are no whole chunks, or nothing is left to read after the source.
     """
     rows = stage.data
     source = rows.source_length or rows.row_length // 2

@@ -63,13 +63,9 @@ def memory_statistics(model: Any, tokens: torch.Tensor) -> dict[str, float]:
             model.decoder.set_attn_implementation("eager")
             memories, mask = model.encode_memories(context)  # (B, M, D), (B, M)
             embeds = model.get_input_embeddings()(text)  # (B, W, D)
-            start = model._text_start(mask.sum(1))
-            places = torch.arange(text.shape[1], device=text.device)
-            block = model._memory_block(memories, mask)
-            _, outputs, _ = model._decode_behind(
-                block, embeds, torch.ones_like(text), start[:, None] + places, None,
-                use_cache=False, output_attentions=True,
-            )  # fmt: skip
+            outputs = model(
+                inputs_embeds=embeds, memory_embeds=memories, memory_mask=mask, use_cache=False, output_attentions=True
+            )
         finally:
             model.decoder.set_attn_implementation(attention)
             model.train(training)

@@ -1,1 +1,0 @@
-../../modeling_memory/configuration_memory.py

@@ -1,1 +1,0 @@
-../../modeling_memory/memory_projector.py
