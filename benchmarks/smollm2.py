@@ -303,23 +303,25 @@ def answers_of(reader: Reader, selector: Selector, asked: list[dict[str, Any]], 
     found: list[str] = []
     for start in range(0, len(asked), 8):
         own, batch = contexts[start : start + 8], asked[start : start + 8]
-        given = {"tokenize": True, "add_generation_prompt": True, "padding_side": "left", "return_tensors": "pt"}
+        given = {"add_generation_prompt": True, "padding_side": "left", "return_tensors": "pt"}
         if kind in ("memories", "another text's"):
-            content = [[{"type": "memory"}, {"type": "text", "text": f"\n\n{one['question']}{HINT}"}] for one in batch]
-            counts = [len(processor.split_context(text)) for text in own]
-            budget = [[reader.chunk // int(rate)] * count + [0] * (max(counts) - count) for count in counts]
-            chats = [[{"role": "user", "content": one}] for one in content]
-            inputs = processor.apply_chat_template(chats, context=own, context_num_memories=budget, **given)
+            asks = [[{"type": "memory"}, {"type": "text", "text": f"\n\n{one['question']}{HINT}"}] for one in batch]
+            chats = [[{"role": "user", "content": one}] for one in asks]
+            budget = reader.chunk // int(rate)
+            inputs = processor.apply_chat_template(
+                chats, context=own, context_num_memories=budget, tokenize=True, **given
+            )
             output = reader.model.generate(**inputs, **writing)
         else:
-            texts = [
+            kept = [
                 _kept_text(selector, text, kind, rate, one["question"]) for text, one in zip(own, batch, strict=True)
             ]
-            chats = [
-                [{"role": "user", "content": (f"{text}\n\n" if text else "") + one["question"] + HINT}]
-                for text, one in zip(texts, batch, strict=True)
+            contents = [
+                (f"{text}\n\n" if text else "") + one["question"] + HINT for text, one in zip(kept, batch, strict=True)
             ]
-            inputs = tokenizer.apply_chat_template(chats, return_dict=True, padding=True, **given)
+            # A processor without contexts is the decoder's tokenizer, and pads on the side that it is told.
+            chats = [[{"role": "user", "content": content}] for content in contents]
+            inputs = processor.apply_chat_template(chats, tokenize=True, **given)
             with adapters_on(reader.model.decoder, adapters):
                 output = reader.model.decoder.generate(**inputs, **writing)
         found += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -124,10 +124,8 @@ class MemoryQuestionAnswering(Pipeline):
             raise ValueError(f"`context` is {context!r:.60}; expected a text, or a list of texts.")
         per_chunk = self.processor.memories_per_chunk if memories_per_chunk is None else memories_per_chunk
         counts = [len(self.processor.split_context(text)) for text in texts]
-        budget = None if memories_per_chunk is None else [[per_chunk] * sum(counts)]
-        inputs = self.processor(context=[texts], context_num_memories=budget, return_tensors="pt").to(
-            self.model.device
-        )
+        inputs = self.processor(context=[texts], context_num_memories=memories_per_chunk, return_tensors="pt")
+        inputs = inputs.to(self.model.device)
         embeds, _, num_tokens = self.model.encode_memories(
             inputs["context_input_ids"], inputs["context_attention_mask"], inputs.get("context_num_memories"),
             return_num_tokens=True,

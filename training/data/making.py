@@ -175,11 +175,15 @@ def _checked(passage: str, question: str, reply: str) -> Question | None:
 def _replies(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], temperature: float
 ) -> list[str]:
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    inputs: Any = tokenizer.apply_chat_template(
-        chats, tokenize=True, return_dict=True, add_generation_prompt=True, padding=True, padding_side="left",
-        return_tensors="pt",
-    )  # fmt: skip
+    chats = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+        for prompt in prompts
+    ]
+    # Here, since a template is given no side to pad on.
+    padding: dict[str, Any] = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    inputs = tokenizer(chats, add_special_tokens=False, return_token_type_ids=False, **padding)
     sampling = {"do_sample": temperature > 0, **({"temperature": temperature, "top_p": 0.95} if temperature else {})}
     output = model.generate(**inputs.to(model.device), max_new_tokens=40, **sampling)
     return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
