@@ -308,7 +308,9 @@ def open_plain(layout: Layout, text: Text, facts: Any, memories: Memories, rolli
     return replace(layout, opening=opening, memories=memories)
 
 
-def lay_slots(config: PreTrainedConfig, text: Text, memories: Memories, facts: Any, past: int = 0) -> Layout:
+def lay_slots(
+    config: PreTrainedConfig, text: Text, memories: Memories, facts: Any, past: int = 0, mark: ReadMark | None = None
+) -> Layout:
     """Lay out a text in which memories stand in the places of slots, wherever those are.
 
     Args:
@@ -317,6 +319,7 @@ def lay_slots(config: PreTrainedConfig, text: Text, memories: Memories, facts: A
         memories ([`Memories`]): Those of every text.
         facts ([`Facts`], *optional*): What was read of the data; `None` where nothing was.
         past (`int`): Columns that a cache holds before it.
+        mark ([`ReadMark`], *optional*): What was noted on that cache: memories of an earlier turn are seen as well.
     """
     layout = lay_plain(config, text, facts, past)
     slots = text.input_ids == config.memory_token_id  # (B, T)
@@ -346,8 +349,19 @@ def lay_slots(config: PreTrainedConfig, text: Text, memories: Memories, facts: A
     layout.memories = memories
     layout.needs_own_cache = config.window_positions or config.memory_positions == "source"
     first = None if facts is None or layout.sees_memories is False else facts.first_slot
-    layout.mark = ReadMark(layout.sees_memories, None if first is None else past + first, gaps)
+    first = None if first is None else past + first
+    if mark is not None:
+        first = first if mark.first_memory is None else mark.first_memory
+        layout.sees_memories = _either(layout.sees_memories, mark.rows(len(mask)))
+    layout.mark = ReadMark(layout.sees_memories, first, gaps)
     return layout
+
+
+def _either(one: bool | torch.Tensor, other: bool | torch.Tensor) -> bool | torch.Tensor:
+    """Whether one or the other is true, in each row or in all."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one | other
+    return True if one is True or other is True else other if one is False else one
 
 
 def _entries_of_slots(slots: torch.Tensor, memories: Memories) -> torch.Tensor:
