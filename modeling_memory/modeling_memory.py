@@ -7,7 +7,7 @@
                                  |         |         |            memory states (B, C*K, E)
                               projector projector projector
                                  |         |         |
- decoder input                  m_0       m_1       m_2  y y y y   memory embeds (B, C*K, D), then the window in clear
+ decoder input                  m_0       m_1       m_2  y y y y   memory embeds (B, C*K, D), then the window in full
                                                          | | | |
  decoder output                                          logits    (B, T, V)
 ```
