@@ -170,7 +170,9 @@ def check_text(text: Text, cache: Cache | None) -> None:
             _check_kind("attention_mask", mask, (2,), "(batch, tokens): 1 for tokens, 0 for padding", "mask")
         if mask.dim() == 2:
             past = 0 if cache is None else int(cache.get_seq_length())  # a tensor in a static cache
-            if mask.shape[0] != batch_size or mask.shape[1] not in (length, length + past):
+            # Only a cache of ours remembers which of its columns are padding; of another's the mask has to tell.
+            shortest = length if isinstance(cache, MemoryCache) else length + past
+            if mask.shape[0] != batch_size or mask.shape[1] not in (shortest, length + past):
                 raise ValueError(
                     f"`attention_mask` has shape {tuple(mask.shape)}, but `{name}` has {batch_size} rows and "
                     f"{length} columns and the cache {past}. Expected ({batch_size}, {length + past})."

@@ -712,9 +712,9 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         if rolls:
             check_rolling(config, text.input_ids is not None)
         if not (rolls or config.memory_positions in ("fixed", "spread") or text.input_ids is None):
-            if facts is not None and facts.first_slot is not None and facts.sees_memories is not False:
-                check_view(config, past + text.tokens.shape[1] - facts.first_slot)
-            layout = lay_slots(config, text, memories, facts, past)
+            layout = lay_slots(config, text, memories, facts, past, mark_of(call.cache))
+            if layout.mark is not None and layout.mark.first_memory is not None:
+                check_view(config, past + text.tokens.shape[1] - layout.mark.first_memory)
             check_own_cache(call.cache, use_cache and layout.needs_own_cache)
             return layout
         check_flat_mask(text)

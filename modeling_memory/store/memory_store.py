@@ -18,6 +18,8 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
+from ..memory_chunking import special_frame
+from ..memory_layout import tokens_of_groups
 from .arrow import read_records, read_settings, to_reader
 from .codec import check_dtype, decode_vectors, encode_vectors
 from .database import (
@@ -340,16 +342,23 @@ class MemoryStore(Tables):
             dtype (`torch.dtype`, *optional*): Default: that of the model's decoder, else float32.
 
         Returns:
-            `dict`: `memory_embeds` `(1, M, D)` and `memory_mask` `(1, M)`, on the model's device.
+            `dict`: `memory_embeds` `(1, M, D)` and `memory_mask` `(1, M)`, on the model's device; of a model with
+            `memory_positions="source"` also `memory_num_tokens` `(1, M)`.
         """
-        memory_embeds = self.memories(self.select(wanted)).flatten(0, 1)[None]
+        chunks = self.select(wanted)
+        memory_embeds = self.memories(chunks).flatten(0, 1)[None]
         if self.model is not None:
             memory_embeds = memory_embeds.to(self.model.device, self.model.decoder.dtype)
         memory_embeds = memory_embeds if dtype is None else memory_embeds.to(dtype)
-        return {
-            "memory_embeds": memory_embeds,
-            "memory_mask": torch.ones_like(memory_embeds[..., 0], dtype=torch.long),
-        }
+        memory_mask = torch.ones_like(memory_embeds[..., 0], dtype=torch.long)
+        loaded = {"memory_embeds": memory_embeds, "memory_mask": memory_mask}
+        if self.model is not None and self.model.config.memory_positions == "source":
+            # Not all chunks are full: without their lengths each would stand where a full one does.
+            encoder_tokenizer = self.processor.encoder_tokenizer
+            frame = 0 if encoder_tokenizer is None else sum(map(len, special_frame(encoder_tokenizer)))
+            lengths = torch.tensor([chunk.num_tokens + frame for chunk in chunks], device=memory_mask.device)
+            loaded["memory_num_tokens"] = tokens_of_groups(lengths, self._shape[0]).flatten()[None]
+        return loaded
 
     def prepare(
         self, text: str, wanted: Wanted = None, *, expand: Sequence[Chunk] = (), add_special_tokens: bool = True
