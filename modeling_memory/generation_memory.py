@@ -208,8 +208,14 @@ class MemoryGenerationMixin(GenerationMixin):
             if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
                 return
             padded = input_ids[:, -1] == pad
-        else:
+        elif isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             padded = attention_mask[:, -1] == 0
+        else:
+            given = tuple(getattr(attention_mask, "shape", ())) or f"a {type(attention_mask).__name__}"
+            raise ValueError(
+                f"`attention_mask` of the prompt is {given}; expected a torch tensor of {tuple(input_ids.shape)}, 1 "
+                "for tokens and 0 for padding. Use `return_tensors='pt'` when tokenising."
+            )
         if padded.any():
             raise ValueError(
                 f"Row {int(padded.nonzero()[0])} of the prompt ends in padding, and the next token would be drawn "
