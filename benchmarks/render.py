@@ -74,7 +74,7 @@ TABLES: dict[str, Entry] = {
         quality_tables.quickstart_sample,
     ),
     **_entries("use", "python -m benchmarks.snippet use", quality_tables.use),
-    **_entries("starters", "python -m benchmarks.starters", quality_tables.starters),
+    **_entries("starters", "python -m benchmarks.starters", quality_tables.starters, quality_tables.works),
     "reproduced": Entry(
         ("quickstart", "starters", "fidelity_curve", "rolling"), quality_tables.reproduced, _QUICKSTART
     ),
