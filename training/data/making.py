@@ -175,7 +175,7 @@ def _checked(passage: str, question: str, reply: str) -> Question | None:
 def _replies(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], temperature: float
 ) -> list[str]:
-    chats = [
+    chats: list[Any] = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
