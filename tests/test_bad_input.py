@@ -250,7 +250,7 @@ def test_a_cached_step_wants_the_mask_of_all_that_a_cache_of_the_librarys_holds(
     [([[1, 1, 1]], "a list"), (torch.ones(3), r"\(3,\)"), (torch.ones(1, 1, 3, 3), r"\(1, 1, 3, 3\)")],
 )
 def test_generate_refuses_masks_that_tell_no_token_from_padding(mask, given):
-    with pytest.raises(ValueError, match=rf"`attention_mask` of the prompt is {given}; expected .* \(1, 3\)"):
+    with pytest.raises(ValueError, match=rf"`attention_mask` .*{given}.*expected"):
         build_model().generate(random_ids(1, 3), attention_mask=mask, max_new_tokens=1)
 
 

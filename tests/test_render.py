@@ -163,10 +163,12 @@ def test_a_starter_shows_free_running_beside_teacher_forced():
             assert "of 32" in row[5] and "%" in row[4]
     memory = "metrics.starters.starter-tiny.splits"
     splits = copy.deepcopy(record["metrics"]["starters"]["starter-tiny"]["splits"])
-    splits["wikinews, test"]["copy"]["memory"] |= {"exact_match": 0.2, "num_generated_rows": 10}
+    splits["wikinews, test"]["copy"]["memory"] |= {
+        **{"exact_match": 0.2, "exact_match_interval": [0.1, 0.3], "num_generated_rows": 10}
+    }
     shown = quality_tables.starters(changed(record, memory, splits)).rows
     free = next(row[5] for row in shown if row[0] == "starter-tiny" and row[1].startswith("copy"))
-    assert free == "20% of 10 (wikinews, test)", "the worst split that was measured"
+    assert free == "20% (10 to 30) of 10 (wikinews, test)", "the worst split that was measured"
 
 
 def test_a_probe_that_read_nothing_is_marked_and_never_called_private():

@@ -56,7 +56,9 @@ ALLOWED_FILES = re.compile(
 
 
 class PublishError(RuntimeError):
-    """A folder that does not load back as it was written."""
+    """A folder that does not load back as it was written, or cannot be published as it was asked."""
+
+    exit_status = 2  # what is to be mended is what the command was given
 
 
 def auto_map_of(model_type: str) -> dict[str, str]:
