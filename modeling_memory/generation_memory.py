@@ -289,7 +289,7 @@ class MemoryGenerationMixin(GenerationMixin):
         num_context = 0 if memory_mask is None else int(memory_mask.sum(1).max())
         if embeds is not None:  # whose columns the library does not count
             max_length = max_length + embeds.shape[1]
-        padding = 0 if mask is None else mask.shape[1] - int(mask.sum(1).max())
+        padding = 0 if mask is None else mask.shape[1] - int((mask != 0).sum(1).max())
         num_columns = max_length - 1 - padding  # the last token is written and not read
         slots = (model_kwargs.get("prompt_columns") or (1,))[1:]
         if rolling:

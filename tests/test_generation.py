@@ -368,7 +368,7 @@ class TestRefusals:
             model(random_ids(1, 3 * WINDOW + 1))
 
     def test_empty_prompt(self):
-        with pytest.raises(ValueError, match="at least one token"):
+        with pytest.raises(ValueError, match="one row and one token"):
             build_model().generate(torch.zeros(1, 0, dtype=torch.long))
 
 

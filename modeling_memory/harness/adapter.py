@@ -149,7 +149,9 @@ class MemoryLM(TemplateLM):
         if isinstance(pretrained, str):
             self.model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype, **hub)
         chosen = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = self.model.to(device or chosen).eval()
+        # The harness asks for "cuda:0" where nobody chose, also on machines without one.
+        wanted = chosen if device is None or (device.startswith("cuda") and chosen == "cpu") else device
+        self.model = self.model.to(wanted).eval()
         self._device = self.model.device
         beside = _load_tokenizer(tokenizer or pretrained, hub)
         self.processor = beside if isinstance(beside, MemoryProcessor) else None

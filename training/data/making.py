@@ -1,4 +1,4 @@
-"""Questions made from texts, so that none that a model learns from is ever taken from an evaluation set.
+r"""Questions made from texts, so that none that a model learns from is ever taken from an evaluation set.
 
 | kind | question | answer |
 |---|---|---|
@@ -8,8 +8,8 @@
 >>> text = "The bridge was opened in 1932. It was designed by John Bradfield and carries eight lanes of traffic."
 >>> found = cloze(text, random.Random(1))
 >>> found.question, found.answer
-('Which words of the text are missing here? "It was designed by ____ and carries eight lanes of traffic."', 'John Bradfield')
-"""  # noqa: E501
+('The bridge was opened in ____.\n\nWhat does ____ stand for? Answer from the text.', '1932')
+"""
 
 import json
 import random

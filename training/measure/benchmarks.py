@@ -178,7 +178,7 @@ def benchmark_lines(measured: dict[str, Any]) -> list[str]:
     r"""Lines to print: each score beside the share of requests that went through memories.
 
     >>> score = {"scores": {"acc": {"value": 0.5, "num_items": 2}}, "counts": {"requests": 8, "memory_requests": 6}}
-    >>> print("\\n".join(benchmark_lines({"boolq": {"headline": "acc", "modes": {"memory": score}}})))
+    >>> print("\n".join(benchmark_lines({"boolq": {"headline": "acc", "modes": {"memory": score}}})))
     task                 metric             mode           score  items  through memories
     boolq                acc                memory        0.5000      2              75%
     """

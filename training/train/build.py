@@ -209,7 +209,7 @@ def _with_adapters(model: PreTrainedModel, stage: StageRecipe) -> PreTrainedMode
 def _continue(model: PreTrainedModel, stage: StageRecipe) -> PreTrainedModel:
     """Take over an earlier stage's model; a memory model may freeze or thaw its parts, and cut chunks otherwise."""
     per_chunk = stage.model.get("memories_per_chunk")
-    if per_chunk not in (None, model.config.memories_per_chunk):
+    if per_chunk is not None and per_chunk != model.config.memories_per_chunk:
         if model.config.pooling in ("queries", "pooled_queries"):
             raise ValueError(
                 f"stages.{stage.name}.model.memories_per_chunk is {per_chunk}, but the pooling "
