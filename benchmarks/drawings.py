@@ -10,7 +10,7 @@ from matplotlib.ticker import PercentFormatter
 from benchmarks.cost_tables import PATHS, by_length, measured_shapes
 from benchmarks.quality_tables import READERS, document_losses
 from benchmarks.table import Record, pick
-from training.records.figures import COLOURS, write_ceiling_figure, write_figures, write_probe_figure
+from training.records.figures import COLOURS, write_figures, write_probe_figure
 
 
 def draw_quickstart(record: Record, folder: Path) -> list[str]:
@@ -21,11 +21,6 @@ def draw_quickstart(record: Record, folder: Path) -> list[str]:
 def draw_probe(record: Record, folder: Path) -> list[str]:
     """Tokens that come back from frozen embeddings, by length and by position."""
     return [write_probe_figure(record, folder)]
-
-
-def draw_ceiling(record: Record, folder: Path) -> list[str]:
-    """The way to the ceiling."""
-    return [write_ceiling_figure(record, folder)]
 
 
 def draw_fidelity_curve(record: Record, folder: Path) -> list[str]:
@@ -120,7 +115,6 @@ def _draw_losses(cell: Record, folder: Path) -> list[str]:
 DRAWINGS = {
     "quickstart": draw_quickstart,
     "probe": draw_probe,
-    "ceiling": draw_ceiling,
     "fidelity_curve": draw_fidelity_curve,
     "rolling": draw_rolling,
 }

@@ -3,7 +3,7 @@
 import statistics
 from typing import Any
 
-from benchmarks.table import TOKENS, Record, Table, count, percent, pick
+from benchmarks.table import TOKENS, Record, Table, percent, pick
 from training.records.sample import sample_lines
 
 MINUTE, GIBIBYTE = 60, 2**30
@@ -324,52 +324,6 @@ def at_floor(cells: Record) -> bool:
     if "shuffled" not in cells:
         return False
     return cells["embedding"]["token_accuracy_interval"][0] <= cells["shuffled"]["token_accuracy_interval"][1]
-
-
-def ceiling(record: Record) -> Table:
-    """What a decoder writes from the encoder's memories, from refined ones, and from ones made for the text."""
-    result, steps = pick(record, "metrics.against_ceiling"), pick(record, "recipe.steps")
-    names = {
-        "one_pass": "the encoder's, one pass",
-        "refined": f"the same after {steps} optimiser steps",
-        "optimised": f"random ones after {steps} optimiser steps",
-        "ceiling": "the better of both for each text: the ceiling",
-    }
-    rows = [["memories", "tokens right", "texts without an error", "loss (nats per token)",
-             "gain over none (nats per text)"]]  # fmt: skip
-    for name, label in names.items():
-        part = result[name]
-        low, high = part["gain_nats_interval"]
-        rows.append([
-            label, f"{part['token_accuracy']:.1%}", f"{part['exact_match']:.0%}", f"{part['loss']:.4f}",
-            f"{part['gain_nats']:.1f} ({low:.1f} to {high:.1f})",
-        ])  # fmt: skip
-    low, high = result["percent_of_nats_interval"]
-    one = result["one_pass"]
-    return Table(
-        rows,
-        f"One pass of the encoder reaches {result['percent_of_nats']:.1f}% ({low:.1f} to {high:.1f}, over texts) of "
-        f"the ceiling's gain. {one['num_texts']} texts of {one['num_tokens'] // one['num_texts']} tokens in "
-        f"{count(result['num_vectors'], 'vector')} each, objective {result['objective'].replace('_', ' ')}.",
-    )
-
-
-def capacity(record: Record) -> Table:
-    """How many tokens a decoder writes back from vectors made for one text, by length."""
-    result = pick(record, "metrics.capacity")
-    parts = result["by_length"]
-    rows = [
-        ["tokens of the text", *parts],
-        ["texts without an error", *(f"{part['exact_match']:.0%}" for part in parts.values())],
-        ["tokens right", *(f"{part['token_accuracy']:.1%}" for part in parts.values())],
-        ["gain over none (nats per text)", *(f"{part['gain_nats']:.1f}" for part in parts.values())],
-    ]
-    texts = next(iter(parts.values()))["num_texts"]
-    return Table(
-        rows,
-        f"{count(result['num_vectors'], 'vector')} a text, at most {pick(record, 'recipe.steps')} optimiser steps, "
-        f"the beginnings of {texts} texts: too few for intervals.",
-    )
 
 
 def fidelity(record: Record) -> Table:

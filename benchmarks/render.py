@@ -82,8 +82,6 @@ TABLES: dict[str, Entry] = {
     **_entries("pairs", "python -m benchmarks.pairs", quality_tables.pairs),
     **_entries("decoder_sizes", "python -m benchmarks.pairs", quality_tables.decoder_sizes),
     **_entries("probe", "python -m training.probe", quality_tables.probe),
-    **_entries("ceiling", "python -m training.ceiling runs/quickstart/hub", quality_tables.ceiling),
-    **_entries("capacity", "python -m training.ceiling", quality_tables.capacity),
     **_entries("fidelity", "python -m training.evaluate runs/quickstart/hub", quality_tables.fidelity),
     **_entries(
         "smollm2",

@@ -102,13 +102,6 @@ VALUES: list[tuple[str, str, str | int, Callable[[dict[str, Any]], str]]] = [
         "32 tokens",
         lambda r: f"{_model(r, 'MiniLM-L6')['32']['embedding']['token_accuracy']:.1%}",
     ),
-    (
-        "ceiling",
-        "the encoder's, one pass",
-        "loss (nats per token)",
-        lambda r: f"{r['metrics']['against_ceiling']['one_pass']['loss']:.4f}",
-    ),
-    ("capacity", "tokens right", "8", lambda r: f"{r['metrics']['capacity']['by_length']['8']['token_accuracy']:.1%}"),
     ("rolling_quality", "rolling memory", 1, lambda r: f"{r['metrics']['quality']['losses']['rolling'][0]:.3f}"),
 ]
 
