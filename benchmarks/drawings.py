@@ -8,7 +8,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from benchmarks.cost_tables import PATHS, by_length, measured_shapes
-from benchmarks.quality_tables import READERS, document_losses
 from benchmarks.table import Record, pick
 from training.records.figures import COLOURS, write_figures, write_probe_figure
 
@@ -51,12 +50,10 @@ def draw_fidelity_curve(record: Record, folder: Path) -> list[str]:
 
 
 def draw_rolling(record: Record, folder: Path) -> list[str]:
-    """CPU time to the first token against length, a panel a decoder; and loss against position."""
+    """CPU time to the first token against length, a panel a decoder."""
     cells = {shape: by_length(record, "first_token", shape) for shape in measured_shapes(record, "first_token")}
     shapes = [shape for shape, lengths in cells.items() if len(lengths) > 1]  # one length is no curve: see the table
-    written = _draw_first_token(record, shapes, folder) if shapes else []
-    cell = record["metrics"].get("quality")
-    return written if cell is None else written + _draw_losses(cell, folder)
+    return _draw_first_token(record, shapes, folder) if shapes else []
 
 
 def _draw_first_token(record: Record, shapes: list[str], folder: Path) -> list[str]:
@@ -84,32 +81,6 @@ def _draw_first_token(record: Record, shapes: list[str], folder: Path) -> list[s
                      label="by the clock, on a busy machine")]  # fmt: skip
     figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return _save(figure, folder / "first_token.png")
-
-
-def _draw_losses(cell: Record, folder: Path) -> list[str]:
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
-    panel = figure.subplots()
-    edges = cell["edges"]
-    for place, (colour, (name, title)) in enumerate(zip(COLOURS, READERS.items(), strict=False)):
-        points = document_losses(cell, name)
-        means = [point[0] for point in points]
-        errors = [[mean - low for mean, low, _ in points], [high - mean for mean, _, high in points]]
-        ends = [
-            end * 1.03 ** (place - 2.5) for end in edges[1 : len(points) + 1]
-        ]  # side by side, so that all are seen
-        label = title.format(**{**cell, **cell["given"]})
-        panel.errorbar(ends, means, yerr=errors, fmt="o-", color=colour, label=label, markersize=3, linewidth=1.4,
-                       elinewidth=0.7, capsize=2)  # fmt: skip
-    panel.set_xscale("log", base=2)
-    panel.set_xticks(edges[1:], [f"{n:,}" for n in edges[1:]], fontsize=8)
-    panel.minorticks_off()
-    panel.set_xlabel("position in the document, up to")
-    panel.set_ylabel("loss (nats per token)")
-    documents = cell["given"]["documents"]
-    panel.set_title(f"mean of {documents} documents; bars: the least and the largest of them", fontsize=10)
-    _tidy(panel)
-    panel.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
-    return _save(figure, folder / "loss.png")
 
 
 DRAWINGS = {

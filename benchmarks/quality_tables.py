@@ -368,48 +368,6 @@ def fidelity(record: Record) -> Table:
     )
 
 
-READERS = {
-    "rolling": "rolling memory",
-    "rolling_newest": "rolling memory, the newest {newest_memories} memories only",
-    "no_memory": "no memory, the same windows of {window_length}",
-    "no_memory_sliding": "no memory, always the {window_length} tokens before",
-    "full_context": "full text",
-    "full_context_rows": "full text in rows of {trained_tokens}, as trained",
-}
-
-
-def rolling_quality(record: Record) -> Table:
-    """Loss by position in long documents, a row for each way of reading."""
-    cell = pick(record, "metrics").get("quality")
-    if cell is None:
-        return Table(note="Not measured: `python -m benchmarks.rolling --only quality`.")
-    edges, given = cell["edges"], {**cell, **cell["given"]}
-    rows = [["nats per token, tokens", *(f"{a:,} to {b:,}" for a, b in zip(edges, edges[1:], strict=False))]]
-    for name, title in READERS.items():
-        losses = ["" if loss is None else f"{loss:.3f}" for loss in cell["losses"][name]]
-        rows.append([title.format(**given), *losses])
-    return Table(
-        rows,
-        f"Means of {given['documents']} stretches of {given['tokens']:,} tokens of the test split, too few "
-        f"for intervals. All models learnt from rows of {given['trained_tokens']} tokens; the full text ends where "
-        "the decoder's positions do.",
-    )
-
-
-def document_losses(cell: Record, name: str) -> list[tuple[float, float, float]]:
-    """Mean, least and largest loss over the documents of a cell, by position, as far as all were read.
-
-    >>> document_losses({"losses_by_document": {"a": [[1.0, 4.0], [3.0, None]]}}, "a")
-    [(2.0, 1.0, 3.0)]
-    """
-    columns: list[Any] = []
-    for column in zip(*cell["losses_by_document"][name], strict=True):
-        if None in column:
-            break
-        columns.append((statistics.fmean(column), min(column), max(column)))
-    return columns
-
-
 def scores(record: Record) -> Table:
     """A row for each benchmark: its score in every way of reading, and what went through memories."""
     rows = [["task", "metric", "items", "full text", "memory", "truncated", "none", "memory minus full (95%)",

@@ -102,7 +102,6 @@ TABLES: dict[str, Entry] = {
         cost_tables.rolling_generation,
         cost_tables.rolling_folding,
         cost_tables.rolling_reading,
-        quality_tables.rolling_quality,
     ),
 }
 

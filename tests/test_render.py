@@ -102,7 +102,6 @@ VALUES: list[tuple[str, str, str | int, Callable[[dict[str, Any]], str]]] = [
         "32 tokens",
         lambda r: f"{_model(r, 'MiniLM-L6')['32']['embedding']['token_accuracy']:.1%}",
     ),
-    ("rolling_quality", "rolling memory", 1, lambda r: f"{r['metrics']['quality']['losses']['rolling'][0]:.3f}"),
 ]
 
 
@@ -281,11 +280,6 @@ def test_a_changed_number_record_or_drawing_is_found(
 def test_every_figure_is_drawn_from_its_record(name: str, tmp_path: Path):
     names = drawings.DRAWINGS[name](load(name), tmp_path)
     assert names and all((tmp_path / drawn).stat().st_size > 3000 for drawn in names)
-
-
-def test_a_document_that_ends_early_ends_the_curve():
-    cell = {"losses_by_document": {"a": [[1.0, 4.0], [3.0, None]]}}
-    assert quality_tables.document_losses(cell, "a") == [(2.0, 1.0, 3.0)]
 
 
 @pytest.mark.usefixtures("quick_figures")
