@@ -5,10 +5,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
 
 from benchmarks.cost_tables import PATHS, by_length, measured_shapes
-from benchmarks.table import Record, pick
+from benchmarks.table import Record
 from training.records.figures import COLOURS, write_figures, write_probe_figure
 
 
@@ -20,33 +19,6 @@ def draw_quickstart(record: Record, folder: Path) -> list[str]:
 def draw_probe(record: Record, folder: Path) -> list[str]:
     """Tokens that come back from frozen embeddings, by length and by position."""
     return [write_probe_figure(record, folder)]
-
-
-def draw_fidelity_curve(record: Record, folder: Path) -> list[str]:
-    """Token accuracy against tokens per vector."""
-    runs = sorted(pick(record, "metrics.runs").values(), key=lambda run: run["chunk_length"])
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    panel = figure.subplots()
-    lengths = [run["chunk_length"] for run in runs]
-    for colour, (name, label) in zip(
-        COLOURS, {"memory": "its own vector", "wrong_memory": "another text's vector"}.items(), strict=False
-    ):
-        parts = [run["conditions"][name] for run in runs]
-        values = [part["token_accuracy"] for part in parts]
-        lows, highs = zip(*(part["token_accuracy_interval"] for part in parts), strict=True)
-        errors = [[value - low for value, low in zip(values, lows, strict=True)],
-                  [high - value for value, high in zip(values, highs, strict=True)]]  # fmt: skip
-        panel.errorbar(lengths, values, yerr=errors, fmt="o-", color=colour, label=label, linewidth=1.4, markersize=4,
-                       capsize=2)  # fmt: skip
-    panel.set_xscale("log", base=2)
-    panel.set_xticks(lengths, [str(length) for length in lengths])
-    panel.set_xlabel("tokens in one vector")
-    panel.set_ylabel("tokens written back, test split")
-    panel.set_title(f"vectors of {runs[0]['width']} numbers, equal steps for all lengths", fontsize=10)
-    _shares(panel)
-    _tidy(panel)
-    panel.legend(fontsize=8, frameon=False, loc="center left")
-    return _save(figure, folder / "accuracy.png")
 
 
 def draw_rolling(record: Record, folder: Path) -> list[str]:
@@ -86,14 +58,8 @@ def _draw_first_token(record: Record, shapes: list[str], folder: Path) -> list[s
 DRAWINGS = {
     "quickstart": draw_quickstart,
     "probe": draw_probe,
-    "fidelity_curve": draw_fidelity_curve,
     "rolling": draw_rolling,
 }
-
-
-def _shares(panel: Any) -> None:
-    panel.set_ylim(0, 1.02)
-    panel.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
 def _tidy(panel: Any) -> None:

@@ -163,26 +163,23 @@ def _goal(shown: str, met: bool) -> str:
     return shown if met else f"{shown} (missed)"
 
 
-def reproduced(quick: Record, shipped: Record, curve: Record, rolling: Record) -> Table:
+def reproduced(quick: Record, shipped: Record, rolling: Record) -> Table:
     """What the paper reports beside what stands here today, load and vocabulary with each figure, and one word."""
     found = pick(shipped, "metrics.starters")
     auto, memory = found["starter-autoencoder-64"], found["starter-tiny"]
-    longest = max(pick(curve, "metrics.runs").values(), key=lambda run: run["chunk_length"])
     causal = pick(quick, "metrics.clm")
     share = pick(rolling, "metrics")["generation/quickstart/16384"]["cache_share"]["memories"]
     loads = {
         "auto": f"{auto['width'] / auto['chunk_length']:g}",
-        "curve": f"{longest['width'] / longest['chunk_length']:g}",
         "memory": f"{memory['width'] / memory['chunk_length']:g}",
     }
     difference = causal["memory"]["loss"] - causal["no_memory_model"]["loss"]
-    own = longest["conditions"]["memory"]["token_accuracy"]
     rows = [
         ["the paper", "its load", "here", "our load", "word"],
         [
             "autoencoders give back over 95% of 256 tokens (6)",
             "2 numbers a token, vocabulary 8,000, web text",
-            f"64 tokens: {lowest(auto, 'retention')}; at {loads['curve']} numbers {own:.1%}, not at plateau",
+            f"64 tokens: {lowest(auto, 'retention')}",
             f"{loads['auto']} numbers a token, vocabulary 2,048, books and news",
             "reproduced in part",
         ],
@@ -210,79 +207,6 @@ def reproduced(quick: Record, shipped: Record, curve: Record, rolling: Record) -
         ],
     ]
     return Table(rows, "One seed each; numbers in brackets are those of the statements below.")
-
-
-def fidelity_curve(record: Record) -> Table:
-    """A row for each chunk length: tokens right and loss beside the controls."""
-    rows = [["tokens per vector", "numbers a token", "tokens right", "loss (nats per token)", "another text's vector",
-             "no vector", "test tokens", "minutes of training"]]  # fmt: skip
-    runs = sorted(pick(record, "metrics.runs").values(), key=lambda run: run["chunk_length"])
-    for run in runs:
-        own, wrong, none = (run["conditions"][name] for name in ("memory", "wrong_memory", "no_memory"))
-        rows.append([
-            str(run["chunk_length"]), f"{run['width'] / run['chunk_length']:g}", percent(own, digits=2),
-            f"{own['loss']:.4f}", f"{wrong['token_accuracy']:.1%}", f"{none['token_accuracy']:.1%}",
-            f"{own['num_tokens']:,}", f"{run['seconds'] / MINUTE:.1f}",
-        ])  # fmt: skip
-    return Table(
-        rows,
-        f"Vectors of {runs[0]['width']} numbers, {runs[0]['text_tokens']:,} tokens of training text and the same "
-        f"steps for all lengths: long chunks are not at their plateau. {TOKENS}",
-    )
-
-
-def pairs(record: Record) -> Table:
-    """A row for each run, task and number of memories: loss and accuracy beside their controls."""
-    rows = [["trained", "task", "memories a chunk", "own memories", "another text's", "none", "plain decoder, none",
-             "plain decoder, full text", "gain over another text's (95%)"]]  # fmt: skip
-    runs = pick(record, "metrics.runs")
-    for run in runs.values():
-        trained = "projector and LoRA" if run["adapters"] else "projector"
-        for suite, conditions in run["suites"].items():
-            task, _, budget = suite.partition(", ")
-            names = ("memory", "wrong_memory", "no_memory", "plain_no_memory", "plain_full_context")
-            cells = [_loss(conditions.get(name) or conditions.get(name.removeprefix("plain_"))) for name in names]
-            task = {"clm": "continue", "copy": "copy"}[task]
-            rows.append([trained, task, budget.partition(" ")[0], *cells, _gain(conditions)])
-    first = next(iter(runs.values()))
-    scored = next(iter(first["suites"].values()))["memory"]
-    return Table(
-        rows,
-        f"{first['steps']} steps of {first['rows'] // first['steps']} rows each; {scored['num_rows']} rows of the "
-        "test split. Loss in nats per token, tokens right, teacher-forced; gains in nats per token, over rows.",
-    )
-
-
-def decoder_sizes(record: Record) -> Table:
-    """A row for each decoder that read the same memories: what it copies from them, beside the controls."""
-    rows = [["decoder", "its parameters", "projector", "own memories", "another text's", "none",
-             "gain over another text's (95%)"]]  # fmt: skip
-    runs = sorted(pick(record, "metrics.runs").values(), key=lambda run: run["parameters"]["decoder"]["total"])
-    for run in runs:
-        conditions = next(values for suite, values in run["suites"].items() if suite.startswith("copy"))
-        fields = run["decoder"]["fields"]
-        what = f"fresh, width {fields['hidden_size']}" if fields else "stories260K, pretrained"
-        cells = [_loss(conditions.get(name)) for name in ("memory", "wrong_memory", "no_memory")]
-        size = f"{run['parameters']['decoder']['total']:,}"
-        rows.append([what, size, run["projector_type"] or "linear", *cells, _gain(conditions)])
-    first = runs[0]
-    scored = next(iter(first["suites"].values()))["memory"]
-    return Table(
-        rows,
-        f"MiniLM frozen, four memories for 32 tokens; {first['decoder']['steps']} steps of next-token training, then "
-        f"{first['steps']} steps of {first['rows'] // first['steps']} rows of copying; {scored['num_rows']} rows of "
-        "the test split. Loss in nats per token, tokens right, teacher-forced; intervals over rows.",
-    )
-
-
-def _loss(values: Record | None) -> str:
-    return "" if values is None else f"{values['loss']:.3f}, {values['token_accuracy']:.1%}"
-
-
-def _gain(conditions: Record) -> str:
-    wrong = conditions["wrong_memory"]
-    low, high = wrong["gain_of_memory_interval"]
-    return f"{wrong['gain_of_memory']:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def probe(record: Record) -> Table:

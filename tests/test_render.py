@@ -89,7 +89,6 @@ VALUES: list[tuple[str, str, str | int, Callable[[dict[str, Any]], str]]] = [
     ),
     ("quickstart_stages", "**all**", "seconds", lambda r: f"**{sum(r['times'].values()):.0f}**"),
     ("speed", "encode 64 contexts of 8 chunks of 32 tokens", 3, lambda r: f"{_ratio(r, 'encode'):.1f}"),
-    ("fidelity_curve", "64", "tokens right", lambda r: f"{_longest(r)['memory']['token_accuracy']:.2%}"),
     (
         "fidelity",
         "free-running: texts without an error",
@@ -107,10 +106,6 @@ VALUES: list[tuple[str, str, str | int, Callable[[dict[str, Any]], str]]] = [
 
 def _ratio(record: dict[str, Any], name: str) -> float:
     return record["metrics"][name]["ratio"]["median"]
-
-
-def _longest(record: dict[str, Any]) -> dict[str, Any]:
-    return max(record["metrics"]["runs"].values(), key=lambda run: run["chunk_length"])["conditions"]
 
 
 def _model(record: dict[str, Any], name: str) -> dict[str, Any]:
@@ -205,14 +200,14 @@ def root(tmp_path: Path) -> Path:
     shutil.copytree(RESULTS, tmp_path / "benchmarks" / "results")
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text(f"# Title\n\n{PAGE}\nThe end.\n")
-    (tmp_path / "docs" / "page.md").write_text("<!-- table:fidelity_curve -->\n<!-- end -->\n")
+    (tmp_path / "docs" / "page.md").write_text("<!-- table:quickstart -->\n<!-- end -->\n")
     return tmp_path
 
 
 @pytest.fixture
 def quick_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw two figures only: the rest is the same."""
-    monkeypatch.setattr(render, "DRAWINGS", {name: render.DRAWINGS[name] for name in ("fidelity_curve", "probe")})
+    monkeypatch.setattr(render, "DRAWINGS", {name: render.DRAWINGS[name] for name in ("quickstart", "probe")})
 
 
 def run(root: Path, *options: str) -> int:
@@ -224,18 +219,18 @@ def test_pages_and_figures_are_made_from_the_records_and_checked(root: Path, cap
     before = (root / "README.md").read_text()
     assert run(root, "--check") == 1
     printed = capsys.readouterr()
-    assert "README.md differs" in printed.out and "docs/figures/fidelity_curve_*.png differs" in printed.out
+    assert "README.md differs" in printed.out and "docs/figures/quickstart_*.png differs" in printed.out
     assert "python -m benchmarks.render" in printed.err
     assert (root / "README.md").read_text() == before and not (root / "docs" / "figures").exists()
 
     assert run(root) == 0
     assert run(root, "--check") == 0
     readme = (root / "README.md").read_text()
-    assert "old" not in readme.split("\n") and "Before fidelity_curve." in readme and "The end." in readme
-    assert "[Record](benchmarks/results/fidelity_curve.json):" in readme
-    assert "(../benchmarks/results/fidelity_curve.json)" in (root / "docs" / "page.md").read_text()
+    assert "old" not in readme.split("\n") and "Before quickstart." in readme and "The end." in readme
+    assert "[Record](benchmarks/results/quickstart.json):" in readme
+    assert "(../benchmarks/results/quickstart.json)" in (root / "docs" / "page.md").read_text()
     names = {path.name for path in (root / "docs" / "figures").iterdir()}
-    assert names == {"fidelity_curve_accuracy.png", "probe_accuracy.png"}
+    assert names == {"quickstart_loss.png", "probe_accuracy.png"}
 
     times = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
     capsys.readouterr()
@@ -255,16 +250,16 @@ def test_a_changed_number_record_or_drawing_is_found(
     assert run(root, "--check") == 1
     page.write_text(text)
     assert run(root, "--check") == 0
-    record = load("fidelity_curve")
-    _longest(record)["memory"]["loss"] = 4.5
-    (root / "benchmarks" / "results" / "fidelity_curve.json").write_text(json.dumps(record))
+    record = load("quickstart")
+    record["metrics"]["autoencoder"]["memory"]["token_accuracy"] = 0.5
+    (root / "benchmarks" / "results" / "quickstart.json").write_text(json.dumps(record))
     capsys.readouterr()
     assert run(root, "--check") == 1
     out = capsys.readouterr().out
-    assert "README.md" in out and "docs/page.md" in out and "docs/figures/fidelity_curve_*.png" in out
+    assert "README.md" in out and "docs/page.md" in out and "docs/figures/quickstart_*.png" in out
     assert "probe" not in out
-    gone = root / "docs/figures/fidelity_curve_gone.png"
-    shutil.copy(root / "docs/figures/fidelity_curve_accuracy.png", gone)
+    gone = root / "docs/figures/quickstart_gone.png"
+    shutil.copy(root / "docs/figures/quickstart_loss.png", gone)
     assert run(root) == 0 and run(root, "--check") == 0
     assert not gone.exists(), "no code draws it"
     source = render.inspect.getsource
@@ -273,7 +268,7 @@ def test_a_changed_number_record_or_drawing_is_found(
     monkeypatch.setattr(render.inspect, "getsource", lambda module: source(module) + "\nLINE_WIDTH = 2\n")
     capsys.readouterr()
     assert run(root, "--check") == 1
-    assert "docs/figures/fidelity_curve_*.png" in capsys.readouterr().out
+    assert "docs/figures/quickstart_*.png" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", render.DRAWINGS)
