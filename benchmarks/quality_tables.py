@@ -75,11 +75,6 @@ def quickstart_sample(record: Record) -> Table:
     return Table(text=sample_lines(pick(record, "sample")))
 
 
-def use(record: Record) -> Table:
-    """What the README's snippet printed."""
-    return Table(text=pick(record, "output").rstrip("\n").splitlines())
-
-
 def starters(record: Record) -> Table:
     """A row for each starter and task: load, goal, teacher-forced and free-running."""
     rows = [["starter", "task", "numbers a token", "must reach", "teacher-forced, worst split", "free-running"]]

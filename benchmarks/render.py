@@ -73,7 +73,6 @@ TABLES: dict[str, Entry] = {
         quality_tables.quickstart_stages,
         quality_tables.quickstart_sample,
     ),
-    **_entries("use", "python -m benchmarks.snippet use", quality_tables.use),
     **_entries("starters", "python -m benchmarks.starters", quality_tables.starters, quality_tables.works),
     "reproduced": Entry(("quickstart", "starters", "rolling"), quality_tables.reproduced, _QUICKSTART),
     **_entries("probe", "python -m training.probe", quality_tables.probe),

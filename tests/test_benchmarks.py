@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import measure, snippet, speed
+from benchmarks import measure, speed
 from benchmarks.measure import UnequalPathsError, assert_equal, compare, fit_exponent, interleave, save_record, spread
 from tests.reference import memory_loop
 from training.records.record import describe_code
@@ -16,7 +16,7 @@ from training.records.record import describe_code
 SPREAD = {"median", "min", "max", "first_quartile", "third_quartile"}
 
 
-@pytest.mark.parametrize("module", [measure, speed, snippet])
+@pytest.mark.parametrize("module", [measure, speed])
 def test_examples_in_docstrings_are_true(module: Any):
     assert doctest.testmod(module, optionflags=doctest.ELLIPSIS).failed == 0
 

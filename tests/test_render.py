@@ -1,4 +1,4 @@
-"""What README and docs show is what the records say: values of cells, pages, figures, snippets."""
+"""What README and docs show is what the records say: values of cells, pages, figures."""
 
 import copy
 import doctest
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cost_tables, drawings, quality_tables, render, smollm2_tables, snippet, speed, table
+from benchmarks import cost_tables, drawings, quality_tables, render, smollm2_tables, speed, table
 from benchmarks.table import Table
 from training.places import REPOSITORY
 from training.records.record import read_json
@@ -338,41 +338,3 @@ def test_committed_records_are_whole_and_full_sized():
         assert record["run"]["status"] == "success", path.name
         assert record["code"]["commit"] and record["hardware"]["threads"], path.name
         assert not record.get("quick", False), path.name
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# snippets
-
-
-def test_the_readme_shows_what_its_present_snippet_printed():
-    record = read_json(RESULTS / "use.json")
-    code = snippet.find_snippet((REPOSITORY / "README.md").read_text(), "use")
-    compile(code, "README.md", "exec")
-    assert record is None or record["snippet"] == code, "run python -m benchmarks.snippet use"
-
-
-def test_a_snippet_is_run_as_it_stands_and_recorded(tmp_path: Path):
-    page, out = tmp_path / "page.md", tmp_path / "use.json"
-    code = "from pathlib import Path\n\nprint(Path('README.md').exists(), 6 * 7)\n"
-    page.write_text(f"text\n\n<!-- snippet:use -->\n```python\n{code}```\n\nmore\n\n```python\nraise\n```\n")
-    assert snippet.main(["use", "--page", str(page), "--out", str(out)]) == 0
-    record = read_json(out)
-    assert record["snippet"] == code and record["output"] == "True 42\n"
-    assert record["code"]["commit"] and str(tmp_path) not in out.read_text()
-    assert quality_tables.use(record).text == ["True 42"]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("<!-- snippet:other -->\n```python\n1\n```\n", "no python block after <!-- snippet:use -->"),
-        ("<!-- snippet:use -->\n```python\n1 / 0\n```\n", "status 1: ZeroDivisionError: division by zero"),
-    ],
-)
-def test_a_snippet_that_is_missing_or_fails_leaves_no_record(
-    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    (tmp_path / "page.md").write_text(text)
-    assert snippet.main(["use", "--page", str(tmp_path / "page.md"), "--out", str(tmp_path / "use.json")]) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "use.json").exists()

@@ -16,7 +16,6 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModel
 
-from benchmarks.snippet import find_snippet, run_snippet
 from modeling_memory import MemoryAutoencoder
 from training import run
 from training.places import REPOSITORY
@@ -213,7 +212,7 @@ def test_the_autoencoder_reaches_what_its_card_says():
 
 
 def test_the_readmes_first_lines_print_what_the_page_says():
-    code = find_snippet((REPOSITORY / "README.md").read_text(encoding="utf-8"), "use")
-    record = read_json(REPOSITORY / "benchmarks" / "results" / "use.json")
-    assert record is not None and code == record["snippet"], "run python -m benchmarks.snippet use"
-    assert run_snippet(code, REPOSITORY) == record["output"]
+    page = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    code, shown = re.search(r"^```python\n(.*?)^```\n.*?^```text\n(.*?)^```$", page, re.M | re.S).groups()
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout == shown
