@@ -113,7 +113,7 @@ class Run:
 
     def measure(self, runner: StageRunner, inputs: Inputs, stages: dict[str, Any]) -> dict[str, Any]:
         """Run the recipe's suites on the test split; kept in a file of their own, so that a resumed run has them."""
-        settings, path = self.recipe.evaluation, self.folder / "evaluation.json"
+        path = self.folder / "evaluation.json"
         asked = {
             "evaluation": self.recipe.to_mapping()["evaluation"],
             "stages": {name: data_digest(runner.identity(self.recipe.stage(name))) for name in stages},
@@ -121,7 +121,13 @@ class Run:
         before = read_json(path)
         if before is not None and before["asked"] == asked:
             return before["metrics"]
-        metrics: dict[str, Any] = {}
+        metrics = self.measure_stages(runner, inputs)
+        write_json(path, {"asked": asked, "metrics": metrics})
+        return metrics
+
+    def measure_stages(self, runner: StageRunner, inputs: Inputs) -> dict[str, Any]:
+        """Run the recipe's suites on the test split."""
+        settings, metrics = self.recipe.evaluation, dict[str, Any]()
         published = self.recipe.stage(self.recipe.published_stage)
         model = runner.load(published.name).to(self.device)
         autoencoder = settings.autoencoder or (published.name if published.kind == "autoencoder" else None)
@@ -145,7 +151,6 @@ class Run:
                 length = length or default_length(evaluation, suite)
                 rows = spread_rows(inputs.tokens["test"], row_length=length, limit=settings.num_rows)
                 metrics[suite] = evaluate_suite(evaluation, suite, rows, baselines if suite == "clm" else None)
-        write_json(path, {"asked": asked, "metrics": metrics})
         return metrics
 
     def measure_pairs(self, runner: StageRunner, stage: StageRecipe, model: Any) -> dict[str, Any]:

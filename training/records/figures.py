@@ -127,6 +127,18 @@ def _save(figure: Any, path: Path) -> str:
     return path.name
 
 
+def _bars(cells: list[dict[str, Any]]) -> list[list[float]]:
+    """How far the intervals of some cells reach below and above their accuracy."""
+    sides = [(cell["token_accuracy"], *cell["token_accuracy_interval"]) for cell in cells]
+    return [[value - low for value, low, _ in sides], [high - value for value, _, high in sides]]
+
+
+def _sizes(cells: list[dict[str, Any]]) -> str:
+    """Say how many numbers an embedding has, from the shortest text to the longest."""
+    sizes = sorted({cell["numbers_per_text"] for cell in cells})
+    return " to ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1])))
+
+
 def write_probe_figure(record: dict[str, Any], folder: Path) -> str:
     """Draw what a probe found: tokens that come back against the length, and by position in the longest texts.
 
@@ -151,13 +163,8 @@ def write_probe_figure(record: dict[str, Any], folder: Path) -> str:
                 continue
             drawn.add(condition)
             values = [cell["token_accuracy"] for cell in cells]
-            bounds = list(zip(*(cell["token_accuracy_interval"] for cell in cells), strict=True))
-            below = [value - low for value, low in zip(values, bounds[0], strict=True)]
-            above = [high - value for value, high in zip(values, bounds[1], strict=True)]
-            sizes = sorted({cell["numbers_per_text"] for cell in cells})
-            numbers = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
-            label = f"{model['name']}, {numbers} numbers a text" if condition == "embedding" else None
-            left.errorbar(lengths, values, yerr=[below, above], fmt=style, color=colour, label=label, capsize=2,
+            label = f"{model['name']}, {_sizes(cells)} numbers a text" if condition == "embedding" else None
+            left.errorbar(lengths, values, yerr=_bars(cells), fmt=style, color=colour, label=label, capsize=2,
                           linewidth=width, markersize=4)  # fmt: skip
             curve = cells[-1]["token_accuracy_by_position"]
             right.plot(range(1, len(curve) + 1), curve, style[1:], color=colour, linewidth=width)
