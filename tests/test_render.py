@@ -215,7 +215,7 @@ def run(root: Path, *options: str) -> int:
 
 
 @pytest.mark.usefixtures("quick_figures")
-def test_pages_and_figures_are_made_from_the_records_and_checked(root: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_check_writes_nothing_and_names_what_differs(root: Path, capsys: pytest.CaptureFixture[str]):
     before = (root / "README.md").read_text()
     assert run(root, "--check") == 1
     printed = capsys.readouterr()
@@ -223,6 +223,9 @@ def test_pages_and_figures_are_made_from_the_records_and_checked(root: Path, cap
     assert "python -m benchmarks.render" in printed.err
     assert (root / "README.md").read_text() == before and not (root / "docs" / "figures").exists()
 
+
+@pytest.mark.usefixtures("quick_figures")
+def test_pages_and_figures_are_made_from_the_records_once(root: Path, capsys: pytest.CaptureFixture[str]):
     assert run(root) == 0
     assert run(root, "--check") == 0
     readme = (root / "README.md").read_text()
