@@ -157,33 +157,41 @@ def test_varied_sources_are_one_window_two_windows_in_turn():
             assert (got[len(alone) :] == filler).all()
 
 
-@pytest.mark.parametrize("objective", ["reconstruction", "copy", "blank_copy"])
-def test_shortened_rows_are_the_drawn_beginnings_whatever_the_batch(objective: str):
-    options: dict[str, Any] = {"layout": "slots"} if objective != "reconstruction" else {}
-    collate = ObjectiveCollator(
-        [objective], BatchSpec(SPECIAL, chunk_length=4, window_length=4, shortened=0.6, **options)
-    )
+def shortening(objective: str, **options: Any) -> tuple[ObjectiveCollator, list[Any]]:
+    """What cuts 60% of the sources short, and 24 rows."""
+    options = {"layout": "self" if objective == "reconstruction" else "slots", "shortened": 0.6, **options}
     source = TokenRows(tokens(), row_length=ROW, num_items=24, seed=1)
-    items = [source[i] for i in range(24)]
+    spec = BatchSpec(SPECIAL, chunk_length=4, window_length=4, **options)
+    return ObjectiveCollator([objective], spec), [source[i] for i in range(24)]
+
+
+@pytest.mark.parametrize("objective", ["reconstruction", "copy", "blank_copy"])
+def test_shortened_rows_are_the_drawn_beginnings(objective: str):
+    collate, items = shortening(objective)
     batch = collate(items)[objective]
-    pieces = ROW // 4 if objective == "reconstruction" else 1
+    chunked = objective == "reconstruction"
+    pieces = ROW // 4 if chunked else 1
     numbers = torch.tensor([number * pieces + piece for number, _ in items for piece in range(pieces)])
     lengths = draw_lengths(numbers, ROW // pieces, 0.6).tolist()
     assert len(set(lengths)) > 2
     for row, length in enumerate(lengths):
         text = items[row // pieces][1].view(pieces, -1)[row % pieces, :length].tolist()
-        labels = batch["labels" if objective == "reconstruction" else "shift_labels"][row]
-        end = [SPECIAL.eos] if objective != "reconstruction" and length < ROW else []
+        labels = batch["labels" if chunked else "shift_labels"][row]
+        end = [SPECIAL.eos] if not chunked and length < ROW else []
         assert labels[labels != IGNORED].tolist() == text + end
-        read = "" if objective == "reconstruction" else "context_"
+        read = "" if chunked else "context_"
         mask = batch[f"{read}attention_mask"][row].bool()
         assert batch[f"{read}input_ids"][row][mask].tolist() == text
+
+
+@pytest.mark.parametrize("objective", ["reconstruction", "copy", "blank_copy"])
+def test_rows_are_shortened_alike_in_any_batch_and_not_in_evaluation(objective: str):
+    collate, items = shortening(objective)
+    batch = collate(items)[objective]
     alone = [collate(items[start : start + 3])[objective] for start in range(0, 24, 3)]
     name = "labels" if objective == "reconstruction" else "shift_labels"
     assert torch.cat([part[name][part[name] != IGNORED] for part in alone]).equal(batch[name][batch[name] != IGNORED])
-    whole = ObjectiveCollator([objective], BatchSpec(SPECIAL, chunk_length=4, window_length=4, **options))(items)[
-        objective
-    ]
+    whole = shortening(objective, shortened=0.0)[0](items)[objective]
     for key, tensor in collate.for_evaluation()(items)[objective].items():
         assert torch.equal(tensor, whole[key])
 
