@@ -1,10 +1,7 @@
 """Cards say what the record says, in metadata that the Hub's client reads, with a snippet that runs."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 from huggingface_hub import ModelCard
@@ -13,6 +10,7 @@ from transformers import LlamaForCausalLM
 from modeling_memory import MaskedMixerForCausalLM, MemoryAutoencoder, MemoryAutoencoderConfig, MemoryProcessor
 from tests.conftest import build_tiny_tokenizer, tiny_decoder_config, tiny_encoder_config
 from tests.memory_models import CHUNK, WINDOW, build_model
+from tests.processes import run_snippet
 from tests.records import RECORD
 from training.places import REPOSITORY
 from training.publishing.cards import (
@@ -257,17 +255,7 @@ def test_the_snippet_runs_as_it_stands(kind, tmp_path):
     """In an empty process beside the folder, which has the name that the card gives it."""
     model, processor = build(kind)
     folder = write_hub_folder(model, processor, tmp_path / "me" / "tiny", None, {"model_name": "me/tiny"})
-    snippet = re.search(r"^```python\n(.*?)^```$", ModelCard.load(folder / "README.md").text, re.MULTILINE | re.DOTALL)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    hidden = "import sys; sys.modules['modeling_memory'] = None\n"
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", hidden + snippet[1]],
-        cwd=tmp_path,
-        env={**environment, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_snippet(ModelCard.load(folder / "README.md").text, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 

@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM, MemoryProcessor
+from tests.processes import write_metadata
 from training.data import making
 from training.data.making import cloze, make_cloze, passages, write_questions
 from training.data.questions import read_questions
@@ -54,11 +55,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(place / "tiny_chat")
     (place / "tiny_chat" / "__init__.py").touch()
-    info = place / "tiny_chat-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-chat\nVersion: 1.0\n")
-    (info / "top_level.txt").write_text("tiny_chat\n")
-    (info / "RECORD").write_text("tiny_chat/__init__.py,,\n")
+    write_metadata(place, "tiny_chat", "1.0")
     return place
 
 

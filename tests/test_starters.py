@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModel
 
 from modeling_memory import MemoryAutoencoder
+from tests.processes import run_snippet
 from training import run
 from training.places import REPOSITORY
 from training.publishing import hub_folder
@@ -177,18 +178,7 @@ def test_a_starters_card_shows_free_running_results_and_lost_tokens(name):
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_starters_snippet_runs_where_the_package_is_not_installed(name, tmp_path):
     (tmp_path / name).symlink_to(folder_named(name))
-    snippet = re.search(r"^```python\n(.*?)^```$", (folder_named(name) / "README.md").read_text(), re.M | re.S)
-    assert snippet is not None
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    hidden = "import sys; sys.modules['modeling_memory'] = None\n"
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", hidden + snippet[1]],
-        cwd=tmp_path,
-        env={**environment, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_snippet((folder_named(name) / "README.md").read_text(), tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     if name.startswith(("starter-tiny", "starter-autoencoder")):
         assert "remembered" in done.stdout

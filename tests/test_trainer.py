@@ -4,8 +4,6 @@ Run as a module by `torchrun`, this file is its own two-process program: it trai
 """
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel, TrainerCallback
 
 from tests.conftest import VOCAB_SIZE, tiny_decoder_config
+from tests.processes import be_one_of_two, run_two
 from training.data.objectives import IGNORED, BatchSpec, SpecialTokens
 from training.data.rows import ObjectiveCollator, TokenRows, draw_lengths
 from training.recipes.recipe import TrainingRecipe
@@ -251,11 +250,7 @@ def test_accumulation_equals_one_batch_with_unequal_targets(tmp_path: Path, batc
 
 def test_two_processes_equal_one_with_unequal_targets(tmp_path: Path):
     whole, log = first_gradients(tmp_path / "whole", batch_size=8)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "tests.test_trainer", str(tmp_path)]
-    root = Path(__file__).resolve().parent.parent
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_two("tests.test_trainer", tmp_path)
     saved = torch.load(tmp_path / "two.pt", weights_only=True)
     assert saved["world_size"] == 2
     assert_close(whole, saved["gradients"], 1e-5)
@@ -405,10 +400,7 @@ def main(folder: Path) -> None:
     if torch.distributed.get_rank() == 0:
         gradients = {name.removeprefix("module."): gradient for name, gradient in gradients.items()}
         torch.save({"world_size": world_size, "gradients": gradients, "log": log}, folder / "two.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    be_one_of_two(main)
