@@ -174,11 +174,7 @@ class ObjectiveCollator:
         if spec.shortened and rows is not None and objective in (*COPIES, "reconstruction"):
             tokens, mask = self._shortened_sources(objective, tokens, rows)
             spec, end = replace(spec, source_length=None), objective in COPIES
-        starts = None
-        if asked == "recall":
-            lengths = torch.full(tokens.shape[:1], tokens.shape[1]) if mask is None else mask.sum(1)
-            lengths = lengths if spec.source_length is None else lengths.clamp(max=spec.source_length)
-            starts = draw_starts(torch.arange(len(tokens)) if rows is None else rows, lengths, spec.recall_prompt)
+        starts = self._starts(spec, tokens, rows, mask) if asked == "recall" else None
         batch = build_batch(objective, tokens, spec, attention_mask=mask, starts=starts, end=end)
         if budget is not None:
             batch["context_num_memories"] = budget * batch["context_attention_mask"].any(2).long()
@@ -187,6 +183,14 @@ class ObjectiveCollator:
         if spec.split_windows:
             batch = {name: tensor.reshape(-1, spec.window_length) for name, tensor in batch.items()}
         return keep_columns(batch)
+
+    def _starts(
+        self, spec: BatchSpec, tokens: torch.Tensor, rows: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Draw where in its source each prompt of recall begins, `(B,)`."""
+        lengths = torch.full(tokens.shape[:1], tokens.shape[1]) if mask is None else mask.sum(1)
+        lengths = lengths if spec.source_length is None else lengths.clamp(max=spec.source_length)
+        return draw_starts(torch.arange(len(tokens)) if rows is None else rows, lengths, spec.recall_prompt)
 
     def _padded_sources(self, objective: str, spec: BatchSpec, mask: torch.Tensor) -> tuple[BatchSpec, torch.Tensor]:
         """Return the length of the sources of padded rows `(B, n)`, whole windows, and the rows' mask."""

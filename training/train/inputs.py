@@ -1,6 +1,6 @@
 """What every stage of a run reads: the tokenizer, and the three splits as streams of tokens."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,14 +81,11 @@ def prepare_inputs(recipe: Recipe, folder: Path, state: PartialState) -> Inputs:
             held_out = [*texts["validation"], *texts["test"]]
             stream = TokenStream(sources["train"], tokenizer, folder, held_out=held_out, limit=data.max_train_tokens)
             stream.reach(1)
-    tokens = {split: streamed.tokens for split, streamed in streams.items()}
-    if data.max_train_tokens is not None and not data.streaming:
-        tokens["train"] = tokens["train"][: data.max_train_tokens]
+    limits = {"train": data.max_train_tokens}
+    tokens = {split: streamed.tokens[: limits.get(split)] for split, streamed in streams.items()}
     description = {
         "files": checksums,
-        "tokens": {split: tokens[split].numel() for split in whole},
-        "documents": {split: streamed.num_documents for split, streamed in streams.items()},
-        "bytes": {split: streamed.num_bytes for split, streamed in streams.items()},
+        **_counts(tokens, streams),
         "tokenizer": {"entries": len(tokenizer), "checksum": tokenizer_checksum(tokenizer)},
         **({} if stream is None else {"stream": stream.identity}),
     }
@@ -102,6 +99,15 @@ def prepare_inputs(recipe: Recipe, folder: Path, state: PartialState) -> Inputs:
         stream,
         texts if any(recipe.encoder_of(stage) is not None for stage in recipe.stages) else {},
     )
+
+
+def _counts(tokens: Mapping[str, torch.Tensor], streams: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Count tokens, documents and bytes of each split that was read whole."""
+    return {
+        "tokens": {split: tokens[split].numel() for split in streams},
+        "documents": {split: streamed.num_documents for split, streamed in streams.items()},
+        "bytes": {split: streamed.num_bytes for split, streamed in streams.items()},
+    }
 
 
 def byte_lengths_of(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor | None:
