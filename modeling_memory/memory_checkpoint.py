@@ -43,7 +43,8 @@ def load_whole(load: Callable[..., Any], *args: Any, output_loading_info: bool =
         kwargs: As in the library. An empty `state_dict` asks for fresh weights.
 
     Raises:
-        ValueError: If a weight is missing that is tied to no other, has another shape, or has no place in the model.
+        ValueError: If the config describes no model, or a weight is missing that is tied to no other, has another
+            shape, or has no place in the model.
     """
     is_fresh = kwargs.get("state_dict") is not None and not kwargs["state_dict"]
     if args and isinstance(args[0], (str, os.PathLike)):
@@ -53,9 +54,18 @@ def load_whole(load: Callable[..., Any], *args: Any, output_loading_info: bool =
         model, report = load(*args, output_loading_info=True, **kwargs)
     except SafetensorError as error:
         raise ValueError(f"The weights of {args[0] if args else 'the checkpoint'} are damaged: {error}.") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        if "unexpected keyword argument" in str(error):  # the caller's, in the caller's words
+            raise
+        raise ValueError(
+            f"The library builds no model of the config of {args[0] if args else 'the checkpoint'} "
+            f"({type(error).__name__}: {error}). Load a checkpoint with its own config, and check the options given."
+        ) from error
     except RuntimeError as error:
         if isinstance(error.__context__, ValueError):  # ours: the library reports shapes on its way out
             raise error.__context__ from None
+        if "negative dimension" in str(error):
+            raise ValueError(f"The config has a size below zero: {error}. Load a checkpoint with its own.") from error
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise ValueError(

@@ -399,6 +399,33 @@ def test_a_config_leads_nowhere_but_to_the_hub_and_to_packages(reference):
         MemoryEncoderDecoderConfig(**parts, references={"head": good})
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("decoder.rms_norm_eps", []), ("decoder.id2label", 7), ("decoder.hidden_act", "x"), ("encoder.head_dim", "8"),
+        ("decoder.num_attention_heads", -1), ("decoder.num_key_value_heads", 0), ("encoder.hidden_size", None),
+        ("encoder.model_type", "no"), ("encoder.rope_parameters", True), ("dtype", "../x"), ("dtype", float("nan")),
+        ("dtype", 3), ("pad_token_id", [1, 2]), ("adapters", {"a": {}}), ("references", {"decoder": {}}),
+        ("encoder", {}), ("decoder", "llama"),
+    ],
+)  # fmt: skip
+def test_a_config_of_nonsense_ends_in_an_error_that_says_so(place, value, folders, tmp_path):
+    joined(folders).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    *parents, name = place.split(".")
+    (config[parents[0]] if parents else config)[name] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError) as caught:
+        Model.from_pretrained(tmp_path)
+    assert len(str(caught.value)) > 40
+
+
+def test_an_option_that_nobody_knows_is_named_as_in_the_library(tmp_path):
+    build_model().save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'no_such_option'"):
+        Model.from_pretrained(tmp_path, no_such_option=1)
+
+
 @pytest.mark.parametrize("kind", [Model, MemoryAutoencoder])
 def test_who_asks_for_fresh_weights_gets_them(kind, tmp_path):
     bodies = {"encoder": tiny_encoder_config("llama"), "decoder": tiny_decoder_config()}
