@@ -1,7 +1,7 @@
 """What travels to the machine with the GPU: text as tokens, the decoder's package, first weights; in calls that fit.
 
 ```bash
-python -m benchmarks.gpu.bundle --train 'CORPORA/wikipedia_train-*.parquet' --validation CORPORA/wikipedia_validation.parquet
+python -m benchmarks.gpu.bundle --train 'CORPORA/wikipedia_train-*.parquet' --validation CORPORA/books_test.parquet
 ```
 
 It fills the folder `runs/gpu_bundle`, which git ignores, with one folder a call: pieces of all files, none larger than

@@ -122,7 +122,10 @@ def check_generation(model: Any, sizes: Sizes, device: torch.device) -> Numbers:
     with torch.device(device):
         plain = memory_loop.generate_greedily(model, prompt[0], sizes.new_tokens)
     assert_equal({"tokens": fast}, {"tokens": plain}, tolerance=0.0)
-    return {"tokens": sizes.new_tokens, "roll_overs": (len(fast) - 1) // sizes.window_length}
+    return {
+        "tokens": sizes.new_tokens,
+        "roll_overs": (len(fast) - 1) // sizes.window_length - (len(prompt[0]) - 1) // sizes.window_length,
+    }
 
 
 def slot_prompt(model: Any, sizes: Sizes, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -60,8 +60,8 @@ def pair_recipe(job: Job, steps: dict[str, int], base: dict[str, Any]) -> Recipe
             for split in ("questions", "validation_questions"):
                 stage["data"][split] = [str(job.payload / f"{split}.jsonl")]
         training |= {
-            "max_steps": own, "batch_size": 16 if job.toy else 64, "bf16": not job.toy, "eval_steps": own,
-            "eval_rows": 16 if job.toy else 128, "logging_steps": max(1, min(20, own // 8)), "save_steps": None,
+            "max_steps": own, "batch_size": 8 if job.toy else 64, "bf16": not job.toy, "eval_steps": own,
+            "eval_rows": 8 if job.toy else 128, "logging_steps": max(1, min(20, own // 8)), "save_steps": None,
         }  # fmt: skip
     file = job.folder / "pair" / "recipe.yaml"
     write_json(file, mapping)  # JSON is YAML
