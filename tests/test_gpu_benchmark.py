@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.gpu import bundle
 from benchmarks.gpu.__main__ import SHARD_BYTES, SHIP_BYTES, SHIP_FILES, close, main, ship
-from benchmarks.gpu.bundle import commands, cut, read_tokens, receive, squeeze, write_calls
+from benchmarks.gpu.bundle import commands, read_tokens, receive, squeeze, write_calls
 from benchmarks.gpu.job import Job, OutOfTimeError, alarm
 from benchmarks.gpu.parts import PARTS
 from modeling_memory import MemoryEncoderDecoderForCausalLM
