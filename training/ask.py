@@ -24,8 +24,9 @@ import torch
 import transformers
 
 from modeling_memory import Chunk, MemoryQuestionAnswering, MemoryStore, RememberedContexts
-from training.command_line import Parser, device, positive_number, run_command, whole_number
-from training.remember import load_memory_model
+
+from .command_line import Parser, device, positive_number, run_command, whole_number
+from .remember import load_memory_model
 
 SHOWN = 60
 SHOWN_TEXTS = 5

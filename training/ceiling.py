@@ -28,18 +28,18 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from training.command_line import Parser, check_place, positive_number, run_command, whole_number
-from training.data.objectives import BatchSpec, SpecialTokens, build_batch
-from training.data.texts import file_checksums
-from training.data.tokenizer import special_tokens_of
-from training.evaluate import load_model, model_config
-from training.measure.frozen import cut_rows, special_tokens_around
-from training.measure.metrics import bootstrap_interval, token_results, wilson_interval
-from training.places import portable_path
-from training.probe import numbers, read_texts
-from training.records.figures import write_ceiling_figure
-from training.records.record import Measurement, data_digest, read_json, write_json
-from training.records.record import write_record as save_record
+from .command_line import Parser, check_place, positive_number, run_command, whole_number
+from .data.objectives import BatchSpec, SpecialTokens, build_batch
+from .data.texts import file_checksums
+from .data.tokenizer import special_tokens_of
+from .evaluate import load_model, model_config
+from .measure.frozen import cut_rows, special_tokens_around
+from .measure.metrics import bootstrap_interval, token_results, wilson_interval
+from .places import portable_path
+from .probe import numbers, read_texts
+from .records.figures import write_ceiling_figure
+from .records.record import Measurement, data_digest, read_json, write_json
+from .records.record import write_record as save_record
 
 LOG_STEPS = 10  # between two points of a curve
 

@@ -25,7 +25,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from training.places import portable_word
+from .places import portable_word
 
 INTERRUPTED = 130
 MISTAKE = 2

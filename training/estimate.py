@@ -28,10 +28,11 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForTextEncoding, PreTrainedModel
 
 from modeling_memory.memory_parts import load_encoder
-from training.command_line import Parser, positive_number, run_command
-from training.data.objectives import SpecialTokens
-from training.recipes.recipe import Recipe, StageRecipe, load_recipe
-from training.train.build import build_stage_model, child_config
+
+from .command_line import Parser, positive_number, run_command
+from .data.objectives import SpecialTokens
+from .recipes.recipe import Recipe, StageRecipe, load_recipe
+from .train.build import build_stage_model, child_config
 
 RATE = 1.0e14
 FLOAT, HALF = 4, 2

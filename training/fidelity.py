@@ -30,11 +30,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from training.command_line import Parser, check_place, run_command
-from training.data.texts import file_checksums
-from training.measure.metrics import bootstrap_interval, wilson_interval
-from training.measure.suites import Evaluation, evaluate_suite, write_freely
-from training.records.record import Measurement, write_record
+from .command_line import Parser, check_place, run_command
+from .data.texts import file_checksums
+from .measure.metrics import bootstrap_interval, wilson_interval
+from .measure.suites import Evaluation, evaluate_suite, write_freely
+from .records.record import Measurement, write_record
 
 MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
 DETAILS = {

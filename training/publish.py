@@ -18,10 +18,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from training.command_line import Parser, run_command
-from training.publishing.bases import Base, check_bases_on_hub, find_bases
-from training.publishing.cards import card_licence, stage_record
-from training.publishing.hub_folder import (
+from .command_line import Parser, run_command
+from .publishing.bases import Base, check_bases_on_hub, find_bases
+from .publishing.cards import card_licence, stage_record
+from .publishing.hub_folder import (
     ALLOWED_FILES,
     PublishError,
     check_complete,
@@ -30,10 +30,10 @@ from training.publishing.hub_folder import (
     refresh_hub_folder,
     write_hub_folder,
 )
-from training.publishing.provenance import NOTHING_RECORDED
-from training.publishing.push import check_target, push_folder
-from training.publishing.verification import verify_hub_folder
-from training.records.record import read_json
+from .publishing.provenance import NOTHING_RECORDED
+from .publishing.push import check_target, push_folder
+from .publishing.verification import verify_hub_folder
+from .records.record import read_json
 
 __all__ = ["PublishError", "load_checkpoint", "main", "verify_hub_folder", "write_hub_folder"]
 

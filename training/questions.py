@@ -21,10 +21,10 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
-from training.command_line import Parser, check_place, device, run_command, whole_number
-from training.data.making import KINDS, make_cloze, passages, save_questions, write_questions
-from training.data.texts import load_texts
-from training.recipes.recipe import PretrainedRecipe, resolve_files
+from .command_line import Parser, check_place, device, run_command, whole_number
+from .data.making import KINDS, make_cloze, passages, save_questions, write_questions
+from .data.texts import load_texts
+from .recipes.recipe import PretrainedRecipe, resolve_files
 
 BATCH = 8
 TRIES = 20

@@ -28,10 +28,11 @@ from transformers import PreTrainedModel
 from modeling_memory import MemoryProcessor, MemoryStore
 from modeling_memory.store.codec import DTYPES
 from modeling_memory.store.texts import text_digest
-from training.command_line import MISTAKE, Parser, run_command, whole_number
-from training.data.sources import HUB, SUFFIXES, HubDataset, read_file
-from training.evaluate import find_model
-from training.publishing.hub_folder import load_checkpoint
+
+from .command_line import MISTAKE, Parser, run_command, whole_number
+from .data.sources import HUB, SUFFIXES, HubDataset, read_file
+from .evaluate import find_model
+from .publishing.hub_folder import load_checkpoint
 
 COMMIT_CHARACTERS = 200_000
 """Characters of text that are stored by one change: what an interruption may cost, and how often the bar moves."""

@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from training.command_line import Parser, run_command, whole_number
-from training.data.pairs import evaluate_pairs
-from training.measure.suites import Evaluation, default_length, evaluate_suite, results_table, spread_rows
-from training.publish import verify_hub_folder, write_hub_folder
-from training.recipes.grid import run_grid
-from training.recipes.recipe import Recipe, StageRecipe, load_recipe
-from training.records.figures import write_figures
-from training.records.record import (
+from .command_line import Parser, run_command, whole_number
+from .data.pairs import evaluate_pairs
+from .measure.suites import Evaluation, default_length, evaluate_suite, results_table, spread_rows
+from .publish import verify_hub_folder, write_hub_folder
+from .recipes.grid import run_grid
+from .recipes.recipe import Recipe, StageRecipe, load_recipe
+from .records.figures import write_figures
+from .records.record import (
     data_digest,
     describe_code,
     describe_hardware,
@@ -37,11 +37,11 @@ from training.records.record import (
     write_json,
     write_record,
 )
-from training.records.sample import regenerate, sample_lines
-from training.records.summary import write_summary
-from training.train.inputs import Inputs, prepare_inputs
-from training.train.stages import StageRunner, chunk_counts, processor_for
-from training.train.stopping import stop_at_once
+from .records.sample import regenerate, sample_lines
+from .records.summary import write_summary
+from .train.inputs import Inputs, prepare_inputs
+from .train.stages import StageRunner, chunk_counts, processor_for
+from .train.stopping import stop_at_once
 
 PAIR_SUITES = {"clm": "causal", "copy": "copy"}
 

@@ -29,13 +29,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM, MemoryProcessor
-from training.data.objectives import IGNORED, BatchSpec, ReadyContext, build_batch, keep_columns, without_targets
-from training.data.questions import Questions, ask, split_questions
-from training.data.rows import REMEMBERED, TokenRows, draw_budget, draw_starts
-from training.data.tokenizer import tokenizer_checksum
-from training.measure.metrics import bootstrap_interval, token_results
-from training.measure.suites import spread_rows
-from training.records.record import data_digest
+
+from ..measure.metrics import bootstrap_interval, token_results
+from ..measure.suites import spread_rows
+from ..records.record import data_digest
+from .objectives import IGNORED, BatchSpec, ReadyContext, build_batch, keep_columns, without_targets
+from .questions import Questions, ask, split_questions
+from .rows import REMEMBERED, TokenRows, draw_budget, draw_starts
+from .tokenizer import tokenizer_checksum
 
 CHUNKS_AT_ONCE = 256
 WITH_MEMORY = ("memory", "wrong_memory")

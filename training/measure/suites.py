@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from training.data.objectives import IGNORED, BatchSpec, SpecialTokens, build_batch, targets_of
-from training.measure.metrics import (
+from ..data.objectives import IGNORED, BatchSpec, SpecialTokens, build_batch, targets_of
+from .metrics import (
     bits_per_byte,
     bootstrap_interval,
     exact_match,

@@ -18,7 +18,8 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from modeling_memory.memory_saving import PARTS
-from training.publishing.push import PushError, explained
+
+from .push import PushError, explained
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # No pickles: whoever loads the model should read none. The card says which licence the weights have.

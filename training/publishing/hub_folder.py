@@ -17,9 +17,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import modeling_memory
 from modeling_memory.memory_saving import TRAINED
 from modeling_memory.processing_memory import MemoryProcessor
-from training.places import REPOSITORY
-from training.publishing.bases import Base
-from training.publishing.cards import CARDS, card_licence, licence_file, render_card
+
+from ..places import REPOSITORY
+from .bases import Base
+from .cards import CARDS, card_licence, licence_file, render_card
 
 CODE = Path(modeling_memory.__file__).resolve().parent
 MAX_SHARD_SIZE = "4GB"

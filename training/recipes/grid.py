@@ -22,9 +22,9 @@ from typing import Any
 
 import yaml
 
-from training.recipes.recipe import load_recipe
-from training.recipes.strict_yaml import parse_yaml
-from training.records.record import data_digest, read_json, write_json
+from ..records.record import data_digest, read_json, write_json
+from .recipe import load_recipe
+from .strict_yaml import parse_yaml
 
 METRICS = ("token_accuracy", "loss", "exact_match")
 
