@@ -35,7 +35,7 @@ from .data.tokenizer import special_tokens_of
 from .evaluate import load_model, model_config
 from .measure.frozen import cut_rows, special_tokens_around
 from .measure.metrics import bootstrap_interval, token_results, wilson_interval
-from .places import portable_path
+from .places import portable_path, program
 from .probe import numbers, read_texts
 from .records.figures import write_ceiling_figure
 from .records.record import Measurement, data_digest, read_json, write_json
@@ -377,7 +377,7 @@ def against_ceiling(
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
     parser = Parser(
-        prog="python -m training.ceiling",
+        prog=program("ceiling"),
         description="How many tokens fit into vectors made for one text alone, and what share does an encoder reach?",
     )
     add = parser.add_argument

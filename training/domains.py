@@ -33,7 +33,7 @@ from .measure.suites import (
     spread_rows,
     summarise_scores,
 )
-from .places import portable_path
+from .places import portable_path, program
 from .recipes.recipe import resolve_files
 from .records.record import Measurement, write_record
 
@@ -198,7 +198,7 @@ def next_token(
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
     parser = Parser(
-        prog="python -m training.domains", description="Measure what a model holds of text unlike its training text."
+        prog=program("domains"), description="Measure what a model holds of text unlike its training text."
     )
     parser.add_argument(
         "model", help="folder of a memory autoencoder, a memory model or a causal LM, or a Hub repository"

@@ -31,6 +31,7 @@ from modeling_memory.memory_parts import load_encoder
 
 from .command_line import Parser, positive_number, run_command
 from .data.objectives import SpecialTokens
+from .places import program
 from .recipes.recipe import Recipe, StageRecipe, load_recipe
 from .train.build import build_stage_model, child_config
 
@@ -186,7 +187,7 @@ def _activation_bytes(part: PreTrainedModel, tokens: int, bf16: bool, checkpoint
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
     parser = Parser(
-        prog="python -m training.estimate",
+        prog=program("estimate"),
         description="Estimate memory and time of a recipe from its configuration; nothing is downloaded or measured.",
     )
     parser.add_argument("recipe", help="YAML file, or the name of one in configuration/recipes")

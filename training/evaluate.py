@@ -43,7 +43,7 @@ from .measure.suites import (
     results_table,
     spread_rows,
 )
-from .places import portable_path
+from .places import REPOSITORY, portable_path, program
 from .publishing.hub_folder import check_complete, load_checkpoint, load_processor
 from .recipes.recipe import resolve_files
 from .records.record import Measurement, read_json, write_record
@@ -114,12 +114,15 @@ def measure_suites(
 
 
 def find_model(name: str) -> Path:
-    """Return the folder of a model: the one named, or what the Hub has under that name.
+    """Return the folder of a model: the one named, the shipped starter, or what the Hub has under that name.
 
     Raises:
         ValueError: If there is neither.
     """
     folder = Path(name).expanduser()
+    shipped = REPOSITORY / "model_cards" / name
+    if not folder.is_dir() and "/" not in name and (shipped / "config.json").is_file():
+        return shipped
     if not folder.is_dir():
         try:
             folder = Path(snapshot_download(name))
@@ -183,7 +186,7 @@ def model_config(name: str, option: str = "MODEL") -> PreTrainedConfig:
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
     parser = Parser(
-        prog="python -m training.evaluate",
+        prog=program("evaluate"),
         description="Measure a trained model with controls: other texts' memories, no memory.",
     )
     add = parser.add_argument

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from .command_line import Parser, check_place, device, run_command, whole_number
 from .data.making import KINDS, make_cloze, passages, save_questions, write_questions
 from .data.texts import load_texts
+from .places import program
 from .recipes.recipe import PretrainedRecipe, resolve_files
 
 BATCH = 8
@@ -32,7 +33,7 @@ TRIES = 20
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
-    parser = Parser(prog="python -m training.questions", description="Make questions from texts, for training.")
+    parser = Parser(prog=program("questions"), description="Make questions from texts, for training.")
     add = parser.add_argument
     add("texts", nargs="+", metavar="TEXT", help="training text: .parquet, .jsonl, .txt, glob patterns")
     add("--to", required=True, metavar="FILE", help="the .jsonl to write")

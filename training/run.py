@@ -24,6 +24,7 @@ from accelerate import PartialState
 from .command_line import Parser, run_command, whole_number
 from .data.pairs import evaluate_pairs
 from .measure.suites import Evaluation, default_length, evaluate_suite, results_table, spread_rows
+from .places import program
 from .publish import verify_hub_folder, write_hub_folder
 from .recipes.grid import run_grid
 from .recipes.recipe import Recipe, StageRecipe, load_recipe
@@ -280,9 +281,9 @@ def _without_series(stages: dict[str, Any]) -> dict[str, Any]:
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
     parser = Parser(
-        prog="python -m training.run",
+        prog=program("run"),
         description="Run a recipe from text to a verified Hub folder. A second call resumes or says that all is done.",
-        epilog="example: python -m training.run quickstart seed=1 stages.autoencoder.training.max_steps=200",
+        epilog="example: %(prog)s quickstart seed=1 stages.autoencoder.training.max_steps=200",
     )
     parser.add_argument("recipe", help="YAML file, or the name of one in configuration/recipes")
     parser.add_argument(
@@ -305,18 +306,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(options: argparse.Namespace, command: str) -> int:
-    """Run a recipe, or a grid of them; returns 1 if a run of a grid failed."""
+def run(options: argparse.Namespace, command: str) -> tuple[int, dict[str, Any]]:
+    """Run a recipe, or a grid of them; returns 1 if a run of a grid failed, and the record or table."""
     if options.grid:
         folder = Path(options.to or "runs/grid")
         table = run_grid(options.recipe, options.overrides, options.grid, folder, processes=options.processes)
-        return int(any(row["status"] == "failed" for row in table["rows"]))
+        return int(any(row["status"] == "failed" for row in table["rows"])), table
     before = signal.signal(signal.SIGTERM, stop_at_once)
     try:
-        Run(load_recipe(options.recipe, options.overrides), command).run()
+        return 0, Run(load_recipe(options.recipe, options.overrides), command).run()
     finally:
         signal.signal(signal.SIGTERM, before)
-    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -18,7 +18,7 @@ import modeling_memory
 from modeling_memory.memory_saving import TRAINED
 from modeling_memory.processing_memory import MemoryProcessor
 
-from ..places import REPOSITORY
+from ..places import REPOSITORY, licence_text
 from .bases import Base
 from .cards import CARDS, card_licence, licence_file, render_card
 
@@ -241,7 +241,7 @@ def _describe(
     render_card(model, record, said).save(folder / "README.md")
     for name in ("LICENSE", "LICENSE.code"):
         (folder / name).unlink(missing_ok=True)
-    shutil.copyfile(REPOSITORY / "LICENSE", folder / licence_file(card_licence(model, record, said)))
+    (folder / licence_file(card_licence(model, record, said))).write_text(licence_text(), encoding="utf-8")
 
 
 def check_files(folder: Path) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from ..places import PACKAGE
 from ..records.record import data_digest, read_json, write_json
 from .recipe import load_recipe
 from .strict_yaml import parse_yaml
@@ -124,7 +125,7 @@ def grid_jobs(recipe: str, overrides: Sequence[str], axes: Sequence[str], folder
         words = [f"{key}={_one_line(value)}" for key, value in values.items()]
         given = ["threads=1", *overrides, *words, f"output_dir={own}"]
         asked = load_recipe(recipe, given).to_mapping()
-        command = (sys.executable, "-m", "training.run", recipe, *given)
+        command = (sys.executable, "-m", f"{PACKAGE}.run", recipe, *given)
         jobs[name] = Job(name, command, own, own / "record.json", values, asked)
     return list(jobs.values())
 
