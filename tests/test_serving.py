@@ -13,8 +13,8 @@ import torch
 import uvicorn
 from transformers import AutoModelForCausalLM
 
-from modeling_memory import MemoryStore
-from modeling_memory.serving import Engine, Limits, RefusedError, prompt_embeds, to_base64
+from modeling_memory import MemoryStore, embeds_to_base64, prompt_embeds
+from modeling_memory.serving import Engine, Limits, RefusedError
 from modeling_memory.serving.api import build_app
 from tests.conftest import build_tiny_tokenizer
 from tests.memory_models import CHUNK, WINDOW, build_model
@@ -122,7 +122,7 @@ def test_a_context_is_encoded_once_and_few_are_kept(engine):
     [
         ("completions", {"prompt": "x", "context": "long " * 5000}, 413, "request_too_large"),
         ("completions", {"prompt": "x", "context": "a b c d e f g h " * 200}, 413, "context_length_exceeded"),
-        ("completions", {"prompt": "x", "context": INN * 3}, 400, "invalid_value"),  # more than its 16 memories
+        ("completions", {"prompt": "x", "context": INN * 5}, 400, "invalid_value"),  # more than its 16 memories
         ("completions", {"prompt": "x", "max_tokens": 301}, 400, "invalid_value"),
         ("completions", {"prompt": "x", "max_tokens": 0}, 400, "invalid_value"),
         ("completions", {"prompt": "x", "temperature": "hot"}, 400, "invalid_value"),
@@ -234,18 +234,20 @@ def test_prompt_embeds_are_what_vllm_documents_and_the_decoder_alone_goes_on_as_
     processor = MemoryProcessor(build_tiny_tokenizer(), chunk_length=CHUNK, window_length=WINDOW)
     texts, contexts = ["the cat sat", "over the hills and"], ["the sea", "in the end"]
     inputs = processor(text=texts, context=contexts, return_tensors="pt", padding_side="left")
-    rows = prompt_embeds(model, **inputs)
+    rows = model.prompt_embeds(**inputs)
     logits = model(**inputs).logits[:, -1]
     for row, expected, mask in zip(rows, logits, inputs["attention_mask"], strict=True):
         # As vLLM reads it: base64, torch.load of weights only, a dense tensor (T, D) of a float dtype.
-        got = torch.load(io.BytesIO(base64.b64decode(to_base64(row), validate=True)), weights_only=True)
+        got = torch.load(io.BytesIO(base64.b64decode(embeds_to_base64(row), validate=True)), weights_only=True)
         assert torch.equal(got, row) and got.shape == (mask.sum(), model.config.decoder.hidden_size)
         torch.testing.assert_close(model.decoder(inputs_embeds=got[None]).logits[0, -1], expected)
-        assert len(to_base64(row)) < 2 * 4 * row.numel() + 4000  # the row alone, not the batch that it was a view of
+        assert (
+            len(embeds_to_base64(row)) < 2 * 4 * row.numel() + 4000
+        )  # of the row alone
     with pytest.raises(ValueError, match="no memories"):
         prompt_embeds(model, input_ids=inputs["input_ids"])
     with pytest.raises(ValueError, match="expected one prompt"):
-        to_base64(torch.zeros(1, 2, 3))
+        embeds_to_base64(torch.zeros(1, 2, 3))
     spread = AutoModelForCausalLM.from_pretrained(REPOSITORY / "model_cards" / "starter-tiny")
     with pytest.raises(ValueError, match="'spread'"):
         prompt_embeds(spread, input_ids=inputs["input_ids"], memory_embeds=torch.zeros(2, 1, 128))

@@ -98,7 +98,7 @@ def without_markers(store: MemoryStore, prompt: str) -> str:
     if not prompt.strip():
         raise ValueError(
             "The prompt has no words to find memories by, and the store holds more than the model has room for. Name "
-            "texts with --texts, or write what to look for."
+            "texts, or write what to look for."
         )
     return prompt
 

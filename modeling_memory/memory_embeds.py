@@ -64,10 +64,10 @@ def prompt_embeds(model: Any, **inputs: Any) -> list[torch.Tensor]:
     return [row[kept.bool()].cpu() for row, kept in zip(embeds, mask, strict=True)]
 
 
-def to_base64(embeds: torch.Tensor) -> str:
+def embeds_to_base64(embeds: torch.Tensor) -> str:
     """Write a prompt `(T, D)` as vLLM's field `prompt_embeds` takes it.
 
-    >>> text = to_base64(torch.zeros(2, 3))
+    >>> text = embeds_to_base64(torch.zeros(2, 3))
     >>> torch.load(io.BytesIO(base64.b64decode(text, validate=True)), weights_only=True).shape
     torch.Size([2, 3])
     """
