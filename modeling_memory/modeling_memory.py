@@ -66,6 +66,7 @@ from .memory_checks import (
     is_compiling,
     read_once,
 )
+from .memory_embeds import prompt_embeds
 from .memory_encoder import MemoryProjector, build_encoder, build_pooling, encode_chunks, initialize_leaf
 from .memory_layout import (
     Layout,
@@ -1127,6 +1128,14 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
         # put in the place of `forward` is this model's.
         vars(body).update({name: value for name, value in vars(self).items() if name != "forward"})
         return body
+
+    def prompt_embeds(self, **inputs: Any) -> list[torch.Tensor]:
+        """Return what the decoder reads of prompts, for servers that run it alone: see [`prompt_embeds`].
+
+        Args:
+            inputs: What `forward` takes.
+        """
+        return prompt_embeds(self, **inputs)
 
     def forward(
         self,

@@ -28,10 +28,12 @@ from transformers import PreTrainedModel
 from modeling_memory import MemoryProcessor, MemoryStore
 from modeling_memory.store.codec import DTYPES
 from modeling_memory.store.texts import text_digest
-from training.command_line import MISTAKE, Parser, run_command, whole_number
-from training.data.sources import HUB, SUFFIXES, HubDataset, read_file
-from training.evaluate import find_model
-from training.publishing.hub_folder import load_checkpoint
+
+from .command_line import MISTAKE, Parser, run_command, whole_number
+from .data.sources import HUB, SUFFIXES, HubDataset, read_file
+from .evaluate import find_model
+from .places import program
+from .publishing.hub_folder import load_checkpoint
 
 COMMIT_CHARACTERS = 200_000
 """Characters of text that are stored by one change: what an interruption may cost, and how often the bar moves."""
@@ -170,7 +172,7 @@ def remember(
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
-    parser = Parser(prog="python -m training.remember", description="Keep texts as memories on disk.")
+    parser = Parser(prog=program("remember"), description="Keep texts as memories on disk.")
     add = parser.add_argument
     add("model", help="folder or Hub id of a memory model")
     add("texts", nargs="+", metavar="TEXT", help="files, folders, or hub:ID@COMMIT")
@@ -189,8 +191,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(options: argparse.Namespace, command: str) -> int:
-    """Do what the command line says; returns the exit status, which is that of a mistake if a text was refused."""
+def run(options: argparse.Namespace, command: str) -> tuple[int, dict[str, Any]]:
+    """Do what the command line says; returns the exit status, that of a mistake if a text was refused, and counts."""
     state, started = PartialState(cpu=not torch.cuda.is_available()), time.perf_counter()
     sources = find_sources(options.texts)
     model, processor = load_memory_model(options.model, state.device)
@@ -230,7 +232,8 @@ def run(options: argparse.Namespace, command: str) -> int:
             print(f"{store.num_unknown:,} tokens ({share:.1%}) are none that the encoder knows: remembered as nothing")
         for told in refused:
             print(f"error: {told} It is left out; the other texts are stored.", file=sys.stderr)
-    return MISTAKE if refused else 0
+    size = {"texts": len(store), "tokens": store.num_tokens, "chunks": store.num_chunks, "bytes": store.num_bytes}
+    return MISTAKE if refused else 0, {"remembered": totals, "store": size, "refused": refused}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from training.data.documents import pad_rows
-from training.data.encoded import EncodedChunks
-from training.data.objectives import BatchSpec, build_batch, keep_columns, without_targets
-from training.data.questions import Questions, ask, split_questions
+from .documents import pad_rows
+from .encoded import EncodedChunks
+from .objectives import BatchSpec, build_batch, keep_columns, without_targets
+from .questions import Questions, ask, split_questions
 
 COPIES = ("copy", "blank_copy")
 REMEMBERED = (*COPIES, "recall")  # objectives whose source is the row, not its beginning

@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from training.data.sources import HUB, Documents, HubDataset
-from training.places import REPOSITORY, portable_paths
-from training.recipes.strict_yaml import apply_override, from_mapping, nearest, parse_yaml, yaml_names
+from ..data.sources import HUB, Documents, HubDataset
+from ..places import REPOSITORY, portable_paths
+from .strict_yaml import apply_override, from_mapping, nearest, parse_yaml, yaml_names
 
 StageKind = Literal["autoencoder", "causal_lm", "memory"]
 Suite = Literal["retention", "copy", "blank_copy", "clm"]

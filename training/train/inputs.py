@@ -9,20 +9,20 @@ import torch
 from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from training.data.objectives import SpecialTokens
-from training.data.sources import take_bytes
-from training.data.texts import check_splits, tokenise_documents
-from training.data.token_stream import TokenStream, source_checksums
-from training.data.tokenizer import (
+from ..data.objectives import SpecialTokens
+from ..data.sources import take_bytes
+from ..data.texts import check_splits, tokenise_documents
+from ..data.token_stream import TokenStream, source_checksums
+from ..data.tokenizer import (
     complete_tokenizer,
     special_tokens_of,
     token_byte_lengths,
     tokenizer_checksum,
     train_tokenizer,
 )
-from training.recipes.recipe import PretrainedRecipe, Recipe, resolve_documents
-from training.records.record import data_digest, read_json, write_json
-from training.train.checkpoints import check_same, replace_folder
+from ..recipes.recipe import PretrainedRecipe, Recipe, resolve_documents
+from ..records.record import data_digest, read_json, write_json
+from .checkpoints import check_same, replace_folder
 
 SPLITS = ("train", "validation", "test")
 
