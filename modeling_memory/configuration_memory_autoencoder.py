@@ -140,7 +140,7 @@ FIELDS: Fields = (
 RULES: Rules = (
     (
         lambda c: c.short_chunks != "end" or c.eos_token_id is not None,
-        "`short_chunks='end'` fills chunks with the end token, but `eos_token_id` is not set. Set it, or use 'repeat'.",
+        "`short_chunks='end'` fills chunks with the end token, but `eos_token_id` is not set. Set it or use 'repeat'.",
     ),
     (
         lambda c: c.memories_per_chunk <= c.chunk_length,

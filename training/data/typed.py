@@ -16,14 +16,16 @@ FOLDED = str.maketrans({
     "…": "...", "⸺": "--", "⁠": "", "\u00a0": " ", "\u2009": " ", "\ufeff": "", "×": "x", "ß": "ss", "æ": "ae",
     "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "ł": "l", "£": "GBP ", "€": "EUR ",
 })  # fmt: skip
-WORDS = (
+COMMON = (
     "time year people way day man thing woman life child world school state family student group country problem hand "
     "part place case week company system program question work government number night point home water room mother "
     "area money story fact month lot right study book eye job word business issue side kind head house service friend "
-    "father power hour game line end member law car city name team minute idea body back parent face level office door "
-    "health person art war history party result change morning reason research girl guy moment air teacher value file"
-).split()
-NAMES = "index value count items result data user name path key node self line text total size left right tmp".split()
+    "father power hour game line end member law car city name team minute idea body back parent face level office "
+    "door health person art war history party result change morning reason research girl guy moment air teacher value "
+    "file"
+)
+PARTS = "index value count items result data user name path key node self line text total size left right tmp"
+WORDS, NAMES = COMMON.split(), PARTS.split()
 SCRIPTS = (
     (0xC0, 0xFF), (0x100, 0x17F), (0x391, 0x3C9), (0x410, 0x44F), (0x5D0, 0x5EA), (0x627, 0x64A), (0x904, 0x939),
     (0x3041, 0x3096), (0x4E00, 0x9FA5), (0xAC00, 0xD7A3), (0x1F300, 0x1F64F), (0x2190, 0x21FF),
@@ -31,10 +33,10 @@ SCRIPTS = (
 
 
 def fold_to_ascii(text: str) -> str:
-    """Write a text with the characters of a plain keyboard; those that it has no form of are left out.
+    r"""Write a text with the characters of a plain keyboard; those that it has no form of are left out.
 
     >>> fold_to_ascii("“Naïve,” he said… ‘£5—no!’")
-    '"Naive," he said... \\'GBP 5 - no!\\''
+    '"Naive," he said... \'GBP 5 - no!\''
     """
     return unicodedata.normalize("NFKD", text.translate(FOLDED)).encode("ascii", "ignore").decode()
 
