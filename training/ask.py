@@ -7,7 +7,8 @@ python -m training.ask runs/smollm2/hub runs/letters --question "Who wrote the f
 ```
 
 All of a store is used where the model has room for it, else the chunks nearest to the prompt: those of the passages
-that share most words with it (BM25) where text was kept, else those with the nearest memories. In reading order they
+that share most words with it (BM25; with a sentence encoder both orders are fused) where text was kept, else those
+with the nearest memories. In reading order they
 stand where the prompt has its memory token, or in front of it. Which they are is said on stderr.
 
 L chunk length, K memories per chunk, D decoder width.
@@ -25,8 +26,10 @@ import transformers
 
 from modeling_memory import Chunk, MemoryQuestionAnswering, MemoryStore, RememberedContexts
 from training.command_line import Parser, device, positive_number, run_command, whole_number
+from training.measure.sentences import SentenceEncoder
 from training.remember import load_memory_model
 
+Embed = Callable[[list[str]], torch.Tensor]
 SHOWN = 60
 SHOWN_TEXTS = 5
 GREETING = "A prompt, and the answer; an empty line ends it."
@@ -39,7 +42,8 @@ class Used:
     Attributes:
         chunk ([`Chunk`]): The chunk.
         score (`float`, *optional*): How near it is to the prompt; `None` if that was not asked for.
-        by (`str`): What the score is: `"BM25"` of its passage, or `"cosine"` of its memories.
+        by (`str`): What the score is: `"BM25"` of its passage, `"fused"` with a sentence encoder's order, or
+            `"cosine"` of its memories.
         in_clear (`bool`): Whether it stands in the prompt as text.
     """
 
@@ -50,7 +54,12 @@ class Used:
 
 
 def choose(
-    store: MemoryStore, prompt: str, texts: Sequence[str] | None = None, nearest: int | None = None, expand: int = 0
+    store: MemoryStore,
+    prompt: str,
+    texts: Sequence[str] | None = None,
+    nearest: int | None = None,
+    expand: int = 0,
+    embed: Embed | None = None,
 ) -> list[Used]:
     """Choose the chunks that a prompt is answered from, in reading order.
 
@@ -61,6 +70,7 @@ def choose(
         nearest (`int`, *optional*): Only so many chunks, the nearest to the prompt. Default: all if the model has room
             for them, else as many as it has room for.
         expand (`int`): How many of the chunks, the nearest ones, stand as full text.
+        embed (`Callable`, *optional*): A sentence encoder; see `MemoryStore.search`.
 
     Raises:
         ValueError: If there is no such text, nothing to choose from, or no token in the prompt to compare by.
@@ -73,7 +83,7 @@ def choose(
     wanted = min(room if nearest is None else nearest, len(chunks))
     if wanted == len(chunks) and nearest is None and not expand:
         return [Used(chunk) for chunk in chunks]
-    by, scores = rank(store, prompt, max(wanted, expand), texts)
+    by, scores = rank(store, prompt, max(wanted, expand), texts, embed)
     best = list(scores)
     kept = set(chunks) if nearest is None and wanted == len(chunks) else set(best[:wanted])
     in_clear = set(best[:expand])
@@ -81,25 +91,30 @@ def choose(
 
 
 def rank(
-    store: MemoryStore, prompt: str, number: int, texts: Sequence[str] | None = None
+    store: MemoryStore,
+    prompt: str,
+    number: int,
+    texts: Sequence[str] | None = None,
+    embed: Embed | None = None,
 ) -> tuple[str, dict[Chunk, float]]:
     """Find the chunks that are nearest to a prompt: by its words if text is kept and shares one, else by memories.
 
     Returns:
-        `"BM25"` or `"cosine"`, and chunks with their scores, nearest first; of a passage those that share more words.
+        `"BM25"`, `"fused"` or `"cosine"`, and chunks with their scores, nearest first; of a passage those that
+        share more words.
     """
     question = without_markers(store, prompt)
     scores: dict[Chunk, float] = {}
     if store.keeps_text:
         words = set(re.findall(r"\w+", question.casefold()))
-        for passage, score in store.search_text(question, number, text_ids=texts):
+        for passage, score in store.search(question, number, text_ids=texts, embed=embed):
             parts = dict(zip(passage.chunks, store.expand(passage.chunks), strict=True))
             shared = {one: len(words & set(re.findall(r"\w+", parts[one].casefold()))) for one in parts}
             scores |= dict.fromkeys(sorted(parts, key=lambda one: -shared[one]), score)
             if len(scores) >= number:
                 break
         if scores:
-            return "BM25", scores
+            return "BM25" if embed is None else "fused", scores
     for found in store.nearest(prompt_memories(store, question), number, text_ids=texts):
         for chunk, cosine in found:
             scores[chunk] = max(cosine, scores.get(chunk, -1.0))
@@ -131,55 +146,6 @@ def prompt_memories(store: MemoryStore, prompt: str) -> torch.Tensor:
             inputs["context_input_ids"], inputs["context_attention_mask"]
         )
     return memories[mask.bool()].float().cpu()
-
-
-@torch.no_grad()
-def regenerate(store: MemoryStore, chunks: Sequence[Chunk]) -> list[str]:
-    """Let the model write chunks from their memories alone, without any text in sight: one pass, all chunks at once.
-
-    Chunks that follow each other and fill a window together are written together, as in training.
-
-    Args:
-        store ([`MemoryStore`]): Opened with its model.
-        chunks (`Sequence` of [`Chunk`]): The chunks.
-
-    Raises:
-        ValueError: If the model knows no BLANK token, by which it is asked to.
-    """
-    model: Any = store.model
-    processor, config = store.processor, model.config
-    if config.blank_token_id is None:
-        raise ValueError("The model knows no BLANK token, so it cannot be asked what a memory holds.")
-    if processor.encoder_tokenizer is not None:
-        raise ValueError("Encoder and decoder cut text differently, so chunks cannot be laid beside what is written.")
-    per_window = config.window_length // config.chunk_length
-    groups: list[list[Chunk]] = []
-    for chunk in chunks:
-        last = groups[-1] if groups else []
-        if (
-            last
-            and last[-1].text_id == chunk.text_id
-            and last[-1].number == chunk.number - 1
-            and len(last) < per_window
-        ):
-            last.append(chunk)
-        else:
-            groups.append([chunk])
-    written = []
-    slots = [config.memory_token_id] * config.memories_per_chunk
-    for size in sorted({len(group) for group in groups}):
-        rows = [group for group in groups if len(group) == size]
-        row = slots * size + [config.blank_token_id] * (config.chunk_length * size)
-        memories = store.load([chunk for group in rows for chunk in group])["memory_embeds"]
-        memories = memories.reshape(len(rows), -1, memories.shape[-1])  # (groups, size*K, D)
-        input_ids = torch.tensor([row] * len(rows), device=model.device)
-        logits = model(input_ids=input_ids, memory_embeds=memories, use_cache=False).logits
-        tokens = logits[:, len(slots) * size :].argmax(-1).reshape(len(rows), size, config.chunk_length).tolist()
-        for group, lines in zip(rows, tokens, strict=True):
-            for chunk, line in zip(group, lines, strict=True):
-                written.append((chunk, processor.tokenizer.decode(line[: chunk.num_tokens])))
-    by_chunk = dict(written)
-    return [by_chunk[chunk] for chunk in chunks]
 
 
 def answer(store: MemoryStore, prompt: str, used: Sequence[Used], is_question: bool = False, **options: Any) -> str:
@@ -256,6 +222,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="put the N nearest chunks into the prompt as text",
     )
+    add(
+        "--sentence-encoder",
+        metavar="NAME",
+        help="folder, Hub id or package:MODULE/FOLDER of an encoder that helps to find passages",
+    )
     add("--question", action="store_true", help="ask the prompt as a question in the decoder's chat template")
     add("--show", action="store_true", help="show which memories are used")
     add("--regenerate", action="store_true", help="show what the model regenerates from each memory alone")
@@ -277,15 +248,17 @@ def run(options: argparse.Namespace, command: str, ask: Callable[[str], str] = i
         writing |= {"temperature": options.temperature, "top_p": options.top_p}
         transformers.set_seed(options.seed)
 
+    embed = SentenceEncoder(options.sentence_encoder, options.device) if options.sentence_encoder else None
+
     def reply(prompt: str) -> None:
-        used = choose(store, prompt, options.texts, options.nearest, options.expand)
+        used = choose(store, prompt, options.texts, options.nearest, options.expand, embed)
         print(summary(used), file=sys.stderr)
         if any(one.score is not None and one.by == "cosine" for one in used):
             note = "found by memories, which compare how text begins, not what it means"
             note += "" if store.keeps_text else "; `remember --keep-text` lets a store be searched by words"
             print(note, file=sys.stderr)
         if options.show or options.regenerate:
-            regenerated = regenerate(store, [one.chunk for one in used]) if options.regenerate else None
+            regenerated = store.regenerate([one.chunk for one in used]) if options.regenerate else None
             print("\n".join(used_lines(store, used, regenerated)))
         print(answer(store, prompt, used, options.question, **writing), flush=True)
 

@@ -27,6 +27,8 @@ from transformers import PreTrainedModel
 
 from modeling_memory import MemoryProcessor, MemoryStore
 from modeling_memory.store.codec import DTYPES
+from modeling_memory.store.quoting import why_not_checkable
+from modeling_memory.store.remembering import ON_LOSS
 from modeling_memory.store.texts import text_digest
 from training.command_line import MISTAKE, Parser, run_command, whole_number
 from training.data.sources import HUB, SUFFIXES, HubDataset, read_file
@@ -119,6 +121,7 @@ def remember(
     *,
     batch_size: int = 256,
     commit_characters: int = COMMIT_CHARACTERS,
+    on_loss: str | None = None,
     bar: Any = None,
 ) -> dict[str, int]:
     """Store texts that are not in a store yet, or have changed since.
@@ -128,6 +131,7 @@ def remember(
         texts (`Iterator`): Ids and texts.
         batch_size (`int`): Chunks that the encoder reads at a time.
         commit_characters (`int`): Characters of one change of the store.
+        on_loss (`str`, *optional*): What becomes of chunks that do not come back whole; see `MemoryStore.append`.
         bar (`tqdm`, *optional*): Counts characters, and shows chunks beside them.
 
     Returns:
@@ -143,7 +147,8 @@ def remember(
             bar.set_postfix_str(f"{counts['chunks']:,} chunks")
 
     def commit() -> None:
-        counts["stored"] += store.append(waiting, batch_size=batch_size, on_duplicate="replace", progress=progress)
+        options: dict[str, Any] = {"batch_size": batch_size, "on_duplicate": "replace", "on_loss": on_loss}
+        counts["stored"] += store.append(waiting, **options, progress=progress)
         advance(sum(map(len, waiting.values())))
         waiting.clear()
 
@@ -177,6 +182,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--to", required=True, metavar="STORE", help="folder of the store; begun if it is not there")
     add("--dtype", choices=tuple(DTYPES), help="number format of a new store (float16)")
     add("--keep-text", action="store_true", help="let a new store keep the texts, to show and expand chunks")
+    add(
+        "--on-loss",
+        choices=ON_LOSS,
+        help="what becomes of chunks that do not come back from their memories: they are counted (warn, the default "
+        "where the model can be asked), kept as text, or split until they come back",
+    )
     add("--text-column", default="text", metavar="NAME", help="column or field of the text (text)")
     add(
         "--batch-size",
@@ -206,12 +217,15 @@ def run(options: argparse.Namespace, command: str) -> int:
     if state.is_main_process and not any(isinstance(source, HubDataset) for source in sources):  # not streamed twice
         texts = named_texts(sources, options.text_column, lambda told: None)
         total = sum(len(text) for _, text in texts) // state.num_processes
+    on_loss, why = options.on_loss, why_not_checkable(model, processor)
+    if on_loss is None and why is None:
+        on_loss = "warn"
     refused: list[str] = []
     texts = named_texts(sources, options.text_column, refused.append)
     texts = islice(texts, state.process_index, None, state.num_processes)
     shown = {"unit": "char", "unit_scale": True, "disable": not state.is_main_process}
     with tqdm(desc="remember", total=total, **shown) as bar:
-        counts = remember(store, texts, batch_size=options.batch_size, bar=bar)
+        counts = remember(store, texts, batch_size=options.batch_size, on_loss=on_loss, bar=bar)
     everywhere: list[dict[str, int]] = gather_object([counts])
     totals = {name: sum(one[name] for one in everywhere) for name in counts}
     store.reload()
@@ -225,6 +239,14 @@ def run(options: argparse.Namespace, command: str) -> int:
             f"{options.to}: {len(store)} texts, {store.num_tokens:,} tokens in {store.num_chunks:,} chunks, "
             f"{store.num_bytes:,} bytes ({store.num_bytes / max(store.num_tokens, 1):.1f} per token), {store.dtype}"
         )
+        if store.num_checked:
+            kept = "; their text is kept" if store.keeps_text or on_loss != "warn" else ""
+            print(
+                f"{store.num_checked - store.num_lost:,} of {store.num_checked:,} chunks come back word for word, "
+                f"{store.num_lost:,} do not{kept if store.num_lost else ''}"
+            )
+        elif why is not None:
+            print(f"whether chunks come back word for word was not tried: {why}")
         if store.num_unknown:
             share = store.num_unknown / store.num_tokens
             print(f"{store.num_unknown:,} tokens ({share:.1%}) are none that the encoder knows: remembered as nothing")
