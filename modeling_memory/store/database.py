@@ -39,8 +39,11 @@ SCHEMA = (
     "CREATE VIRTUAL TABLE words USING fts5(content, content='', tokenize='porter unicode61 remove_diacritics 2')",
 )
 STATE = {"generation": 1, "next": 1, "texts": 0, "chunks": 0, "tokens": 0, "unknown": 0, "checked": 0, "lost": 0}
-STATE |= {"stale": 0, "repairing": 0}
-"""Counts of what is stored; the key of the next text; the chunks deleted since the last vacuum."""
+STATE |= {"stale": 0, "marked": 0, "repairing": 0}
+"""Counts of what is stored; the key of the next text; the chunks deleted since the last vacuum, and the
+passages of them whose words are only marked as deleted."""
+WORDS_CAN_LEAVE = sqlite3.sqlite_version_info >= (3, 42)
+"""Whether this SQLite takes words out of the index; before, they are marked until the index is written anew."""
 
 
 class MemoryStoreError(ValueError):
@@ -78,6 +81,11 @@ def explain(path: Path, error: sqlite3.Error) -> Exception:
         )
     if "closed" in words:
         return MemoryStoreError(f"The store {name} was closed. Open it again.")
+    if "fts5 file format" in words:
+        return MemoryStoreError(
+            f"The words of {name} were indexed by a newer SQLite than this Python's {sqlite3.sqlite_version}. Use a "
+            "Python with SQLite 3.42 or later."
+        )
     if "fts5" in words and "module" in words:
         return MemoryStoreError("This Python's SQLite has no full-text search (FTS5). Use another build of Python.")
     return damaged(path, words)

@@ -57,6 +57,8 @@ logger = logging.get_logger(__name__)
 
 CANDIDATES = 50
 """Passages found by words that a sentence encoder orders anew."""
+FEW = 10
+"""Deleted texts up to which taking their words out one by one costs less than writing the index of words anew."""
 ON_DUPLICATE = ("error", "skip", "replace")
 Wanted = str | Chunk | Passage | Iterable[str | Chunk | Passage] | None
 
@@ -592,8 +594,8 @@ class MemoryStore(Tables):
                 return []
             asked, *vectors = normalize(embed([query, *(passage.text for passage, _ in found)]))
             near = torch.stack(vectors) @ asked  # (passages,)
-            order = fuse([range(len(found)), near.argsort(descending=True).tolist()])
-            return [(found[place][0], score) for place, score in order[:k]]
+            fused = fuse([range(len(found)), near.argsort(descending=True).tolist()])
+            return [(found[place][0], score) for place, score in fused[:k]]
         if self.keeps_text:
             return self.search_text(query, k, text_ids=text_ids)
         (text,) = remember_texts(self._model(), self.processor, {"query": query}, batch_size=256, keep_text=False)
@@ -722,13 +724,14 @@ class MemoryStore(Tables):
         gone = list(dict.fromkeys(_as_ids(text_ids)))
         with self._database.changing() as database:
             for text_id in gone:
-                self._drop(database, text_id)
+                self._drop(database, text_id, few=len(gone) <= FEW)
         return len(gone)
 
     def vacuum(self) -> int:
         """Take deleted and replaced texts, and what killed writers left, off the disk.
 
-        Costs grow with what was deleted, and with the kept text. While a reader still holds an
+        Costs grow with what was deleted; before SQLite 3.42, where text is kept, also with the kept text: its index of
+        words is written anew. While a reader still holds an
         earlier state, the bytes stay in the write-ahead log, of which a warning tells.
 
         Returns:
@@ -741,8 +744,9 @@ class MemoryStore(Tables):
             path.unlink(missing_ok=True)
         if gone:
             with self._database.changing() as database:
-                database.execute("INSERT INTO words(words) VALUES ('optimize')")  # words of deleted texts leave it
-                self._database.state["stale"] = 0
+                if self._database.state["marked"]:
+                    database.execute("INSERT INTO words(words) VALUES ('optimize')")  # words of deleted texts leave it
+                self._database.state |= {"stale": 0, "marked": 0}
         # Built anew only where that costs no more than what was deleted took.
         if not self._database.shrink(anew=gone > self.num_chunks // 4):
             logger.warning(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .codec import check_dtype, code_sizes, decode_vectors
-from .database import FILE, SHIFT, Database, MemoryStoreError, checksum, damaged
+from .database import FILE, SHIFT, WORDS_CAN_LEAVE, Database, MemoryStoreError, checksum, damaged
 from .fingerprint import check_fingerprint
 from .texts import (
     LOST,
@@ -216,12 +216,16 @@ class Tables:
         state["next"] += 1
         self._count(record.places, record.num_unknown, 1)
 
-    def _drop(self, database: sqlite3.Connection, text_id: str) -> None:
-        """Delete a text; its words leave the index by being named again."""
+    def _drop(self, database: sqlite3.Connection, text_id: str, few: bool = False) -> None:
+        """Delete a text; its words leave the index by being named again, at once where few texts are deleted."""
         key, entry = self._find(text_id)
         first = key << SHIFT
         if entry.passages:
             words = [(first + number, content) for number, content in self._passages(key, entry)]
+            at_once = few and WORDS_CAN_LEAVE
+            if WORDS_CAN_LEAVE:
+                database.execute("INSERT INTO words(words, rank) VALUES ('secure-delete', ?)", (at_once,))
+            self._database.state["marked"] += 0 if at_once else entry.passages
             database.executemany("INSERT INTO words(words, rowid, content) VALUES ('delete', ?, ?)", words)
         for table in ("passages", "chunks"):
             rows = (first, first + (1 << SHIFT) - 1)

@@ -12,6 +12,8 @@ from transformers import AutoModel, AutoTokenizer
 from training.recipes.recipe import PretrainedRecipe
 
 BATCH = 32
+KEPT = 10_000
+"""Texts whose vectors are kept: passages are asked about more than once."""
 
 
 class SentenceEncoder:
@@ -33,11 +35,19 @@ class SentenceEncoder:
         except (OSError, ValueError) as error:
             raise ValueError(f"{name} is no sentence encoder that can be loaded: {error}") from error
         self.limit = getattr(self.model.config, "max_position_embeddings", None)
+        self._known: dict[str, torch.Tensor] = {}
         self.name = Path(name).name if Path(name).exists() else name
 
-    @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         """Return unit vectors `(n, E)`; of a text that is too long the first tokens count."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if len(self._known) + len(new) > KEPT:
+            self._known, new = {}, list(dict.fromkeys(texts))
+        self._known |= dict(zip(new, self._encode(new), strict=True)) if new else {}
+        return torch.stack([self._known[text] for text in texts])
+
+    @torch.no_grad()
+    def _encode(self, texts: Sequence[str]) -> torch.Tensor:
         vectors = []
         for start in range(0, len(texts), BATCH):
             inputs = self.tokenizer(
