@@ -545,7 +545,7 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         for part in groups:
             mask = None if chunk_mask is None else chunk_mask[part]
             number = None if num_memories is None else num_memories[part]
-            parts.append(encode_chunks(self.encoder, self.pooling, chunk_ids[part], mask, number, checked=True))
+            parts.append(encode_chunks(self.encoder, self.pooling, chunk_ids[part], mask, number, True, self.config))
         return self.projector(torch.cat(parts).to(self.decoder.dtype))
 
     def forward(

@@ -126,7 +126,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     return _convert_scalar(hint, value, path)
 
 
-def _convert_all(kind: type, hint: Any, value: Any, path: str) -> Any:
+def _convert_all(kind: type[list] | type[dict], hint: Any, value: Any, path: str) -> Any:
     """Check a list or a mapping, and each of its elements against a type hint."""
     if not isinstance(value, kind):
         expected = f"a list: write [{value}]" if kind is list else "a mapping"

@@ -327,6 +327,8 @@ class StageRunner:
             source_length=rows.source_length,
             vary_source=rows.vary_source,
             shortened=rows.shortened,
+            random_tokens=rows.random_tokens,
+            vocab_size=len(self.inputs.tokenizer),
             documents=rows.documents,
             split_windows=rows.window_length is not None,
             every=rows.every,
