@@ -299,8 +299,8 @@ def check_room_to_come(model: Any, max_length: int, model_kwargs: dict[str, Any]
     slots = (model_kwargs.get("prompt_columns") or (1,))[1:]
     if rolling:
         ahead = slots[1] + 1 - padding if slots else 0  # up to the last slot, whatever is compressed
-        num_folded = max(0, num_columns - num_context - 1) // config.window_length
-        num_memories = num_context + num_folded * config.memories_per_window
+        num_compressed = max(0, num_columns - num_context - 1) // config.window_length
+        num_memories = num_context + num_compressed * config.memories_per_window
         capacity = config.memory_capacity
         if config.memory_policy == "error" and capacity is not None and num_memories > capacity:
             raise ValueError(

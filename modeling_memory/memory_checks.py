@@ -330,16 +330,13 @@ def _read(config: PreTrainedConfig, call: Call) -> Facts:
     """Read what has to be known of the data, all at once, and refuse what cannot be read."""
     text, ids, given_mask = call.text, call.text.input_ids, call.text.attention_mask
     mask = torch.ones_like(text.tokens[..., 0] if ids is None else ids, dtype=torch.long)
+    ask: dict[str, torch.Tensor] = {}
+    own_mask = False
     if given_mask is not None and given_mask.dim() == 2:
         mask = given_mask[:, -mask.shape[1] :].long()
-    ask: dict[str, torch.Tensor] = {"num_tokens": mask.sum(1)}
-    own_mask = given_mask is not None and given_mask.dim() == 2 and given_mask.shape[1] == mask.shape[1]
-    if given_mask is not None and given_mask.dim() == 2:
-        ask["wrong_mask"] = ((given_mask != 0) & (given_mask != 1)).any()
-        ask["empty"] = (given_mask == 0).all(1).any()
-        if own_mask:
-            starts = (mask[:, 1:] > 0) & (mask[:, :-1] == 0)
-            ask["holes"] = (starts & (mask.cumsum(1)[:, :-1] > 0)).any()
+        _ask_mask(given_mask, mask, ask)
+        own_mask = given_mask.shape[1] == mask.shape[1]
+    ask["num_tokens"] = mask.sum(1)
     slots = None
     if ids is not None and config.memory_token_id is not None:
         slots = ids == config.memory_token_id  # (B, T)
@@ -357,12 +354,8 @@ def _read(config: PreTrainedConfig, call: Call) -> Facts:
         ask["lowest"] = (after.cumsum(1) - 1)[:, call.logits_to_keep].amin(1)
     if call.has_memories:
         _ask_memories(config, call, ask)
-    for name in ("labels", "shift_labels"):
-        given = getattr(call, name)
-        if given is not None:
-            ask[f"wrong_{name}"] = _outside(given, config.decoder.vocab_size, given == -100).any()
-            if name == "labels" and slots is not None:
-                ask["labelled_slots"] = (slots & (given != -100)).any()
+    if call.labels is not None or call.shift_labels is not None:
+        _ask_labels(config, call, slots, ask)
     found = read_once(**ask)
     for name, numbers in found.items():
         if name in FLAGS and numbers[0]:
@@ -382,6 +375,29 @@ def _read(config: PreTrainedConfig, call: Call) -> Facts:
     if call.has_memories:
         _add_memories(config, call, found, facts)
     return facts
+
+
+def _ask_mask(given: torch.Tensor, mask: torch.Tensor, ask: dict[str, torch.Tensor]) -> None:
+    """Add what has to be known of a mask: the given one, and its part over the text's own columns `(B, T)`."""
+    ask["wrong_mask"] = ((given != 0) & (given != 1)).any()
+    ask["empty"] = (given == 0).all(1).any()
+    if given.shape == mask.shape:
+        starts = (mask[:, 1:] > 0) & (mask[:, :-1] == 0)
+        # Padding before the first token is no hole: nothing there predicts a token.
+        ask["holes"] = (starts & (mask.cumsum(1)[:, :-1] > 0)).any()
+
+
+def _ask_labels(
+    config: PreTrainedConfig, call: Call, slots: torch.Tensor | None, ask: dict[str, torch.Tensor]
+) -> None:
+    """Add what has to be known of labels and shifted labels."""
+    for name in ("labels", "shift_labels"):
+        given = getattr(call, name)
+        if given is None:
+            continue
+        ask[f"wrong_{name}"] = _outside(given, config.decoder.vocab_size, given == -100).any()
+        if name == "labels" and slots is not None:
+            ask["labelled_slots"] = (slots & (given != -100)).any()
 
 
 def _ask_memories(config: PreTrainedConfig, call: Call, ask: dict[str, torch.Tensor]) -> None:

@@ -7,7 +7,7 @@
                                  |         |         |            memory states (B, C*K, E)
                               projector projector projector
                                  |         |         |
- decoder input                  m_0       m_1       m_2  y y y y   memory embeds (B, C*K, D), then the window in clear
+ decoder input                  m_0       m_1       m_2  y y y y   memory embeds (B, C*K, D), then the window's text
                                                          | | | |
  decoder output                                          logits    (B, T, V)
 ```
@@ -955,17 +955,15 @@ def decode_windows(
     if num_entries and (layout.shares_prefix or layout.wants_prefix):
         # With a cache to fill, positions that jump are not taken for packed texts, and no mask is needed.
         prefix = replace(prefix, mask=prefix.mask if shared is None else None)
-        features, outputs = decode(model, 
-            prefix, text, None, shared, shared is not None, head and layout.wants_prefix, None,
+        features, outputs = decode(
+            model, prefix, text, None, shared, shared is not None, head and layout.wants_prefix, None,
             options if layout.wants_prefix else {}, entries.unflatten(0, (batch_size, num_entries)),
         )  # fmt: skip
         if layout.wants_prefix:
             parts.append(features.flatten(0, 1))
             hidden.append(outputs.hidden_states)
     if layout.has_filler:
-        filler = torch.full_like(entries[:1], float(model.config.absent_memories == "ones"))
-        if len(filler) == 0:
-            filler = entries.new_full((1, entries.shape[1]), float(model.config.absent_memories == "ones"))
+        filler = entries.new_full((1, entries.shape[1]), float(model.config.absent_memories == "ones"))
         entries = torch.cat([entries, filler])
     opened: list[tuple[Cache, torch.Tensor]] = []
     assert layout.mask is not None and layout.text is not None and layout.num_wanted is not None
@@ -976,12 +974,9 @@ def decode_windows(
         groups = row_groups(num_rows, width, layout.row.device)
     for part in groups:
         rows = layout if len(groups) == 1 else layout.rows(part)
-        given = None if shared is None else shared
+        given = shared
         if shared is not None and len(groups) > 1:
-            width = max(layout.widths[part])
-            given = share_columns(shared, width, rows.row)
-            assert rows.mask is not None
-            rows.mask = torch.cat([rows.mask[:, :width], rows.mask[:, num_entries:]], 1)
+            given = share_with(rows, shared, max(layout.widths[part]), num_entries)
         elif shared is not None and num_entries and num_rows > batch_size:
             shared.batch_select_indices(layout.row)
         features, outputs = decode(
@@ -993,16 +988,7 @@ def decode_windows(
             opened.append((outputs.past_key_values, rows.mask))
         elif use_cache:
             opened += last_windows(layout, rows, part, outputs.past_key_values)
-    states: list[torch.Tensor | None] | None = None
-    if hidden[0] is not None:
-        front = 1 if len(hidden) > len(groups) else 0  # of the prefix all columns, of rows those of the text
-        states = []
-        for layers in zip(*hidden, strict=True):
-            if layers[0] is None:  # a layer that was not asked for
-                states.append(None)
-                continue
-            own = [layers[n] if n < front else layers[n][:, -layout.num_wanted :] for n in range(len(layers))]
-            states.append(torch.cat([layer.flatten(0, 1) for layer in own]))
+    states = None if hidden[0] is None else join_states(hidden, len(hidden) - len(groups), layout.num_wanted)
     decoder_cache, column_mask = opened[0] if opened else (None, None)
     if len(groups) > 1 and opened:
         decoder_cache, column_mask = join_rows(opened)
@@ -1010,8 +996,30 @@ def decode_windows(
         decoder_cache.batch_select_indices(layout.last)
         column_mask = column_mask[layout.last]
     attentions = outputs.attentions if num_rows == batch_size and len(groups) == 1 else None
-    features = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return features, states, attentions, decoder_cache, column_mask
+    return parts[0] if len(parts) == 1 else torch.cat(parts), states, attentions, decoder_cache, column_mask
+
+
+def share_with(rows: Layout, shared: Cache, width: int, num_entries: int) -> Cache:
+    """Give a group of rows the shared keys and values that its widest row sees, and cut its mask to them."""
+    assert rows.mask is not None and rows.row is not None
+    # Early windows see few entries: what none of a group sees would only cost time.
+    rows.mask = torch.cat([rows.mask[:, :width], rows.mask[:, num_entries:]], 1)
+    return share_columns(shared, width, rows.row)
+
+
+def join_states(hidden: list[Any], num_front: int, num_wanted: int) -> list[torch.Tensor | None]:
+    """Join what groups of rows gave `(R, S, D)` to the states of each layer `(n, D)`.
+
+    Of the first `num_front`, which are the prefix, all columns count; of rows those of the text, which stand last.
+    """
+    states: list[torch.Tensor | None] = []
+    for layers in zip(*hidden, strict=True):
+        if layers[0] is None:  # a layer that was not asked for
+            states.append(None)
+            continue
+        own = [*layers[:num_front], *(layer[:, -num_wanted:] for layer in layers[num_front:])]
+        states.append(torch.cat([layer.flatten(0, 1) for layer in own]))
+    return states
 
 
 def read_on(
