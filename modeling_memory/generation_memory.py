@@ -76,6 +76,7 @@ class MemoryGenerationMixin(GenerationMixin):
             check_rolling(self.config, has_ids)
         plain = has_ids and not call.has_memories
         rolling = bool(self.config.self_memory and plain if rolling_memory is None else rolling_memory)
+        # With embeddings the library passes empty ids on, which hold nothing to check.
         if input_ids is not None and (has_ids or 0 not in input_ids.shape):
             check_padding_side(self.config, input_ids, kwargs.get("attention_mask"))
         check_generation_options(self.config, generation_config or self.generation_config, kwargs, input_ids, rolling)
@@ -254,6 +255,7 @@ def check_generation_options(
             f"`prompt_lookup_num_tokens` is {option('prompt_lookup_num_tokens')}, but rejected tokens cannot be "
             f"taken out of a memory. {remedy}"
         )
+    # Static and offloaded caches hold keys and values only, not the tokens of a window that will be compressed.
     if option("cache_implementation") not in (None, "dynamic"):
         raise ValueError(
             f"`cache_implementation` is {option('cache_implementation')!r}, but this text needs a cache that "
@@ -310,6 +312,7 @@ def check_room_to_come(model: Any, max_length: int, model_kwargs: dict[str, Any]
             )
         num_memories = num_memories if capacity is None else min(num_memories, capacity)
         end = max(ahead, num_context) - num_context + num_memories + min(config.window_length, num_columns)
+        # Memories of source positions take as many as their tokens did: compressing frees none.
         end = num_columns if config.memory_positions == "source" else end
     elif embeds is not None:
         check_capacity(config, num_context)

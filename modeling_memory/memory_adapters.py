@@ -259,7 +259,7 @@ def merge_adapters(model: Any, unload: bool, all_rows: bool) -> None:
         if unload:
             parent, _, child = name.rpartition(".")
             base = module.get_base_layer()
-            # The hook would otherwise keep the base's output of every later call alive.
+            # The base stays in use without its adapter, and would go on calling the hook.
             RowGate.leave(base)
             setattr(model.get_submodule(parent), child, base)
     if unload:

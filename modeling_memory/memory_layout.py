@@ -217,6 +217,7 @@ def tell_places(config: PreTrainedConfig, rank: torch.Tensor, sees: torch.Tensor
 
     It is told in rows that see some memory (`sees`, `(R,)`), from the text's first marker on (`asked`, `(R, S)`).
     """
+    # Padding before the first token has rank -1; its place is never read, but must be a row of the table.
     return torch.where(sees[:, None] & asked, rank.clamp(min=0) % config.num_places, -1)
 
 
@@ -242,6 +243,7 @@ def predicting_column(attention_mask: torch.Tensor) -> torch.Tensor:
 
 def pack(mask: torch.Tensor) -> torch.Tensor:
     """Return the columns of `(B, M)` that are set, those of each row first and in order; then the others."""
+    # Stable: tokens and memories keep the order that the text has them in.
     return torch.argsort((mask == 0).to(torch.uint8), dim=1, stable=True)
 
 
@@ -263,6 +265,7 @@ def lay_plain(config: PreTrainedConfig, text: Text, facts: Any, past: int = 0) -
         layout.mask = None  # nothing to hide, and the decoder would look at every value to find that out
         return layout
     if positions is None:
+        # Padding on the left has no position, and 0 is a row of every decoder's table.
         layout.positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
     if facts is not None and facts.has_holes:
         # What predicts the token after a hole stands before the hole.
@@ -334,6 +337,7 @@ def _entries_of_slots(slots: torch.Tensor, memories: Memories) -> torch.Tensor:
     if width == 0:
         return torch.full_like(slots, -1, dtype=torch.long)
     row = torch.arange(batch_size, device=slots.device)[:, None]
+    # Absent memories may stand between present ones, and slots only count those that are present.
     place = pack(memories.mask)[row, (slots.cumsum(1) - 1).clamp(0, width - 1)]
     return torch.where(slots, row * width + place, -1)
 
@@ -363,6 +367,7 @@ def front_of_text(config: PreTrainedConfig, text: Text, memories: Memories, fact
         The front, and 1 for the tokens after it, of shape `(B, T)`.
     """
     mask = text.mask()
+    # An id of a slot in padding is padding.
     slots = (text.input_ids == config.memory_token_id) & mask.bool()  # (B, T)
     after = mask * (slots.flip(1).cumsum(1).flip(1) == 0)
     ahead = mask - after
@@ -474,6 +479,7 @@ def lay_windows(
         lasts.append(len(widths) - 1)
     layout.widths, layout.lasts = widths, lasts
     layout.compressed = None if cut.full is None else cut.full.view(-1, config.chunk_length)
+    # Fillers stand where memories are missing, so that no two windows have the same entries before them.
     if config.absent_memories != "mask":
         layout.shares_prefix = False
     num_seen = num_visible
@@ -575,6 +581,7 @@ def _cut(
     count = torch.tensor(counts, device=device)
     order = None
     mask_of_text = torch.ones(batch_size, length, dtype=torch.long, device=device) if mask is None else mask
+    # The last window of a text may have more places than tokens are left: masked, but read all the same.
     column = rank.clamp(max=length - 1)
     if mask is not None:
         order = pack(mask)
@@ -616,6 +623,7 @@ def _lay_prefix(
     rank = (number - front.num[:, None]).clamp(min=0)  # among the new memories
     # New memories are counted after all given ones, those of text 0 first.
     first = front.num_given + (new.cumsum(0) - new)[:, None]
+    # Absent entries are masked later; until then they must name some vector.
     entries = torch.where(present, first + rank, 0)
     takes = torch.ones_like(entries)
     text = places = None
@@ -730,6 +738,7 @@ def _open_windows(
         found = find_markers(config, text.input_ids, cut.mask_of_text)
         own = found.flatten()[cut.columns[last]] & cut.mask[last].bool()
         before = found & (cut.rank < ((cut.num - 1) * cut.window_length)[:, None])
+        # A marker in a window that was compressed asks for the windows after it, too.
         asked = before.any(1) if front.asked is None else before.any(1) | front.asked
         marked = asked | own.any(1)
     most = 0
@@ -832,6 +841,7 @@ def lay_context(
     chunk = torch.arange(batch_size * num_chunks, device=device).view(batch_size, num_chunks)
     if present is not None and not all(present):  # only chunks that hold something are encoded
         chunks = torch.tensor([place for place, held in enumerate(present) if held], dtype=torch.long, device=device)
+        # Absent chunks are not encoded, so the numbers of those after them move up.
         chunk = (there.flatten().cumsum(0) - 1).clamp(min=0).view(batch_size, num_chunks)
     place = (chunk[..., None] * per_chunk + number).flatten(1)  # (B, C * K)
     wanted, num_tokens = wanted.flatten(1).long(), num_tokens.flatten(1)

@@ -321,6 +321,7 @@ class MemoryEncoderDecoderModel(MemoryPreTrainedModel):
             self.window_positions = nn.Embedding(config.num_places, config.decoder.hidden_size)
         # One object a config: what is set on the child (attention implementation, vocabulary size) is set here too.
         self.config.encoder, self.config.decoder = self.encoder.config, self.decoder.config
+        # Once, here: a signature is slow to take, and does not change between calls.
         arguments = inspect.signature(self.decoder.forward).parameters
         self._takes_position_ids = "position_ids" in arguments
         self._takes_logits_to_keep = "logits_to_keep" in arguments
@@ -574,6 +575,7 @@ def thawed_layers(model: Any) -> list[nn.Module]:
 @torch.no_grad()
 def start_between(model: Any, autoencoder: Any) -> None:
     """Cast and draw what stands between two pretrained parts, at the scale of the decoder's embeddings."""
+    # Packed weights are no numbers of a dtype: casting them would destroy them.
     encoder = () if is_quantized(model.encoder) else model.encoder.parameters()
     fresh = [module for module in (model.pooling, model.projector, model.window_positions) if module is not None]
     for module in fresh:
@@ -590,6 +592,7 @@ def start_between(model: Any, autoencoder: Any) -> None:
         model.window_positions.weight.normal_(std=scale)
     if autoencoder is None:
         return
+    # A learned pooling is part of what the autoencoder's vectors mean.
     if type(autoencoder.pooling) is type(model.pooling):
         model.pooling.load_state_dict(autoencoder.pooling.state_dict())
     if autoencoder.bottleneck is not None and model.config.projector_type == "bottleneck":
@@ -615,6 +618,7 @@ def encode_context(
     if layout.chunks is not None and chunk_mask is not None:
         chunk_ids, chunk_mask = chunk_ids[layout.chunks], chunk_mask[layout.chunks]
     embeds = project_chunks(model, chunk_ids, chunk_mask, layout.num_memories).flatten(0, 1)  # (N * K, D)
+    # Where every chunk is absent, all places below still point at a vector; the mask sets it to zero.
     if len(embeds) == 0:
         embeds = embeds.new_zeros(1, embeds.shape[1])
     embeds = embeds[layout.place].masked_fill(layout.mask[..., None] == 0, 0)  # (B, M, D)
@@ -915,6 +919,7 @@ def decode(
         inputs["inputs_embeds"] = embed(model, layout, text, entries)
     if model._takes_position_ids:
         inputs["position_ids"] = layout.positions
+    # Not every family can leave columns out before its head; of others they are cut off afterwards.
     if head and keep is not None and model._takes_logits_to_keep:
         inputs["logits_to_keep"], keep = keep, None
     read = model.decoder if head else model.decoder.base_model
@@ -1100,6 +1105,7 @@ def read_apart(
         outputs.append(read_on(model, Text(ids, mask, tokens=ids), part, head, columns, options))
         parts.append((rows, part))
     cache.join(parts)
+    # The two parts were joined one after the other; callers expect the rows as they gave them.
     order = torch.cat([rows for rows, _ in parts]).argsort()
     output = outputs[0]
     output.last_hidden_state = torch.cat([one.last_hidden_state for one in outputs])[order]
@@ -1128,6 +1134,7 @@ def open_cache(
     if opening is None or kept is None or not (isinstance(cache, MemoryCache) or (cache is None and needs_own)):
         mark_cache(decoder_cache, layout.mark)
         return decoder_cache
+    # A cache that the caller gave is filled in place, as the library's are: `generate` holds on to it.
     cache = MemoryCache() if cache is None else cache
     column_mask = opening.column_mask if column_mask is None else column_mask
     assert isinstance(cache, MemoryCache) and column_mask is not None
@@ -1135,6 +1142,7 @@ def open_cache(
         width = column_mask.shape[1] - layout.num_wanted + opening.max_fill
         if width < column_mask.shape[1]:
             column_mask = cut_columns(decoder_cache, column_mask, width)
+    # Detached, since a cache outlives the step and would keep its whole graph.
     return cache.open(
         decoder_cache, replace(kept, embeds=kept.embeds.detach()), column_mask, opening.next_position,
         opening.fill,
@@ -1194,6 +1202,7 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
     @property
     def base_model(self) -> MemoryEncoderDecoderModel:
         """The body over the same modules: its `last_hidden_state` gives the logits through the head."""
+        # Without `__init__`: that would build and draw a second set of weights.
         body: Any = MemoryEncoderDecoderModel.__new__(MemoryEncoderDecoderModel)
         # The dictionaries of modules and parameters are shared, not copied: one model with two ways out. What others
         # put in the place of `forward` is this model's.
