@@ -25,7 +25,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import training.records.figures
-from benchmarks import cost_tables, drawings, quality_tables
+from benchmarks import cost_tables, drawings, quality_tables, smollm2_tables
 from benchmarks.drawings import DRAWINGS
 from benchmarks.table import Record, Table, print_table, source
 from training.places import REPOSITORY
@@ -74,7 +74,7 @@ TABLES: dict[str, Entry] = {
         quality_tables.quickstart_sample,
     ),
     **_entries("use", "python -m benchmarks.snippet use", quality_tables.use),
-    **_entries("starters", "python -m benchmarks.starters", quality_tables.starters),
+    **_entries("starters", "python -m benchmarks.starters", quality_tables.starters, quality_tables.works),
     "reproduced": Entry(
         ("quickstart", "starters", "fidelity_curve", "rolling"), quality_tables.reproduced, _QUICKSTART
     ),
@@ -85,6 +85,16 @@ TABLES: dict[str, Entry] = {
     **_entries("ceiling", "python -m training.ceiling runs/quickstart/hub", quality_tables.ceiling),
     **_entries("capacity", "python -m training.ceiling", quality_tables.capacity),
     **_entries("fidelity", "python -m training.evaluate runs/quickstart/hub", quality_tables.fidelity),
+    **_entries(
+        "smollm2",
+        "python -m benchmarks.smollm2 runs/smollm2/hub --questions xquad_en.jsonl.gz",
+        smollm2_tables.smollm2_continue,
+        smollm2_tables.smollm2_gain,
+        smollm2_tables.smollm2_copy,
+        smollm2_tables.smollm2_questions,
+        smollm2_tables.smollm2_first_token,
+    ),
+    **_entries("scores", "python -m training.evaluate MODEL --suite benchmarks --data FOLDER", quality_tables.scores),
     **_entries("speed", "python -m benchmarks.speed", cost_tables.speed),
     **_entries(
         "rolling",

@@ -285,7 +285,7 @@ def first_token_paths(
 ) -> dict[str, Callable[[], torch.Tensor]]:
     """Ways from `tokens` of context and a prompt to the logits of the next token, each with its cache.
 
-    `full` reads all in clear; `stored_16` and `stored_64` have a memory for so many tokens; `encode` makes the
+    `full` reads all as text; `stored_16` and `stored_64` have a memory for so many tokens; `encode` makes the
     memories of 16 first, `encode_own` with an encoder as large as the decoder: its own body.
     """
     config = model.config

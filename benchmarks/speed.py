@@ -19,13 +19,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from benchmarks.measure import (
-    benchmark_parser,
-    compare,
-    describe_run,
-    load_average,
-    run_benchmark,
-)
+from benchmarks.measure import benchmark_parser, compare, describe_run, load_average, run_benchmark
 from modeling_memory import MaskedMixerConfig, MemoryEncoderDecoderConfig, MemoryEncoderDecoderForCausalLM
 from tests.reference import memory_loop
 from training.records.record import peak_memory_bytes

@@ -5,6 +5,7 @@ Importing the package registers its models with the Auto classes, so that folder
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_masked_mixer import MaskedMixerConfig
 from .configuration_memory import MemoryEncoderDecoderConfig
@@ -18,6 +19,7 @@ from .modeling_memory import (
     MemoryModelOutput,
 )
 from .modeling_memory_autoencoder import MemoryAutoencoder
+from .pipeline_memory import TASK, MemoryQuestionAnswering, RememberedContexts
 from .processing_memory import MemoryProcessor
 from .store import Chunk, MemoryStore, MemoryStoreError, Passage, StoredText, quantization_report
 
@@ -35,9 +37,11 @@ __all__ = [
     "MemoryEncoderDecoderModel",
     "MemoryModelOutput",
     "MemoryProcessor",
+    "MemoryQuestionAnswering",
     "MemoryStore",
     "MemoryStoreError",
     "Passage",
+    "RememberedContexts",
     "StoredText",
     "quantization_report",
 ]
@@ -63,6 +67,7 @@ def _register() -> None:
             model_class.register_for_auto_class(auto_class.__name__)
     AutoProcessor.register(MemoryEncoderDecoderConfig, MemoryProcessor, exist_ok=True)
     MemoryProcessor.register_for_auto_class()
+    PIPELINE_REGISTRY.register_pipeline(TASK, MemoryQuestionAnswering, pt_model=AutoModelForCausalLM)
 
 
 _register()

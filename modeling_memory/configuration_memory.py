@@ -107,7 +107,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
             tables.
         copy_token_id (`int`, *optional*): Id of the marker that asks for a copy; a real row of both token tables.
         blank_token_id (`int`, *optional*): Id of the blank of the blank-copy objective; a real row likewise.
-        window_positions (`bool`): Whether tokens after memories are told, from the text's first COPY or BLANK on,
+        window_positions (`bool`): Whether tokens after memories are given, from the text's first COPY or BLANK on,
             their place in the window, with spread memories in its chunk, by a learned vector added to their embedding.
             With rotary positions alone a decoder takes several times longer to learn which part of a memory to write
             where. Other text is as the decoder knows it.

@@ -11,7 +11,16 @@ from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.generation.logits_process import LogitsProcessorList
 
 from .memory_cache import MemoryCache, mark_of
-from .memory_checks import Call, check_capacity, check_owners, check_positions, check_rolling, check_view
+from .memory_checks import (
+    Call,
+    check_capacity,
+    check_memories,
+    check_owners,
+    check_positions,
+    check_rolling,
+    check_text,
+    check_view,
+)
 from .memory_layout import Text
 
 
@@ -63,13 +72,11 @@ class MemoryGenerationMixin(GenerationMixin):
             kwargs.get("memory_num_tokens"),
             has_memories=context_input_ids is not None or kwargs.get("memory_embeds") is not None,
         )  # fmt: skip
+        _check_prompt(call.text, kwargs.get("past_key_values"), rolling_memory)
         check_owners(call)
         if call.has_memories:
-            if context_input_ids is not None and call.memory_embeds is not None:
-                raise ValueError(
-                    "Both `context_input_ids` and `memory_embeds` were given, but a prompt has one context. Give the "
-                    "context or its ready memories."
-                )
+            if tokens is not None:
+                check_memories(self.config, call)
             kwargs.update(memories_of_prompt(self, call))
         has_ids = embeds is None
         if rolling_memory:
@@ -280,8 +287,14 @@ def check_padding_side(config: PreTrainedConfig, input_ids: torch.Tensor, attent
         if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
             return
         padded = input_ids[:, -1] == pad
-    else:
+    elif isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
         padded = attention_mask[:, -1] == 0
+    else:
+        given = tuple(getattr(attention_mask, "shape", ())) or f"a {type(attention_mask).__name__}"
+        raise ValueError(
+            f"`attention_mask` of the prompt is {given}; expected a torch tensor of {tuple(input_ids.shape)}, 1 "
+            "for tokens and 0 for padding. Use `return_tensors='pt'` when tokenising."
+        )
     if padded.any():
         raise ValueError(
             f"Row {int(padded.nonzero()[0])} of the prompt ends in padding, and the next token would be drawn "
@@ -296,7 +309,7 @@ def check_room_to_come(model: Any, max_length: int, model_kwargs: dict[str, Any]
     num_context = 0 if memory_mask is None else int(memory_mask.sum(1).max())
     if embeds is not None:  # whose columns the library does not count
         max_length = max_length + embeds.shape[1]
-    padding = 0 if mask is None else mask.shape[1] - int(mask.sum(1).max())
+    padding = 0 if mask is None else mask.shape[1] - int((mask != 0).sum(1).max())
     num_columns = max_length - 1 - padding  # the last token is written and not read
     slots = (model_kwargs.get("prompt_columns") or (1,))[1:]
     if rolling:
@@ -370,3 +383,16 @@ def without_checkpointing(model: Any) -> Iterator[None]:
     finally:
         for module in switched:
             module.gradient_checkpointing = True
+
+
+def _check_prompt(text: Text, cache: Any, rolling_memory: Any) -> None:
+    """Refuse a prompt that the library would cut to fit, or fail on inside."""
+    if rolling_memory is not None and not isinstance(rolling_memory, bool):
+        raise ValueError(f"`rolling_memory` is {rolling_memory!r}; expected True, False, or None for the default.")
+    if cache is not None and not isinstance(cache, Cache):
+        raise ValueError(
+            f"`past_key_values` is a {type(cache).__name__}; expected a `Cache` of an earlier call, or None."
+        )
+    if text.tokens is not None and cache is None:
+        embeds = text.inputs_embeds
+        check_text(text if embeds is None else Text(None, text.attention_mask, embeds, tokens=embeds), None)

@@ -116,12 +116,12 @@ def check_call(config: PreTrainedConfig, call: Call) -> Facts | None:
     tokens = text.tokens
     usual = isinstance(tokens, torch.Tensor) and tokens.dtype == torch.long and tokens.dim() == 2 and tokens.numel()
     if not usual or text.attention_mask is not None or cache is not None or text.input_ids is None:
-        _check_text(text, cache)
+        check_text(text, cache)
     others = (call.context_attention_mask, call.context_num_memories, call.memory_mask, call.memory_num_tokens)
     if any(other is not None for other in others):
         check_owners(call)
     if call.has_memories:
-        _check_memories(config, call)
+        check_memories(config, call)
     if call.labels is not None or call.shift_labels is not None or call.logits_to_keep is not None:
         _check_labels(config, call)
     past = 0 if cache is None else cache.get_seq_length()
@@ -151,7 +151,8 @@ def _check_kind(name: str, value: Any, ranks: tuple[int, ...], layout: str, kind
         raise ValueError(f"`{name}` has type {value.dtype}; expected floating point vectors. Ids go to `input_ids`.")
 
 
-def _check_text(text: Text, cache: Cache | None) -> None:
+def check_text(text: Text, cache: Cache | None) -> None:
+    """Refuse a text, its mask or its cache by type and shape."""
     if text.input_ids is None:
         name = "inputs_embeds"
         _check_kind(name, text.inputs_embeds, (3,), "(batch, tokens, width)", "numbers")
@@ -169,7 +170,9 @@ def _check_text(text: Text, cache: Cache | None) -> None:
             _check_kind("attention_mask", mask, (2,), "(batch, tokens): 1 for tokens, 0 for padding", "mask")
         if mask.dim() == 2:
             past = 0 if cache is None else int(cache.get_seq_length())  # a tensor in a static cache
-            if mask.shape[0] != batch_size or mask.shape[1] not in (length, length + past):
+            # Only a cache of ours remembers which of its columns are padding; of another's the mask has to tell.
+            shortest = length if isinstance(cache, MemoryCache) else length + past
+            if mask.shape[0] != batch_size or mask.shape[1] not in (shortest, length + past):
                 raise ValueError(
                     f"`attention_mask` has shape {tuple(mask.shape)}, but `{name}` has {batch_size} rows and "
                     f"{length} columns and the cache {past}. Expected ({batch_size}, {length + past})."
@@ -216,7 +219,8 @@ def check_owners(call: Call) -> None:
             raise ValueError(f"`{name}` was given without `{owner}`. Give both or neither.")
 
 
-def _check_memories(config: PreTrainedConfig, call: Call) -> None:
+def check_memories(config: PreTrainedConfig, call: Call) -> None:
+    """Refuse memories, or contexts to make them of, by type and shape, and beside the text."""
     batch_size = call.text.tokens.shape[0]
     if call.context_input_ids is not None:
         if call.memory_embeds is not None:
@@ -321,7 +325,7 @@ LIMITS = ("max_position_embeddings", "sliding_window", "attention_chunk_size")
 """Fields of a decoder's config that may bound what it sees."""
 FLAGS = {
     "wrong_mask", "empty", "wrong_ids", "not_finite", "wrong_memory_mask", "wrong_num_tokens", "wrong_labels",
-    "wrong_shift_labels", "labelled_slots", "wrong_context", "wrong_context_mask", "wrong_budget",
+    "wrong_shift_labels", "wrong_columns", "labelled_slots", "wrong_context", "wrong_context_mask", "wrong_budget",
 }  # fmt: skip
 """Names of truth values that say that something cannot be read."""
 
@@ -351,7 +355,9 @@ def _read(config: PreTrainedConfig, call: Call) -> Facts:
         if smallest_attention_window(config.decoder) is not None:
             ask["first_slot"] = slots.any(0).long().argmax()
     if isinstance(call.logits_to_keep, torch.Tensor) and len(call.logits_to_keep):
-        ask["lowest"] = (after.cumsum(1) - 1)[:, call.logits_to_keep].amin(1)
+        last = mask.shape[1] - 1
+        ask["wrong_columns"] = ((call.logits_to_keep < -last - 1) | (call.logits_to_keep > last)).any()
+        ask["lowest"] = (after.cumsum(1) - 1)[:, call.logits_to_keep.clamp(-last - 1, last)].amin(1)
     if call.has_memories:
         _ask_memories(config, call, ask)
     if call.labels is not None or call.shift_labels is not None:
@@ -548,6 +554,11 @@ def _refuse(config: PreTrainedConfig, call: Call, found: dict[str, list[int]], s
         if wrong(f"wrong_{name}"):
             ids = getattr(call, name)
             _refuse_ids("The decoder", name, ids, config.decoder.vocab_size, ids == -100)
+    if wrong("wrong_columns"):
+        raise ValueError(
+            f"`logits_to_keep` asks for the columns {call.logits_to_keep.tolist()}, but the text has "
+            f"{text.tokens.shape[1]}. Give columns of it."
+        )
     if wrong("labelled_slots") and call.shift_labels is None:
         assert slots is not None
         row, column = (slots & (call.labels != -100)).nonzero()[0].tolist()

@@ -147,6 +147,13 @@ def join_pieces(parts: Sequence[Pieces], starts: Sequence[int]) -> Pieces:
 
 
 def _call(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = False, **options: bool) -> dict:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # no tokenizer reads it, and none says so
+        raise ValueError(
+            f"Character {error.start} of a text is {ascii(text[error.start])}, half of a character, as broken JSON "
+            "escapes leave it. Mend the source, or replace it: `text.encode('utf-8', 'replace').decode()`."
+        ) from None
     # A tokenizer keeps truncation and padding from the call before, or from its file; nothing of a text may go.
     return tokenizer(
         text, add_special_tokens=add_special_tokens, truncation=False, padding=False, verbose=False, **options

@@ -88,7 +88,7 @@ class Layout:
         positions (`torch.LongTensor` of shape `(R, S)`, *optional*): `None` leaves them to the decoder.
         text (`torch.LongTensor` of shape `(R, S)`, *optional*): Flat text columns; `None`: the text as it stands.
         entries (`torch.LongTensor` of shape `(R, S)`, *optional*): Flat numbers of memories, -1 for text columns.
-        places (`torch.LongTensor` of shape `(R, S)`, *optional*): Places in the window that tokens are told, or -1.
+        places (`torch.LongTensor` of shape `(R, S)`, *optional*): Places in the window that tokens are given, or -1.
         sees_memories (`bool` or `torch.BoolTensor` of shape `(R,)`): Whether a row sees any memory.
         num_wanted (`int`, *optional*): Only the last so many columns of a row are of the text; `None`: all.
         back (`torch.LongTensor` of shape `(B, T)`, *optional*): For each column of the text the flat number of the
@@ -193,14 +193,36 @@ def no_memories(weight: torch.Tensor, batch_size: int, width: int) -> Memories:
     return Memories(weight.new_zeros(batch_size, 0, width), none, none, zero, zero)
 
 
-def tokens_of_memories(
-    config: PreTrainedConfig, num_memories: int, device: torch.device, first: int = 0
-) -> torch.Tensor:
+def tokens_of_memories(config: PreTrainedConfig, num_memories: int, device: torch.device) -> torch.Tensor:
     """Return how many tokens the memories of full chunks stand for `(M,)`; those of each chunk add up to L."""
-    number = first + torch.arange(num_memories, device=device)
-    per_chunk, length = config.memories_per_chunk, config.chunk_length
-    end = -(-(number % per_chunk + 1) * length // per_chunk)  # as `group_bounds` cuts a chunk
-    return end - -(-(number % per_chunk) * length // per_chunk)
+    of_chunk = tokens_of_groups(torch.full((), config.chunk_length, device=device), config.memories_per_chunk)  # (K,)
+    return of_chunk[torch.arange(num_memories, device=device) % config.memories_per_chunk]
+
+
+def tokens_of_groups(num_tokens: torch.Tensor, per_chunk: int, groups: torch.Tensor | None = None) -> torch.Tensor:
+    """Return how many tokens each memory of chunks stands for, counted from the end of the one before it.
+
+    Args:
+        num_tokens (`torch.LongTensor` of shape `(...)`): Tokens of each chunk, its encoder's special tokens included.
+        per_chunk (`int`): Memories of a chunk (K).
+        groups (`torch.LongTensor` of shape `(...)`, *optional*): How many of them are asked for. Default: K.
+
+    Returns:
+        `torch.LongTensor` of shape `(..., K)`; those of a chunk add up to its tokens.
+
+    Example:
+    ```python
+    >>> tokens_of_groups(torch.tensor([8, 5]), 3).tolist()
+    [[3, 3, 2], [2, 2, 1]]
+
+    ```
+    """
+    number = torch.arange(per_chunk, device=num_tokens.device)
+    groups = torch.full_like(num_tokens, per_chunk) if groups is None else groups.clamp(min=1)
+    num_tokens = num_tokens[..., None]
+    # The tokens up to the end of each group, as `group_bounds` cuts a chunk
+    end = torch.minimum(-(-(number + 1) * num_tokens // groups[..., None]), num_tokens)  # (..., K)
+    return torch.diff(end, dim=-1, prepend=torch.zeros_like(end[..., :1]))
 
 
 def find_markers(config: PreTrainedConfig, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -213,9 +235,9 @@ def find_markers(config: PreTrainedConfig, input_ids: torch.Tensor, mask: torch.
 
 
 def tell_places(config: PreTrainedConfig, rank: torch.Tensor, sees: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
-    """Return places in the window, or in its chunk, from ranks `(R, S)`; -1 where a token is not told its place.
+    """Return places in the window, or in its chunk, from ranks `(R, S)`; -1 where a token is given none.
 
-    It is told in rows that see some memory (`sees`, `(R,)`), from the text's first marker on (`asked`, `(R, S)`).
+    It is given in rows that see some memory (`sees`, `(R,)`), from the text's first marker on (`asked`, `(R, S)`).
     """
     # Padding before the first token has rank -1; its place is never read, but must be a row of the table.
     return torch.where(sees[:, None] & asked, rank.clamp(min=0) % config.num_places, -1)
@@ -289,7 +311,9 @@ def open_plain(layout: Layout, text: Text, facts: Any, memories: Memories, rolli
     return replace(layout, opening=opening, memories=memories)
 
 
-def lay_slots(config: PreTrainedConfig, text: Text, memories: Memories, facts: Any, past: int = 0) -> Layout:
+def lay_slots(
+    config: PreTrainedConfig, text: Text, memories: Memories, facts: Any, past: int = 0, mark: ReadMark | None = None
+) -> Layout:
     """Lay out a text in which memories stand in the places of slots, wherever those are.
 
     Args:
@@ -298,6 +322,7 @@ def lay_slots(config: PreTrainedConfig, text: Text, memories: Memories, facts: A
         memories ([`Memories`]): Those of every text.
         facts ([`Facts`], *optional*): What was read of the data; `None` where nothing was.
         past (`int`): Columns that a cache holds before it.
+        mark ([`ReadMark`], *optional*): What was noted on that cache: memories of an earlier turn are seen as well.
     """
     layout = lay_plain(config, text, facts, past)
     slots = text.input_ids == config.memory_token_id  # (B, T)
@@ -327,8 +352,19 @@ def lay_slots(config: PreTrainedConfig, text: Text, memories: Memories, facts: A
     layout.memories = memories
     layout.needs_own_cache = config.window_positions or config.memory_positions == "source"
     first = None if facts is None or layout.sees_memories is False else facts.first_slot
-    layout.mark = ReadMark(layout.sees_memories, None if first is None else past + first, gaps)
+    first = None if first is None else past + first
+    if mark is not None:
+        first = first if mark.first_memory is None else mark.first_memory
+        layout.sees_memories = _either(layout.sees_memories, mark.rows(len(mask)))
+    layout.mark = ReadMark(layout.sees_memories, first, gaps)
     return layout
+
+
+def _either(one: bool | torch.Tensor, other: bool | torch.Tensor) -> bool | torch.Tensor:
+    """Whether one or the other is true, in each row or in all."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one | other
+    return True if one is True or other is True else other if one is False else one
 
 
 def _entries_of_slots(slots: torch.Tensor, memories: Memories) -> torch.Tensor:
@@ -628,7 +664,7 @@ def _lay_prefix(
     takes = torch.ones_like(entries)
     text = places = None
     if config.memory_positions == "source":
-        takes = tokens_of_memories(config, max(1, config.memories_per_chunk), device)[rank % config.memories_per_chunk]
+        takes = tokens_of_memories(config, config.memories_per_chunk, device)[rank % config.memories_per_chunk]
     if given:
         place = number.clamp(max=given - 1).expand(batch_size, -1)
         entries = torch.where(in_front, front.entries.gather(1, place), entries)
@@ -833,10 +869,7 @@ def lay_context(
     asked = torch.full_like(num_real, per_chunk) if counts is None else counts
     number = torch.arange(per_chunk, device=device)
     wanted = (number < asked[..., None]) & there[..., None]  # (B, C, K)
-    # The tokens up to the end of each group, as `group_bounds` cuts a chunk
-    groups = asked.clamp(min=1)[..., None]
-    end = torch.minimum(-(-(number + 1) * num_real[..., None] // groups), num_real[..., None])
-    num_tokens = torch.diff(end, dim=2, prepend=torch.zeros_like(end[..., :1])) * wanted
+    num_tokens = tokens_of_groups(num_real, per_chunk, asked) * wanted
     chunks = None
     chunk = torch.arange(batch_size * num_chunks, device=device).view(batch_size, num_chunks)
     if present is not None and not all(present):  # only chunks that hold something are encoded

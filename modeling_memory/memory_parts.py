@@ -56,7 +56,7 @@ def package_version(source: str) -> tuple[str | None, str | None]:
 
 
 def _place(source: str | os.PathLike, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return where a pretrained model lies and how it is loaded, the weights of a GGUF file unpacked unless told."""
+    """Return where a pretrained model lies and how it is loaded, a GGUF file's weights unpacked by default."""
     if kwargs.get("gguf_file") is not None and kwargs.get("quantization_config") is None:
         try:
             from transformers.utils.quantization_config import GgufConfig

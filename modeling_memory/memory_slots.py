@@ -85,7 +85,7 @@ def row_of(
     control: frozenset[int],
     options: Mapping[str, Any],
 ) -> Row:
-    """Tokenise one prompt: a string, which is data only if told so, or parts, which are data unless told otherwise."""
+    """Tokenise one prompt: a string, which is data only on request, or parts, which are data by default."""
     split, add_special_tokens = options["split_special_tokens"], options["add_special_tokens"]
     if isinstance(prompt, str) and not split:
         return Row(encode_prompt(tokenizer, prompt, add_special_tokens).ids)

@@ -43,15 +43,19 @@ def check_token_ids(name: str, token_ids: torch.Tensor, vocab_size: int | None, 
     Raises:
         ValueError: If there are no ids, they are not integers in two dimensions, or one is outside the table.
     """
+    if not isinstance(token_ids, torch.Tensor):
+        raise ValueError(
+            f"`{name}` is a {type(token_ids).__name__}; expected a torch tensor of (batch, tokens). Use "
+            "`torch.as_tensor`, or `return_tensors='pt'` when tokenising."
+        )
     if token_ids.dim() != 2 or 0 in token_ids.shape:
         raise ValueError(
             f"`{name}` has shape {tuple(token_ids.shape)}; expected (batch, tokens), neither of them 0. Give at least "
             "one text of at least one token."
         )
-    if token_ids.is_floating_point() or token_ids.dtype == torch.bool:
-        raise ValueError(
-            f"`{name}` holds {token_ids.dtype}; expected integer token ids. Vectors go into `inputs_embeds`."
-        )
+    if token_ids.dtype not in (torch.long, torch.int32):  # of other integers no table of vectors can be read
+        where = "Vectors go into `inputs_embeds`." if token_ids.is_floating_point() else "Convert them: `.long()`."
+        raise ValueError(f"`{name}` holds {token_ids.dtype}; expected token ids, int64 or int32. {where}")
     if vocab_size is None or token_ids.is_meta or torch.compiler.is_compiling():
         return
     low, high = (int(bound) for bound in torch.aminmax(token_ids))
@@ -62,7 +66,9 @@ def check_token_ids(name: str, token_ids: torch.Tensor, vocab_size: int | None, 
         )
 
 
-def check_attention_mask(name: str, attention_mask: torch.Tensor | None, batch_size: int, length: int) -> None:
+def check_attention_mask(
+    name: str, attention_mask: torch.Tensor | None, batch_size: int, length: int, reads_values: bool = True
+) -> None:
     """Refuse an attention mask that is not one row a text and one column a token, cached tokens included.
 
     Args:
@@ -70,14 +76,30 @@ def check_attention_mask(name: str, attention_mask: torch.Tensor | None, batch_s
         attention_mask (`torch.Tensor`, *optional*): The mask.
         batch_size (`int`): Expected rows.
         length (`int`): Expected columns.
+        reads_values (`bool`): Whether to look at the values, which stalls an accelerator. Never while compiling.
 
     Raises:
-        ValueError: If the shape is another.
+        ValueError: If it is no tensor, the shape is another, or it holds anything but 1 and 0.
     """
-    if attention_mask is not None and attention_mask.shape != (batch_size, length):
+    if attention_mask is None:
+        return
+    if not isinstance(attention_mask, torch.Tensor):
+        raise ValueError(
+            f"`{name}` is a {type(attention_mask).__name__}; expected a torch tensor of (batch, tokens), 1 for tokens "
+            "and 0 for padding."
+        )
+    if attention_mask.shape != (batch_size, length):
         raise ValueError(
             f"`{name}` has shape {tuple(attention_mask.shape)}; expected {(batch_size, length)}: one row a text, and "
             "one column a token, cached tokens included (1 = token, 0 = padding)."
+        )
+    if not reads_values or attention_mask.is_meta or torch.compiler.is_compiling():
+        return
+    wrong = (attention_mask != 0) & (attention_mask != 1)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"`{name}` holds {attention_mask[wrong][0].item()}; expected 1 for tokens and 0 for padding, and nothing "
+            "else."
         )
 
 
@@ -416,7 +438,7 @@ class MaskedMixerModel(MaskedMixerPreTrainedModel):
         (batch_size, num_columns), device = inputs_embeds.shape[:2], inputs_embeds.device
         limit = self.config.max_position_embeddings
         past_length = cache.get_seq_length() if cache is not None else 0
-        check_attention_mask("attention_mask", attention_mask, batch_size, past_length + num_columns)
+        check_attention_mask("attention_mask", attention_mask, batch_size, past_length + num_columns, not past_length)
         if attention_mask is None and position_ids is None and past_length == 0:
             self._check_length(num_columns)
             return None, None

@@ -103,6 +103,7 @@ from .memory_parts import (
 )
 from .memory_saving import PARTS, check_older_weights, is_quantized, load_by_reference, trained_state
 from .modeling_masked_mixer import MaskedMixerForCausalLM
+from .pipeline_memory import CUSTOM_PIPELINES
 
 TOKENS_PER_GROUP = {"cpu": 4096}
 """Most tokens, memories among them, that are read at a time where no gradient is asked for, by type of device."""
@@ -260,6 +261,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
                 "nobody loads. Save by reference: `save_pretrained(folder, by_reference=True)`."
             )
         self.config.auto_map = dict(AUTO_MAP)
+        self.config.custom_pipelines = {task: dict(entry) for task, entry in CUSTOM_PIPELINES.items()}
         for child in (self.config.encoder, self.config.decoder):  # their code is reached through the model's own
             vars(child).pop("auto_map", None)
             child._name_or_path = ""
@@ -773,9 +775,9 @@ def lay_out_memories(
     if rolls:
         check_rolling(config, text.input_ids is not None)
     if not (rolls or config.memory_positions in ("fixed", "spread") or text.input_ids is None):
-        if facts is not None and facts.first_slot is not None and facts.sees_memories is not False:
-            check_view(config, past + text.tokens.shape[1] - facts.first_slot)
-        layout = lay_slots(config, text, memories, facts, past)
+        layout = lay_slots(config, text, memories, facts, past, mark_of(call.cache))
+        if layout.mark is not None and layout.mark.first_memory is not None:
+            check_view(config, past + text.tokens.shape[1] - layout.mark.first_memory)
         check_own_cache(call.cache, use_cache and layout.needs_own_cache)
         return layout
     check_flat_mask(text)
@@ -872,7 +874,7 @@ def entries_before(model: Any, layout: Layout, text: Text, memories: Memories | 
 
 
 def embed(model: Any, layout: Layout, text: Text, entries: torch.Tensor | None) -> torch.Tensor:
-    """Give the embeddings `(R, S, D)` of what was laid out: tokens, told their places, and entries."""
+    """Give the embeddings `(R, S, D)` of what was laid out: tokens with their places, and entries."""
     if text.input_ids is None:
         embeds = text.inputs_embeds
         embeds = embeds if layout.text is None else embeds.flatten(0, 1)[layout.text]

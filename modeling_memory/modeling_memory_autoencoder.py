@@ -38,7 +38,7 @@ from .configuration_memory_autoencoder import MemoryAutoencoderConfig
 from .memory_checkpoint import load_whole, refuse_a_missing_part, save_whole
 from .memory_encoder import build_encoder, build_pooling, encode_chunks, initialize_leaf
 from .memory_parts import keep_existing_plans
-from .modeling_masked_mixer import check_attention_mask
+from .modeling_masked_mixer import check_attention_mask, check_token_ids
 
 
 @dataclass
@@ -375,6 +375,8 @@ class MemoryAutoencoder(PreTrainedModel):
         """
         given = input_ids if input_ids is not None else labels
         memories_given = memories is not None
+        if given is not None and not isinstance(given, torch.Tensor):
+            check_token_ids("labels" if input_ids is None else "input_ids", given, None)
         self._check_length(given)
         memories = self._memories(input_ids, attention_mask, memories)
         logits, outputs = self._decode(
@@ -393,11 +395,7 @@ class MemoryAutoencoder(PreTrainedModel):
 
         loss = None
         if labels is not None:
-            if labels.shape != logits.shape[:2]:
-                raise ValueError(
-                    f"`labels` has shape {tuple(labels.shape)}; expected {tuple(logits.shape[:2])}, one a token, "
-                    "unshifted."
-                )
+            labels = self._check_labels(labels, input_ids, logits.shape[:2])
             if attention_mask is not None:
                 labels = labels.masked_fill(attention_mask == 0, -100)
             loss = self.loss_function(
@@ -411,8 +409,29 @@ class MemoryAutoencoder(PreTrainedModel):
             attentions=getattr(outputs, "attentions", None),
         )
 
+    def _check_labels(self, labels: Any, input_ids: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
+        """Return labels as the loss takes them; those that are the ids themselves were looked at."""
+        if not isinstance(labels, torch.Tensor) or labels.shape != shape:
+            given = tuple(labels.shape) if isinstance(labels, torch.Tensor) else type(labels).__name__
+            raise ValueError(f"`labels` has shape {given}; expected {tuple(shape)}, one a token, unshifted.")
+        if input_ids is not None and labels is input_ids:
+            return labels.long()
+        check_token_ids("labels", labels, None)
+        if not (labels.is_meta or torch.compiler.is_compiling()):
+            wrong = ((labels < 0) & (labels != -100)) | (labels >= self.config.vocab_size)
+            if bool(wrong.any()):
+                raise ValueError(
+                    f"`labels` holds {int(labels[wrong][0])}; expected ids of 0 to {self.config.vocab_size - 1}, or "
+                    "-100 where nothing is to be learnt."
+                )
+        return labels.long()
+
     def _check_length(self, token_ids: torch.Tensor | None) -> None:
-        if token_ids is not None and token_ids.dim() == 2 and token_ids.shape[1] > self.config.chunk_length:
+        if (
+            isinstance(token_ids, torch.Tensor)
+            and token_ids.dim() == 2
+            and token_ids.shape[1] > self.config.chunk_length
+        ):
             raise ValueError(
                 f"A row has {token_ids.shape[1]} tokens, but this autoencoder writes chunks of "
                 f"{self.config.chunk_length} (`chunk_length`). Cut the text into chunks."
@@ -423,7 +442,21 @@ class MemoryAutoencoder(PreTrainedModel):
     ) -> torch.Tensor:
         if (input_ids is None) == (memories is None):
             raise ValueError("Give either `input_ids` or `memories`, and only one of them.")
-        return self.encode(input_ids, attention_mask) if memories is None else memories
+        if memories is None:
+            return self.encode(input_ids, attention_mask)
+        if not isinstance(memories, torch.Tensor) or not memories.is_floating_point():
+            given = (
+                f"has type {memories.dtype}"
+                if isinstance(memories, torch.Tensor)
+                else f"is a {type(memories).__name__}"
+            )
+            raise ValueError(f"`memories` {given}; expected a tensor of vectors. `encode` makes it.")
+        if not (memories.is_meta or torch.compiler.is_compiling() or bool(torch.isfinite(memories).all())):
+            raise ValueError(
+                "`memories` holds values that are not finite. Encode the chunk again, in float32 or bfloat16 if this "
+                "was float16."
+            )
+        return memories
 
     @staticmethod
     def _lay_back(logits: torch.Tensor, attention_mask: torch.Tensor | None, num_columns: int) -> torch.Tensor:

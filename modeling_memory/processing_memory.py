@@ -198,7 +198,10 @@ class MemoryProcessor(ProcessorMixin):
             ValueError: If the context is no string or empty.
         """
         if not isinstance(context, str):
-            raise ValueError(f"A context is a {type(context).__name__}; expected a string.")
+            raise ValueError(
+                f"A context is a {type(context).__name__}; expected a string, which holds one document. Cut the "
+                "documents of a list one by one."
+            )
         tokenizer = self._reader
         pieces = encode_text(tokenizer, context, self._control(tokenizer))
         if not pieces.ids:
@@ -448,6 +451,8 @@ class MemoryProcessor(ProcessorMixin):
             sequences (`torch.Tensor` or list of rows): Ids of the decoder, generated ones or labels.
             kwargs: Arguments of the tokenizer's `decode`, `skip_special_tokens` for example.
         """
+        if isinstance(sequences, str) or not hasattr(sequences, "__iter__"):
+            raise ValueError(f"`sequences` is {sequences!r:.80}; expected rows of ids: a tensor, or a list of lists.")
         return [self.tokenizer.decode(without_slots(row, self.memory_token_id), **kwargs) for row in sequences]
 
     def to_dict(self) -> dict:

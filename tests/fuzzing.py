@@ -17,7 +17,7 @@ INNER_ERRORS = re.compile(
     r"size of tensor|out of range in self|must match the|scalar type|not implemented for|mat1|shape '\[|aten::|"
     r"cannot be (broadcast|multiplied|reshaped)|Expected (all|reduction|tensor|dim)|unpack|subscriptable|"
     r"object is not|has no attribute|'NoneType' object|unexpected keyword|positional argument|"
-    r"Boolean value of Tensor|dtype\('"
+    r"Boolean value of|dtype\('"
 )
 """What errors say that come from below, where nobody knows what was asked."""
 SHORTEST_ERROR = 40

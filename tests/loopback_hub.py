@@ -1,6 +1,6 @@
 """A small Hub on loopback: the endpoints that the real client uses to create, upload, commit, list and download.
 
-It keeps everything in memory, checks tokens, parents and checksums, and can be told to fail.
+It keeps everything in memory, checks tokens, parents and checksums, and can be made to fail.
 """
 
 import base64
@@ -154,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
         for pattern, (status, times) in self.hub.fail.items():
             if times and re.match(pattern, line):
                 self.hub.fail[pattern] = (status, times - 1)
-                raise Refused(status, "told to fail")
+                raise Refused(status, "asked to fail")
 
     def may(self, write: bool = False) -> bool:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")

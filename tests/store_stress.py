@@ -98,7 +98,7 @@ def at_every_growth(folder: Path, name: str, kind: str, step: int = PAGE) -> dic
         step: Bytes between the sizes; a size that is no multiple of a page tears a write.
 
     Returns:
-        How many sizes were tried, in how many the store was as before or as after, and how many were told.
+        How many sizes were tried, in how many the store was as before or as after, and how many showed damage.
     """
     start, change = template(folder), changes(folder)[name]
     with MemoryStore(start) as store:
@@ -108,7 +108,7 @@ def at_every_growth(folder: Path, name: str, kind: str, step: int = PAGE) -> dic
         change(store)
         after = state_of(store)
         most = max(path.stat().st_size for path in store.folder.iterdir() if not path.name.endswith("-shm"))
-    counts = {"tried": 0, "before": 0, "after": 0, "told": 0}
+    counts = {"tried": 0, "before": 0, "after": 0, "seen": 0}
     for size in range(0, most + step, step):
         place = folder / "disturbed"
         shutil.rmtree(place, ignore_errors=True)
@@ -132,7 +132,7 @@ def at_every_growth(folder: Path, name: str, kind: str, step: int = PAGE) -> dic
         assert status != 0 or at == "after" or before == after, f"{name} at {size}: said to be done, but is not"
         counts["tried"] += 1
         counts[at] += 1
-        counts["told"] += status != 0
+        counts["seen"] += status != 0
     return counts
 
 
@@ -158,12 +158,12 @@ def flip_bits(folder: Path, flips: int, seed: int = 0) -> dict[str, int]:
     """Change one bit of the file at random: what is read afterwards is right, or refused by name; then repair.
 
     Returns:
-        `told`: reading or `verify` told; `silent`: neither did and all was right; `lost`: texts that repair gave up.
+        `seen`: reading or `verify` said so; `silent`: neither, and all was right; `lost`: texts that repair gave up.
     """
     with build(folder / "store", *"abcdefgh", texts=20) as store:
         before = state_of(store)
     content = (folder / "store" / FILE).read_bytes()
-    counts = {"told": 0, "silent": 0, "lost": 0, "refused": 0}
+    counts = {"seen": 0, "silent": 0, "lost": 0, "refused": 0}
     dice = random.Random(seed)
     for _ in range(flips):
         place = folder / "damaged"
@@ -172,7 +172,7 @@ def flip_bits(folder: Path, flips: int, seed: int = 0) -> dict[str, int]:
         changed = bytearray(content)
         changed[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
         (place / FILE).write_bytes(changed)
-        told = False
+        seen = False
         try:
             with MemoryStore(place) as store:
                 for text_id, (memories, text) in before.items():
@@ -180,13 +180,13 @@ def flip_bits(folder: Path, flips: int, seed: int = 0) -> dict[str, int]:
                         assert store.memories(store.chunks(text_id)).tolist() == memories, "wrong in silence"
                         assert store.text(text_id) == text, "wrong in silence"
                     except MemoryStoreError:
-                        told = True
-                told = bool(store.verify()) or told
+                        seen = True
+                seen = bool(store.verify()) or seen
         except MemoryStoreError:
             counts["refused"] += 1
             continue
-        counts["told" if told else "silent"] += 1
-        if told:
+        counts["seen" if seen else "silent"] += 1
+        if seen:
             report = MemoryStore.repair(place)
             with MemoryStore(place) as store:
                 found = state_of(store)

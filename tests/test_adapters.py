@@ -246,6 +246,21 @@ def test_adapters_act_only_in_rows_that_see_memories(decoder):
     assert torch.equal(decoder_logits(model, input_ids), tuned), "nothing is left of an earlier context"
 
 
+def test_memories_of_an_earlier_turn_keep_the_adapters_on():
+    (model, _), tokens, context = adapted(), random_ids(2, 8), random_ids(2, 1, 4, seed=1)
+    first, second = tokens[:, :4].clone(), tokens[:, 4:].clone()
+    first[0, :2] = second[1, :2] = SLOT  # row 0 has its memories in the first turn, row 1 in the second
+    whole = torch.cat([first, second], 1)[:1]
+    mask = torch.zeros_like(context)
+    mask[0] = 1
+    with torch.no_grad():
+        expected = model(whole, context_input_ids=context[:1]).logits[0, 4:]
+        cache = model(first, context_input_ids=context, context_attention_mask=mask, use_cache=True).past_key_values
+        told = {"context_input_ids": context, "context_attention_mask": 1 - mask}
+        found = model(second, past_key_values=cache, **told).logits[0]
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_kinds_of_adapters_leave_rows_without_memories_alone_too(dtype):
     model, input_ids = adapted(use_dora=True)

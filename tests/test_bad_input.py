@@ -235,6 +235,25 @@ def test_ids_and_masks_of_other_kinds_are_refused():
         model(input_ids, attention_mask=torch.ones(16))
 
 
+def test_a_cached_step_wants_the_mask_of_all_that_a_cache_of_the_librarys_holds():
+    model, text = build_model(), torch.cat([torch.full((1, 2), SLOT), random_ids(1, 4)], 1)
+    mask = torch.tensor([[1, 1, 0, 1, 1, 1]])
+    full = model(text, mask, context_input_ids=random_ids(1, 2, CHUNK)).logits
+    cache = model(text[:, :4], mask[:, :4], context_input_ids=random_ids(1, 2, CHUNK), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"`attention_mask` has shape \(1, 2\).* the cache 4. Expected \(1, 6\)"):
+        model(text[:, 4:], mask[:, 4:], past_key_values=cache)
+    torch.testing.assert_close(model(text[:, 4:], mask, past_key_values=cache).logits, full[:, 4:])
+
+
+@pytest.mark.parametrize(
+    ("mask", "given"),
+    [([[1, 1, 1]], "a list"), (torch.ones(3), r"\(3,\)"), (torch.ones(1, 1, 3, 3), r"\(1, 1, 3, 3\)")],
+)
+def test_generate_refuses_masks_that_tell_no_token_from_padding(mask, given):
+    with pytest.raises(ValueError, match=rf"`attention_mask` .*{given}.*expected"):
+        build_model().generate(random_ids(1, 3), attention_mask=mask, max_new_tokens=1)
+
+
 def test_a_misspelt_keyword_is_named_and_the_librarys_own_pass():
     model, input_ids = build_model(), random_ids(1, 5)
     with pytest.raises(ValueError, match="Unexpected keyword argument `memory_embed`. Did you mean `memory_embeds`"):

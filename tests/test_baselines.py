@@ -212,7 +212,7 @@ def test_half_depth_and_lifting_equal_the_plain_loop_with_gradients(kind: str):
     def vars_of(model: Any, depth: int) -> dict[str, Any]:
         return {"config": model.config, "layers": model.layers[:depth], "embed_tokens": model.embed_tokens}
 
-    # The first layer of the whole body, no norm behind it; then two fresh layers and a fresh norm on top.
+    # The first layer of the whole body, no norm after it; then two fresh layers and a fresh norm on top.
     for fast, source, depth, norm in ((half, body, 1, False), (deeper, deeper, 3, True)):
         states, slow = fast(tokens).last_hidden_state, slowly(source, depth, norm)
         torch.testing.assert_close(states, slow, atol=1e-5, rtol=1e-4)

@@ -359,7 +359,7 @@ class TestSenselessInput:
             build_model()(**{"input_ids": torch.tensor([[SLOT, SLOT, 7]]), **inputs})
 
     def test_a_prompt_that_is_no_tensor(self):
-        with pytest.raises(ValueError, match="The prompt is a ndarray"):
+        with pytest.raises(ValueError, match="`input_ids` is a ndarray"):
             build_model().generate(np.ones((1, 3), dtype=np.int64))
 
     def test_int32_is_read(self):

@@ -296,10 +296,7 @@ def test_a_stage_on_short_sources_keeps_what_an_earlier_one_learnt_of_long_ones(
     [
         ({"vary_source": True}, "give back texts of whole windows up to 64 tokens"),
         ({"vary_source": False}, "give back texts of exactly 64 tokens"),
-        (
-            {"shortened": 0.3},
-            "give back texts of up to 64 tokens and to stop at their end; longer ones",
-        ),
+        ({"shortened": 0.3}, "give back texts of up to 64 tokens and to stop at their end; longer ones"),
     ],
 )
 def test_a_card_says_which_lengths_were_trained(data, said):

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 from modeling_memory import MemoryProcessor
 from tests.conftest import build_tiny_tokenizer, tiny_decoder_config
 from tests.memory_models import BLANK, CHUNK, COPY, SLOT, WINDOW, build_model, random_ids
-from tests.reference.ceiling_loop import loss_behind, optimise
+from tests.reference.ceiling_loop import loss_after, optimise
 from training.ceiling import (
     Written,
     against_ceiling,
@@ -19,7 +19,7 @@ from training.ceiling import (
     optimise_memories,
     percent_of_ceiling,
     random_start,
-    regenerate_behind,
+    regenerate_after,
     regenerate_copy,
     summarise_written,
     write,
@@ -40,15 +40,15 @@ def test_batched_optimisation_equals_one_text_at_a_time():
     before = start.clone()
     for steps in (1, 4):
         found = optimise_memories(
-            regenerate_behind(decoder), tokens, start, steps=steps, learning_rate=0.1, until_exact=False
+            regenerate_after(decoder), tokens, start, steps=steps, learning_rate=0.1, until_exact=False
         )
         for number in range(3):
             slow = optimise(decoder, start[number], tokens[number], steps, 0.1)
-            loss = loss_behind(decoder, slow, tokens[number])
+            loss = loss_after(decoder, slow, tokens[number])
             if float(loss) <= found.losses[number].mean() + 1e-5:  # the last state is the best one
                 torch.testing.assert_close(found.losses[number].mean(), loss, atol=1e-4, rtol=1e-4)
     assert torch.equal(start, before)
-    logits_of = regenerate_behind(decoder)
+    logits_of = regenerate_after(decoder)
     one, three = (
         optimise_memories(logits_of, tokens[:n], start[:n], steps=4, learning_rate=0.1).memories[0] for n in (1, 3)
     )
@@ -58,11 +58,11 @@ def test_batched_optimisation_equals_one_text_at_a_time():
 def test_gradient_reaches_the_vectors_and_nothing_else():
     decoder, tokens = llama(), random_ids(2, 5)
     vectors = random_start(decoder, 2, 1).requires_grad_()
-    logits = regenerate_behind(decoder, prefix=(1,))(vectors, tokens)
+    logits = regenerate_after(decoder, prefix=(1,))(vectors, tokens)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
     loss.backward()
     front = decoder.get_input_embeddings()(torch.tensor([1]))
-    slow = torch.stack([loss_behind(decoder, torch.cat([front, vectors[n]]), tokens[n]) for n in range(2)]).mean()
+    slow = torch.stack([loss_after(decoder, torch.cat([front, vectors[n]]), tokens[n]) for n in range(2)]).mean()
     (gradient,) = torch.autograd.grad(slow, vectors)
     torch.testing.assert_close(loss, slow, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(vectors.grad, gradient, atol=1e-5, rtol=1e-4)
@@ -72,7 +72,7 @@ def test_gradient_reaches_the_vectors_and_nothing_else():
 def test_a_text_is_found_and_the_decoder_then_writes_it_by_itself():
     decoder, tokens = llama(), random_ids(2, 3)
     found = optimise_memories(
-        regenerate_behind(decoder), tokens, random_start(decoder, 2, 2), steps=300, learning_rate=0.1
+        regenerate_after(decoder), tokens, random_start(decoder, 2, 2), steps=300, learning_rate=0.1
     )
     assert found.correct.all() and (found.steps > 0).all() and found.curve[-1]["exact"] == 1.0
     written = torch.zeros(2, 0, dtype=torch.long)
@@ -80,7 +80,7 @@ def test_a_text_is_found_and_the_decoder_then_writes_it_by_itself():
         embeds = torch.cat([found.memories, decoder.get_input_embeddings()(written)], 1)
         written = torch.cat([written, decoder(inputs_embeds=embeds).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(written, tokens)
-    result = summarise_written(found, write(regenerate_behind(decoder), None, tokens))
+    result = summarise_written(found, write(regenerate_after(decoder), None, tokens))
     assert result["exact_match"] == 1.0 and result["gain_nats"] > 0
 
 

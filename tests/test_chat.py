@@ -100,7 +100,7 @@ def test_turns_of_the_application_and_templates_may_place_memories():
     template = "<s><memory>{{ messages[0]['content'] }}"
     row = processor.apply_chat_template([turn("<memory>?")], template, "abcdefgh", tokenize=True)["input_ids"][0]
     assert row[1:3] == [slot, slot] and row.count(slot) == 2
-    # Told so, all turns are data, or none.
+    # Where asked, all turns are data, or none.
     with pytest.raises(ValueError, match="contains '<memory>' 2 times"):
         processor.apply_chat_template(chat, context="abcd", tokenize=True, split_special_tokens=False)
     row = processor.apply_chat_template(chat, context="abcd", tokenize=True, split_special_tokens=True)["input_ids"][0]

@@ -15,12 +15,10 @@ from tests.conftest import build_tiny_tokenizer
 from training.data import texts as data
 from training.data.sources import read_file
 from training.data.texts import (
-    TokenisedSplit,
     check_splits,
     count_bytes,
     file_checksums,
     load_texts,
-    sample_rows,
     tokenise_documents,
 )
 from training.data.tokenizer import token_byte_lengths, train_tokenizer
@@ -156,7 +154,6 @@ def test_every_document_is_followed_by_one_end_token(trained: PreTrainedTokenize
     assert split.tokens.dtype == torch.long
     assert (split.num_documents, split.num_tokens) == (3, len(expected))
     assert split.num_bytes == sum(len(text.encode("utf-8")) for text in TEXTS)
-    assert split.bytes_per_token == split.num_bytes / len(expected)
 
 
 @settings(max_examples=40, deadline=None)
@@ -215,38 +212,6 @@ def test_damaged_cache_is_made_again(
     assert (tokenise_documents(trained, TEXTS, cache_folder=tmp_path).tokens == tokens).all()
 
 
-@settings(deadline=None)
-@given(num_tokens=st.integers(1, 60), row_length=st.integers(1, 60))
-def test_rows_lose_only_the_rest_and_padded_rows_lose_nothing(num_tokens: int, row_length: int) -> None:
-    split = TokenisedSplit(torch.arange(5, 5 + num_tokens), num_documents=1, num_bytes=100)
-    padded, mask = split.padded_rows(row_length, pad_token_id=0)
-    assert padded.shape == mask.shape == (-(-num_tokens // row_length), row_length)
-    assert padded[mask.bool()].tolist() == split.tokens.tolist()
-    assert (padded[~mask.bool()] == 0).all()
-    assert mask[:-1].all() and (mask[-1].diff() <= 0).all() and mask[:, 0].all()
-    if row_length > num_tokens:
-        with pytest.raises(ValueError, match=f"row_length is {row_length} for {num_tokens} tokens"):
-            split.rows(row_length)
-        return
-    rows = split.rows(row_length)
-    assert rows.flatten().tolist() == split.tokens[: num_tokens // row_length * row_length].tolist()
-    assert rows.data_ptr() == split.tokens.data_ptr()  # a view: rows cost no memory
-
-
-@settings(deadline=None)
-@given(available=st.integers(1, 50), wanted=st.integers(1, 60), seed=st.integers(0, 3))
-def test_sampled_rows_are_distinct_and_repeatable(available: int, wanted: int, seed: int) -> None:
-    chosen = sample_rows(available, wanted, seed)
-    assert len(chosen) == min(available, wanted)
-    assert chosen.tolist() == sorted(set(chosen.tolist()))
-    assert chosen.min() >= 0 and chosen.max() < available
-    assert (chosen == sample_rows(available, wanted, seed)).all()
-
-
-def test_seeds_choose_different_rows() -> None:
-    assert sample_rows(1000, 10, seed=1).tolist() != sample_rows(1000, 10, seed=2).tolist()
-
-
 def no_end_token() -> PreTrainedTokenizerFast:
     tokenizer = build_tiny_tokenizer()
     tokenizer.eos_token = None
@@ -260,8 +225,6 @@ def no_end_token() -> PreTrainedTokenizerFast:
         (lambda: tokenise_documents(object(), TEXTS), "object is no fast tokenizer"),
         (lambda: tokenise_documents(build_tiny_tokenizer(), []), "at least one document"),
         (lambda: tokenise_documents(build_tiny_tokenizer(), "a text"), "'a text'; expected a list"),
-        (lambda: TokenisedSplit(torch.arange(4), 1, 4).padded_rows(0, 0), "row_length is 0"),
-        (lambda: sample_rows(0, 3), "3 rows are wanted of 0"),
     ],
 )
 def test_bad_input_is_refused_with_what_was_given(call: Any, message: str) -> None:

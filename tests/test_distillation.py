@@ -21,7 +21,7 @@ def batch_of(lengths: list[int]) -> dict[str, torch.Tensor]:
 
 
 def plain(model: Any, lengths: list[int], temperature: float) -> torch.Tensor:
-    """Token by token, row by row: the student behind its memories, the teacher behind the text."""
+    """Token by token, row by row: the student after its memories, the teacher after the text."""
     tokens, total = random_ids(len(lengths), max(lengths)), torch.zeros(())
     for row, length in zip(tokens, lengths, strict=True):
         cut = (length - 1) // WINDOW * WINDOW

@@ -161,9 +161,7 @@ def test_a_run_of_documents_watches_its_memories_and_counts_its_tokens(short_rec
     ],
 )
 def test_what_does_not_go_together_is_refused_in_one_line(
-    override: str,
-    message: str,
-    capsys: pytest.CaptureFixture[str],
+    override: str, message: str, capsys: pytest.CaptureFixture[str]
 ):
     assert main(["debug_cpu", override]) == 2
     error = capsys.readouterr().err

@@ -90,7 +90,7 @@ def join(encoder: str = "bert", decoder: str = "llama", **fields: Any) -> Memory
 
 
 def slot_inputs(num_memories: int = 4) -> dict[str, torch.Tensor]:
-    """Two prompts behind the memories of two chunks; the second is padded on the left."""
+    """Two prompts after the memories of two chunks; the second is padded on the left."""
     input_ids = torch.cat([torch.full((2, num_memories), SLOT), random_ids(2, 6)], 1)
     input_ids = torch.cat([torch.zeros(2, 2, dtype=torch.long), input_ids], 1)
     input_ids[0] = torch.cat([input_ids[0, 2:], random_ids(1, 2, seed=5)[0]])
@@ -162,7 +162,7 @@ def test_decoder_family(decoder, tmp_path):
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_encoder_family(encoder, tmp_path):
     model = join(encoder, "llama")
-    # Padding behind or before a chunk changes no memory, and a chunk alone gives the memory it gives in a batch.
+    # Padding after or before a chunk changes no memory, and a chunk alone gives the memory it gives in a batch.
     chunk = random_ids(1, 1, 3, seed=4)
     padded = torch.nn.functional.pad(chunk, (0, 2))
     mask = torch.tensor([[[1, 1, 1, 0, 0]]])
@@ -375,8 +375,8 @@ def test_an_encoder_trains_from_a_layer_on(encoder, first, tmp_path):
     layers = re.compile(r"(?:^|\.)(?:layers?|block)\.(\d+)\.")
     for name, _ in model.encoder.named_parameters():
         found = layers.search(name)
-        behind = "norm" in name and "embeddings" not in name
-        expected = int(found[1]) >= first if found else behind
+        after = "norm" in name and "embeddings" not in name
+        expected = int(found[1]) >= first if found else after
         assert (name in trains) == expected, name
     inputs = slot_inputs()
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == SLOT, -100)

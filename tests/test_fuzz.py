@@ -91,7 +91,7 @@ def _vectors(name: str) -> list[Change]:
         Change(name, lambda was, chance: was.long()),
         Change(name, lambda was, chance: was[..., :-1]),
         Change(name, lambda was, chance: was[0]),
-        Change(name, lambda was, chance: torch.cat([was, was])),
+        Change(name, lambda was, chance: torch.cat([was, was]), is_senseless=name == "memory_embeds"),
         Change(name, lambda was, chance: was.tolist()),
         Change(name, to("memories")),
         Change(name, lambda was, chance: was.bfloat16(), is_senseless=False),
@@ -147,9 +147,15 @@ def _labels(arguments: Arguments) -> Arguments:
     return {**arguments, "labels": labels}
 
 
+def one_more_slot(was: torch.Tensor, chance: random.Random) -> torch.Tensor:
+    changed = was.clone()
+    changed[chance.randrange(2), -1] = SLOT
+    return changed
+
+
 INPUTS = [
     *_ids("input_ids"),
-    Change("input_ids", one_cell(SLOT)),
+    Change("input_ids", one_more_slot),
     *_mask("attention_mask"),
     *_ids("context_input_ids"),
     *_mask("context_attention_mask"),
@@ -286,9 +292,10 @@ def processor_area(tmp_path: Path) -> Area:
             *(Change("padding", to(value), adds=False) for value in ("longestt", 7, 2.5)),
             *(Change("max_length", to(value)) for value in (-5, 0, 1, "8", 2.5)),
             *(Change("return_tensors", to(value)) for value in ("pts", 7)),
-            *(Change("token_ids", to(value)) for value in ("a", None, 2.5, ["a"], [-1], [5, 2.5], {"a": 1})),
+            *(Change("token_ids", to(value)) for value in ("a", None, 2.5, ["a"], [5, 2.5], {"a": 1})),
+            Change("token_ids", to([-1]), is_senseless=False),  # as labels have it where nothing is to be learnt
             Change("token_ids", to([SLOT, SLOT]), is_senseless=False),
-            *(Change("sequences", to(value)) for value in ("a", None, 2.5, [["a"]], [[-7]])),
+            *(Change("sequences", to(value)) for value in ("a", None, 2.5, [["a"]])),
             Change("sequences", lambda was, chance: was.float()),
         ],
     )
@@ -363,7 +370,8 @@ def store_area(tmp_path: Path) -> Area:
             *(Change("text_ids", to(value)) for value in wrong_ids if value is not None),
             *(Change("text_id", to(value)) for value in wrong_ids),
             *(Change("wanted", to(value)) for value in wrong_ids if value is not None),
-            *(Change("chunks", to(value)) for value in ("a", 3, None, [3], ["a"])),
+            *(Change("chunks", to(value)) for value in (3, [3], [None])),
+            *(Change("chunks", to(value), is_senseless=False) for value in ("a", ["a"], None)),
             Change("chunks", to([]), is_senseless=False),
             *(Change("other", to(value)) for value in ("path", None, 3, [])),
             *(Change("folder", to(value)) for value in (3, None, "")),

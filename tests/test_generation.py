@@ -256,7 +256,7 @@ class TestCaches:
         assert isinstance(cache, MemoryCache)
         memories = 29 // WINDOW * WINDOW // CHUNK
         assert cache.memories.embeds.shape == (2, memories, 32)
-        assert cache.layers[0].keys.shape[2] == memories + WINDOW
+        assert cache.layers[0].keys.shape[2] == memories + 29 % WINDOW  # no padding is kept
         assert cache.column_mask.sum(1).tolist() == [memories + 29 % WINDOW] * 2
 
     def test_rows_that_fold_at_different_moments_keep_the_cache_small(self):
@@ -368,7 +368,7 @@ class TestRefusals:
             model(random_ids(1, 3 * WINDOW + 1))
 
     def test_empty_prompt(self):
-        with pytest.raises(ValueError, match="at least one token"):
+        with pytest.raises(ValueError, match="one row and one token"):
             build_model().generate(torch.zeros(1, 0, dtype=torch.long))
 
 
@@ -389,7 +389,7 @@ def test_padding_that_looks_like_a_marker_tells_no_places():
     torch.testing.assert_close(padded, model(slotted[:, 2:], context_input_ids=chunks).logits, atol=ATOL, rtol=0)
 
 
-def test_a_static_cache_reads_slots_behind_padding():
+def test_a_static_cache_reads_slots_after_padding():
     model = build_model()
     prompt = torch.tensor([[0, 0, SLOT, SLOT, 8, 9], [SLOT, SLOT, 7, 8, 9, 10]])
     options = {"attention_mask": (prompt != 0).long(), "context_input_ids": random_ids(2, 2, CHUNK), **GREEDY}
@@ -403,7 +403,7 @@ def test_a_window_that_grows_on_needs_a_cache():
 
 
 def a_prompt_for_each_row(front: bool) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Prompts of unequal contexts and lengths, some behind tokens in clear; chunks and their mask."""
+    """Prompts of unequal contexts and lengths, some after tokens of text; chunks and their mask."""
     chunks, chunk_mask = random_ids(3, 3, CHUNK), torch.ones(3, 3, CHUNK, dtype=torch.long)
     chunk_mask[0, 2:] = 0
     chunk_mask[2, 1:] = 0
@@ -422,7 +422,7 @@ def padded_on_the_left(prompts: list[torch.Tensor]) -> tuple[torch.Tensor, torch
     return torch.stack(rows), mask
 
 
-class TestRollingBehindAContext:
+class TestRollingAfterAContext:
     @pytest.mark.parametrize("front", [False, True])
     @pytest.mark.parametrize("decoder", DECODERS)
     @pytest.mark.parametrize("fields", [{}, {"window_positions": True, "copy_token_id": 8, "memories_per_chunk": 2}])
@@ -438,7 +438,7 @@ class TestRollingBehindAContext:
         for row, text in enumerate(prompts):
             own = [chunk[keep.bool()] for chunk, keep in zip(chunks[row], chunk_mask[row], strict=True) if keep.any()]
             for _ in range(19):
-                logits = memory_loop.read_behind_context(model, own, text)
+                logits = memory_loop.read_after_context(model, own, text)
                 text = torch.cat([text, logits[-1:].argmax(-1)])
             assert torch.equal(cached[row, -len(text) :], text)
 
@@ -464,13 +464,13 @@ class TestRollingBehindAContext:
         torch.testing.assert_close(part.logits, out.logits[:, -length - 1 :], atol=ATOL, rtol=0)
         states = model.decoder.lm_head(out.hidden_states[-1])
         for row, text in enumerate(texts):
-            expected = memory_loop.read_behind_context(model, list(chunks[row]), text)
+            expected = memory_loop.read_after_context(model, list(chunks[row]), text)
             torch.testing.assert_close(out.logits[row, -len(text) :], expected, atol=ATOL, rtol=0)
             torch.testing.assert_close(states[row, -len(text) :], expected, atol=ATOL, rtol=0)
         more = random_ids(2, WINDOW + 3, seed=9)  # and on from the cache, over the next border
         got = model(more, past_key_values=out.past_key_values).logits
         for row, text in enumerate(texts):
-            expected = memory_loop.read_behind_context(model, list(chunks[row]), torch.cat([text, more[row]]))
+            expected = memory_loop.read_after_context(model, list(chunks[row]), torch.cat([text, more[row]]))
             torch.testing.assert_close(got[row], expected[len(text) :], atol=ATOL, rtol=0)
 
     def test_gradients_equal_the_plain_loop(self):
@@ -479,7 +479,7 @@ class TestRollingBehindAContext:
         weights = torch.randn(len(text), 96, generator=torch.Generator().manual_seed(0))
         logits = model(text[None], context_input_ids=chunks, rolling_memory=True).logits[0]
         (logits * weights).sum().backward()
-        (memory_loop.read_behind_context(slow, list(chunks[0]), text) * weights).sum().backward()
+        (memory_loop.read_after_context(slow, list(chunks[0]), text) * weights).sum().backward()
         for (name, fast), plain in zip(model.named_parameters(), slow.parameters(), strict=True):
             if plain.grad is not None:
                 torch.testing.assert_close(fast.grad, plain.grad, atol=1e-4, rtol=1e-4, msg=name)
@@ -535,7 +535,7 @@ class TestRollingBehindAContext:
         following = model(more, past_key_values=out.past_key_values).logits
         for row, text in enumerate(texts):
             text = torch.cat([text, more[row]])
-            expected = memory_loop.read_behind_context(model, [chunks[row, 0]], text)
+            expected = memory_loop.read_after_context(model, [chunks[row, 0]], text)
             got = torch.cat([out.logits[row, mask[row].bool()], following[row]])
             torch.testing.assert_close(got, expected, atol=ATOL, rtol=0)
 
@@ -558,7 +558,7 @@ class TestDropOldest:
         assert out.past_key_values.memories.embeds.shape[1] <= max_memories
         assert model.config.max_position_embeddings is None
 
-    def test_writing_behind_a_context_keeps_the_context(self):
+    def test_writing_after_a_context_keeps_the_context(self):
         model = build_model(max_memories=5, memory_policy="drop_oldest")
         prompts, chunks, chunk_mask = a_prompt_for_each_row(front=True)
         prompt, mask = padded_on_the_left(prompts)
@@ -567,7 +567,7 @@ class TestDropOldest:
         for row, text in enumerate(prompts):
             own = [chunk[keep.bool()] for chunk, keep in zip(chunks[row], chunk_mask[row], strict=True) if keep.any()]
             for _ in range(5 * WINDOW):
-                text = torch.cat([text, memory_loop.read_behind_context(model, own, text)[-1:].argmax(-1)])
+                text = torch.cat([text, memory_loop.read_after_context(model, own, text)[-1:].argmax(-1)])
             assert torch.equal(cached[row, -len(text) :], text)
 
     def test_gradients_equal_the_plain_loop(self):
@@ -617,7 +617,7 @@ class TestTheLibrarysOptionsThroughRollOvers:
         logits = model(out.sequences, **given).logits[:, prompt.shape[1] - 1 : -1]
         torch.testing.assert_close(torch.stack(out.scores, 1), logits, atol=ATOL, rtol=0)
 
-    def test_stopping_criteria_stop_behind_a_roll_over(self):
+    def test_stopping_criteria_stop_after_a_roll_over(self):
         model, prompt = build_model(), random_ids(1, WINDOW)
         free = model.generate(prompt, max_new_tokens=20, **GREEDY)[0]
         wanted = free[2 * WINDOW + 2]

@@ -90,11 +90,7 @@ def build_trainer(case: str, folder: Path, *, batch_size: int, accumulation: int
         **CASES[case].get("training", {}),
     }
     training = TrainingRecipe(
-        max_steps=STEPS,
-        batch_size=batch_size,
-        gradient_accumulation_steps=accumulation,
-        logging_steps=1,
-        **settings,
+        max_steps=STEPS, batch_size=batch_size, gradient_accumulation_steps=accumulation, logging_steps=1, **settings
     )
     spec = BatchSpec(
         SPECIAL,

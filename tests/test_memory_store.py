@@ -123,6 +123,21 @@ def test_two_tokenizers_cut_with_the_encoders_own(tmp_path):
     torch.testing.assert_close(store.load("dog")["memory_embeds"], alone.detach(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("encoder", ["masked_mixer", "bert"])
+def test_short_chunks_from_the_store_stand_where_they_do_from_the_context(encoder, tmp_path):
+    model = build_model(encoder, memories_per_chunk=2, memory_positions="source")
+    own = build_tiny_encoder_tokenizer() if encoder == "bert" else None
+    lengths = {"chunk_length": CHUNK, "window_length": WINDOW, "memories_per_chunk": 2}
+    processor = MemoryProcessor(build_tiny_tokenizer(), own, **lengths)
+    store = MemoryStore.open(tmp_path, model, processor, create=True, dtype="float32")
+    store.append(TEXTS)
+    inputs = processor(text="<memory>in <memory>the end", context=[[TEXTS["dog"], TEXTS["cat"]]], return_tensors="pt")
+    loaded = store.load(["dog", "cat"])
+    with torch.no_grad():
+        stored = model(inputs["input_ids"], **loaded).logits
+        torch.testing.assert_close(stored, model(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_a_prompt_from_the_store_is_the_prompt_from_the_context(store, model, processor):
     text = "<memory>in the end"
     with torch.no_grad():
@@ -134,7 +149,7 @@ def test_a_prompt_from_the_store_is_the_prompt_from_the_context(store, model, pr
     assert torch.equal(written, model.generate(**expected, max_new_tokens=4, do_sample=False))
 
 
-def test_expanded_chunks_stand_in_clear_in_their_place(store, processor):
+def test_expanded_chunks_stand_as_text_in_their_place(store, processor):
     chunks = store.chunks("cat")
     inputs = store.prepare("he <memory> it", chunks, expand=chunks[1:3])
     slot = processor.memory_token_id

@@ -338,7 +338,7 @@ def run(model: MemoryEncoderDecoderForCausalLM, batch: dict[str, torch.Tensor]) 
 def test_layouts_agree_on_the_first_copy_window(
     model: MemoryEncoderDecoderForCausalLM, objective: str, windows: int
 ) -> None:
-    """The slots layout reads the whole copy in clear; the self layout folds it, from its second window on."""
+    """The slots layout reads the whole copy as text; the self layout folds it, from its second window on."""
     tokens = rows_of([windows * WINDOW])["tokens"]
     source = windows * WINDOW
     ours, targets, loss = run(model, build(objective, tokens, memories_per_chunk=2))
@@ -347,23 +347,23 @@ def test_layouts_agree_on_the_first_copy_window(
     torch.testing.assert_close(ours[source : source + WINDOW], slots[:WINDOW], atol=1e-5, rtol=1e-5)
     if windows == 1:
         torch.testing.assert_close(loss, slot_loss)
-    else:  # beyond the first window the two differ by design: what is folded is not read in clear
+    else:  # beyond the first window the two differ by design: what is folded is not read as text
         assert (ours[source + WINDOW :] - slots[WINDOW:]).abs().max() > 1e-3
 
 
-def test_layouts_agree_on_the_text_behind_a_context(model: MemoryEncoderDecoderForCausalLM) -> None:
+def test_layouts_agree_on_the_text_after_a_context(model: MemoryEncoderDecoderForCausalLM) -> None:
     rows = rows_of([2 * WINDOW + 3, WINDOW + 5, 4])  # the last row has no context at all
     batch = build("causal", **rows, memories_per_chunk=2)
     slots = build("causal", **rows, memories_per_chunk=2, layout="slots")
     with torch.no_grad():
         ours, others = model(**batch).logits, model(**slots).logits
     for row, (start, length) in enumerate([(2 * WINDOW, 3), (WINDOW, 5), (0, 4)]):
-        behind = int((slots["input_ids"][row] == IDS.memory).sum())
+        after = int((slots["input_ids"][row] == IDS.memory).sum())
         torch.testing.assert_close(
-            ours[row, start : start + length], others[row, behind : behind + length], atol=1e-5, rtol=1e-5
+            ours[row, start : start + length], others[row, after : after + length], atol=1e-5, rtol=1e-5
         )
         wanted = batch["shift_labels"][row, start : start + length]
-        assert (slots["shift_labels"][row, behind : behind + length] == wanted).all()
+        assert (slots["shift_labels"][row, after : after + length] == wanted).all()
 
 
 @pytest.mark.parametrize("objective", ["causal", *COPIES])

@@ -18,7 +18,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     page
-    for pattern in ("*.md", "docs/**/*.md", "configuration/*.md", "benchmarks/*.md", "model_cards/*/README.md")
+    for pattern in (
+        "*.md",
+        "docs/**/*.md",
+        "configuration/*.md",
+        "benchmarks/*.md",
+        "model_cards/*/README.md",
+        "training/warm_starts/*/README.md",
+    )
     for page in ROOT.glob(pattern)
 )
 CORPORA = sorted(ROOT.glob("training/**/corpora/*/README.md"))
@@ -67,18 +74,27 @@ def run(command: list[str], folder: Path) -> None:
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=() if page.parent == ROOT or "warm_starts" in page.parts else pytest.mark.slow)
+        for page in PAGES
+    ],
+    ids=name_of,
+)
 def test_the_blocks_of_a_page_run_in_order(page: Path, checkout: Path) -> None:
     session: list[str] = []  # the reader's Python session so far
+    # A card names its model as the Hub does, by the name of its folder.
+    here = checkout / "model_cards" if (ROOT / "model_cards") in page.parents else checkout
     for block in blocks_of(page, "python", "bash", "shell"):
         if not block.runs:
             continue
         if block.language == "python":
             session.append(f"\n# {name_of(page)}, line {block.line}\n{block.code}")
             continue
-        run(["bash", "-euo", "pipefail", "-c", block.code], checkout)
+        run(["bash", "-euo", "pipefail", "-c", block.code], here)
     if session:
-        run([sys.executable, "-c", "".join(session)], checkout)
+        run([sys.executable, "-c", "".join(session)], here)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -113,7 +113,7 @@ def test_the_chunks_of_both_sides_say_the_same():
     for chunk, (start, end) in enumerate(spans[:4]):
         tokens, _ = paired.decoder_side(torch.tensor([[chunk]]), 0)
         assert both.tokenizer.decode(tokens[0]) == TEXT[start:end]
-    assert TEXT[slice(*spans[1])] == " house sto"  # white space goes with the word behind it
+    assert TEXT[slice(*spans[1])] == " house sto"  # white space goes with the word after it
 
 
 def tiny_pair(**fields: Any) -> MemoryEncoderDecoderForCausalLM:
@@ -211,7 +211,7 @@ def test_evaluation_equals_one_row_at_a_time_without_padding():
             gain = metrics["loss"] - found["memory"]["loss"]
             assert name == "memory" or metrics["gain_of_memory"] == pytest.approx(gain, abs=1e-9)
         assert found["plain_no_memory"]["loss"] != found["no_memory"]["loss"], "plain means without adapters"
-    # Full context, written down: source and text in clear, the decoder as it was.
+    # Full context, written down: source and text, token by token, the decoder as it was.
     rows = torch.linspace(0, paired.num_chunks // 3 - 1, 5).round().long()
     total = count = 0.0
     with torch.no_grad(), model.adapters_off():

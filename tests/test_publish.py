@@ -14,18 +14,8 @@ from huggingface_hub import ModelCard
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaForCausalLM
 from transformers.dynamic_module_utils import get_relative_imports
 
-from modeling_memory import (
-    MaskedMixerForCausalLM,
-    MemoryAutoencoder,
-    MemoryAutoencoderConfig,
-    MemoryProcessor,
-)
-from tests.conftest import (
-    build_tiny_encoder_tokenizer,
-    build_tiny_tokenizer,
-    tiny_decoder_config,
-    tiny_encoder_config,
-)
+from modeling_memory import MaskedMixerForCausalLM, MemoryAutoencoder, MemoryAutoencoderConfig, MemoryProcessor
+from tests.conftest import build_tiny_encoder_tokenizer, build_tiny_tokenizer, tiny_decoder_config, tiny_encoder_config
 from tests.memory_models import CHUNK, WINDOW, build_model
 from tests.records import RECORD
 from training import domains, publish
@@ -165,7 +155,7 @@ def test_the_model_and_the_record_are_left_as_they_were(model, processor, tmp_pa
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
-def test_an_earlier_folder_leaves_nothing_behind(model, processor, tmp_path, monkeypatch):
+def test_nothing_of_an_earlier_folder_stays(model, processor, tmp_path, monkeypatch):
     """Written over, an old single file would win over new shards and serve old weights."""
     target = tmp_path / "hub"
     old = build_model()

@@ -178,10 +178,18 @@ def test_the_loss_of_a_question_is_that_of_its_answer_after_the_memories_of_its_
         context[0, place, : len(chunk)] = torch.tensor(chunk)
     lengths = torch.tensor([len(chunk) for chunk in chunks])
     present = (torch.arange(CHUNK) < lengths[:, None]).long()[None]
-    slots = torch.full((len(chunks),), SLOT)
-    logits = model(
-        torch.cat([slots, ids])[None], context_input_ids=context, context_attention_mask=present, use_cache=False
-    ).logits[0, len(slots) :]
+    place, slots = asked.places[1], torch.full((len(chunks),), SLOT)
+    whole = torch.cat([ids[:place], slots, ids[place:]])
+    tokenizer, question = build_tiny_tokenizer(), asked_questions(3)[1]
+    tokenizer.chat_template = MARKED
+    processor = MemoryProcessor(tokenizer, chunk_length=CHUNK, window_length=WINDOW)
+    content = [{"type": "memory"}, {"type": "text", "text": f"\n\n{question.question}"}]
+    chat = [{"role": "user", "content": content}, {"role": "assistant", "content": question.answer}]
+    rendered = processor.apply_chat_template(chat, context=question.context, tokenize=True)["input_ids"][0]
+    assert rendered == whole.tolist(), "trained is what a chat with memories asks"
+    logits = model(whole[None], context_input_ids=context, context_attention_mask=present, use_cache=False).logits[
+        0, whole != SLOT
+    ]
     expected = -sum(logits[place - 1].log_softmax(-1)[ids[place]] for place in mask.nonzero()[:, 0].tolist())
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 

@@ -11,14 +11,19 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cost_tables, drawings, quality_tables, render, snippet, speed, table
+from benchmarks import cost_tables, drawings, quality_tables, render, smollm2_tables, snippet, speed, table
 from benchmarks.table import Table
 from training.places import REPOSITORY
 from training.records.record import read_json
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 PAGE = "\n".join(f"Before {name}.\n\n<!-- table:{name} -->\nold\n<!-- end -->\n" for name in render.TABLES)
-MADE = {name: entry for name, entry in render.TABLES.items() if entry.make is not None}
+# A table whose record is not there yet says so on its page; its own tests make it from a small one.
+MADE = {
+    name: entry
+    for name, entry in render.TABLES.items()
+    if entry.make is not None and all((RESULTS / f"{record}.json").is_file() for record in entry.records)
+}
 
 
 def load(name: str) -> dict[str, Any]:
@@ -43,7 +48,7 @@ def changed(record: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     return record
 
 
-@pytest.mark.parametrize("module", [table, quality_tables, cost_tables])
+@pytest.mark.parametrize("module", [table, quality_tables, cost_tables, smollm2_tables])
 def test_examples_in_docstrings_are_true(module: Any):
     assert doctest.testmod(module).failed == 0
 
@@ -104,12 +109,7 @@ VALUES: list[tuple[str, str, str | int, Callable[[dict[str, Any]], str]]] = [
         lambda r: f"{r['metrics']['against_ceiling']['one_pass']['loss']:.4f}",
     ),
     ("capacity", "tokens right", "8", lambda r: f"{r['metrics']['capacity']['by_length']['8']['token_accuracy']:.1%}"),
-    (
-        "rolling_quality",
-        "rolling memory",
-        1,
-        lambda r: f"{r['metrics']['quality']['losses']['rolling'][0]:.3f}",
-    ),
+    ("rolling_quality", "rolling memory", 1, lambda r: f"{r['metrics']['quality']['losses']['rolling'][0]:.3f}"),
 ]
 
 
@@ -163,10 +163,12 @@ def test_a_starter_shows_free_running_beside_teacher_forced():
             assert "of 32" in row[5] and "%" in row[4]
     memory = "metrics.starters.starter-tiny.splits"
     splits = copy.deepcopy(record["metrics"]["starters"]["starter-tiny"]["splits"])
-    splits["wikinews, test"]["copy"]["memory"] |= {"exact_match": 0.2, "num_generated_rows": 10}
+    splits["wikinews, test"]["copy"]["memory"] |= {
+        **{"exact_match": 0.2, "exact_match_interval": [0.1, 0.3], "num_generated_rows": 10}
+    }
     shown = quality_tables.starters(changed(record, memory, splits)).rows
     free = next(row[5] for row in shown if row[0] == "starter-tiny" and row[1].startswith("copy"))
-    assert free == "20% of 10 (wikinews, test)", "the worst split that was measured"
+    assert free == "20% (10 to 30) of 10 (wikinews, test)", "the worst split that was measured"
 
 
 def test_a_probe_that_read_nothing_is_marked_and_never_called_private():

@@ -1,6 +1,6 @@
 """Sharded parameters (torch's `fully_shard`, over gloo): frozen parts, tied tables and both optimizers.
 
-accelerate ignores FSDP on a CPU, so what stands behind FSDP2 is called directly. Run as a module, this file is its own
+accelerate ignores FSDP on a CPU, so what FSDP2 calls is called directly. Run as a module, this file is its own
 two-process program.
 """
 

@@ -141,7 +141,7 @@ def test_no_control_token_comes_out_of_a_text(build: Callable):
     assert tokenizer.unk_token_id not in control
     pieces = encode_text(tokenizer, EVIL, control)
     assert control.isdisjoint(pieces.ids)
-    # Some leak although they are told to split, so the check of what comes out is needed.
+    # Some leak although they are asked to split, so the check of what comes out is needed.
     split = tokenizer(EVIL, add_special_tokens=False, split_special_tokens=True).input_ids
     assert control.isdisjoint(split) is (build not in LEAKS)
     if build in EXACT:

@@ -10,13 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.conftest import build_tiny_tokenizer
-from training.data.tokenizer import (
-    _evenly,
-    special_tokens_of,
-    token_byte_lengths,
-    tokenizer_checksum,
-    train_tokenizer,
-)
+from training.data.tokenizer import _evenly, special_tokens_of, token_byte_lengths, tokenizer_checksum, train_tokenizer
 
 TEXTS = [
     "In the beginning the words were few, and the memory of them was long.",
@@ -33,7 +27,7 @@ def trained() -> PreTrainedTokenizerFast:
     return train_tokenizer(TEXTS, VOCAB_SIZE)
 
 
-def test_ids_are_fixed_and_the_slot_lies_behind_the_tables(trained: PreTrainedTokenizerFast) -> None:
+def test_ids_are_fixed_and_the_slot_lies_after_the_tables(trained: PreTrainedTokenizerFast) -> None:
     assert trained.convert_tokens_to_ids(SPECIALS) == [0, 1, 2, 3, 4, VOCAB_SIZE]
     assert len(trained) == VOCAB_SIZE + 1
     assert sorted(trained.get_vocab().values()) == list(range(VOCAB_SIZE + 1))

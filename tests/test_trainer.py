@@ -1,4 +1,4 @@
-"""One loss, whatever the split into batches and processes; exact sums behind every number; nothing lost on a stop.
+"""One loss, whatever the split into batches and processes; exact sums for every number; nothing lost on a stop.
 
 Run as a module by `torchrun`, this file is its own two-process program: it trains one step and saves the gradients.
 """
@@ -19,12 +19,7 @@ from training.data.objectives import IGNORED, BatchSpec, SpecialTokens
 from training.data.rows import ObjectiveCollator, TokenRows, draw_lengths
 from training.recipes.recipe import TrainingRecipe
 from training.train.checkpoints import last_complete_checkpoint
-from training.train.trainer import (
-    MemoryTrainer,
-    NonFiniteLossError,
-    run_objective,
-    training_arguments,
-)
+from training.train.trainer import MemoryTrainer, NonFiniteLossError, run_objective, training_arguments
 
 SPECIAL = SpecialTokens(pad=0, bos=1, eos=2, copy=3, blank=4, memory=VOCAB_SIZE)
 OBJECTIVES = {"causal": 1.0, "copy": 0.5}

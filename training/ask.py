@@ -3,6 +3,7 @@
 ```bash
 python -m training.ask runs/quickstart/hub runs/letters "<copy>" --texts letters/first.txt
 python -m training.ask runs/quickstart/hub runs/letters --nearest 4 --show --regenerate    # asks for prompts
+python -m training.ask runs/smollm2/hub runs/letters --question "Who wrote the first letter?"
 ```
 
 All of a store is used where the model has room for it, else the chunks nearest to the prompt: those of the passages
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 import transformers
 
-from modeling_memory import Chunk, MemoryStore
+from modeling_memory import Chunk, MemoryQuestionAnswering, MemoryStore, RememberedContexts
 from training.command_line import Parser, device, positive_number, run_command, whole_number
 from training.remember import load_memory_model
 
@@ -59,7 +60,7 @@ def choose(
         texts (`Sequence` of `str`, *optional*): Ids of texts to choose from. Default: all.
         nearest (`int`, *optional*): Only so many chunks, the nearest to the prompt. Default: all if the model has room
             for them, else as many as it has room for.
-        expand (`int`): How many of the chunks, the nearest ones, stand in clear text.
+        expand (`int`): How many of the chunks, the nearest ones, stand as full text.
 
     Raises:
         ValueError: If there is no such text, nothing to choose from, or no token in the prompt to compare by.
@@ -181,16 +182,28 @@ def regenerate(store: MemoryStore, chunks: Sequence[Chunk]) -> list[str]:
     return [by_chunk[chunk] for chunk in chunks]
 
 
-def answer(store: MemoryStore, prompt: str, used: Sequence[Used], **options: Any) -> str:
-    """Write what follows a prompt.
+def answer(store: MemoryStore, prompt: str, used: Sequence[Used], is_question: bool = False, **options: Any) -> str:
+    """Write what follows a prompt, or answer a question.
 
     Args:
         store ([`MemoryStore`]): Opened with its model.
         prompt (`str`): The prompt.
         used (`Sequence` of [`Used`]): From [`choose`].
+        is_question (`bool`): Whether the prompt is a question for the decoder's chat template.
         options: Of `generate`.
+
+    Raises:
+        ValueError: If a question is asked with chunks as text, or the decoder has no chat template.
     """
     in_clear = [one.chunk for one in used if one.in_clear]
+    if is_question:
+        if in_clear:
+            raise ValueError("--question answers from memories alone; leave --expand out")
+        embeds = store.load([one.chunk for one in used])["memory_embeds"]
+        model: Any = store.model
+        pipeline = MemoryQuestionAnswering(model=model, processor=store.processor, device=model.device)
+        reply: Any = pipeline(context=RememberedContexts(embeds, [embeds.shape[1]]), question=prompt, **options)
+        return reply["answer"]
     inputs = store.prepare(prompt, [one.chunk for one in used], expand=in_clear)
     output = store.model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]  # type: ignore[union-attr]
     return store.processor.decode(output, skip_special_tokens=True)
@@ -204,7 +217,7 @@ def used_lines(store: MemoryStore, used: Sequence[Used], regenerated: Sequence[s
         where = "" if chunk.start is None else f", characters {chunk.start} to {chunk.end}"
         near = "" if one.score is None else f", {one.by} {one.score:.3f}"
         text = f": {_short(store.expand(chunk)[0])}" if store.keeps_text and chunk.start is not None else ""
-        kind = "in clear" if one.in_clear else "memory"
+        kind = "full text" if one.in_clear else "memory"
         lines.append(f"{kind} {place}: {chunk.text_id}, chunk {chunk.number}{where}{near}{text}")
         if regenerated is not None:
             lines.append(f"  regenerated: {_short(regenerated[place])}")
@@ -243,6 +256,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="put the N nearest chunks into the prompt as text",
     )
+    add("--question", action="store_true", help="ask the prompt as a question in the decoder's chat template")
     add("--show", action="store_true", help="show which memories are used")
     add("--regenerate", action="store_true", help="show what the model regenerates from each memory alone")
     add("--max-new-tokens", type=whole_number(), default=32, metavar="N", help="tokens of the answer (32)")
@@ -267,13 +281,13 @@ def run(options: argparse.Namespace, command: str, ask: Callable[[str], str] = i
         used = choose(store, prompt, options.texts, options.nearest, options.expand)
         print(summary(used), file=sys.stderr)
         if any(one.score is not None and one.by == "cosine" for one in used):
-            told = "found by memories, which compare how text begins, not what it means"
-            told += "" if store.keeps_text else "; `remember --keep-text` lets a store be searched by words"
-            print(told, file=sys.stderr)
+            note = "found by memories, which compare how text begins, not what it means"
+            note += "" if store.keeps_text else "; `remember --keep-text` lets a store be searched by words"
+            print(note, file=sys.stderr)
         if options.show or options.regenerate:
             regenerated = regenerate(store, [one.chunk for one in used]) if options.regenerate else None
             print("\n".join(used_lines(store, used, regenerated)))
-        print(answer(store, prompt, used, **writing), flush=True)
+        print(answer(store, prompt, used, options.question, **writing), flush=True)
 
     if options.prompt is not None:
         reply(options.prompt)

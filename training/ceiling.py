@@ -12,7 +12,7 @@ and how fast do a few optimiser steps from there close the gap?
 B texts, T tokens of a text, K vectors, D width of the decoder, V vocabulary.
 
 All T tokens must come back for a text to fit. The gain counts tokens 2 to T, for which the decoder without memories
-has a prediction too. If every token is the likeliest behind its forerunners, greedy generation writes the text.
+has a prediction too. If every token is the likeliest after its forerunners, greedy generation writes the text.
 
 Source of the question: Kuratov et al. 2025, arXiv 2502.13063 (one vector, up to 1,568 tokens).
 """
@@ -38,20 +38,17 @@ from training.measure.metrics import bootstrap_interval, token_results, wilson_i
 from training.places import portable_path
 from training.probe import numbers, read_texts
 from training.records.figures import write_ceiling_figure
-from training.records.record import (
-    Measurement,
-    data_digest,
-    read_json,
-    write_json,
-)
+from training.records.record import Measurement, data_digest, read_json, write_json
 from training.records.record import write_record as save_record
+
+LOG_STEPS = 10  # between two points of a curve
 
 Regenerate = Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor]
 """Memories `(B, K, D)` or `None`, and tokens `(B, T)` -> logits `(B, T, V)`; row t predicts token t."""
 
 
-def regenerate_behind(decoder: PreTrainedModel, prefix: Sequence[int] = ()) -> Regenerate:
-    """Let a causal LM write a text behind vectors: special tokens of its own, the vectors, the text.
+def regenerate_after(decoder: PreTrainedModel, prefix: Sequence[int] = ()) -> Regenerate:
+    """Let a causal LM write a text after vectors: special tokens of its own, the vectors, the text.
 
     Args:
         decoder (`PreTrainedModel`): A causal LM.
@@ -143,7 +140,6 @@ def optimise_memories(
     steps: int,
     learning_rate: float,
     until_exact: bool = True,
-    log_steps: int = 10,
 ) -> Written:
     """Optimise each text's vectors for the text alone; the decoder is not changed.
 
@@ -157,7 +153,6 @@ def optimise_memories(
         steps (`int`): Most steps.
         learning_rate (`float`): Of Adam, in units of the root mean square of `start`. It falls linearly to a tenth.
         until_exact (`bool`): Stop as soon as every text has been written without an error.
-        log_steps (`int`): Steps between two points of the curve.
 
     Returns:
         [`Written`]: Of each text the state with the lowest loss, one without an error before all with errors.
@@ -182,7 +177,7 @@ def optimise_memories(
             now = Written((units * scale).detach().clone(), losses.detach().clone(), correct, written_at, [])
             best = now if best is None else _better(best, now)
         done = until_exact and bool((best.steps >= 0).all())
-        if step % log_steps == 0 or step == steps or done:
+        if step % LOG_STEPS == 0 or step == steps or done:
             curve.append(_point(step, best.losses, best.correct))
         if step == steps or done:
             break
@@ -308,7 +303,7 @@ def capacity(
         `dict`: `by_length`: length -> metrics.
     """
     decoder.eval().requires_grad_(False)
-    logits_of = regenerate_behind(decoder, prefix)
+    logits_of = regenerate_after(decoder, prefix)
     keep = keep or (lambda _, measure: measure())
 
     def measure(length: int) -> dict[str, Any]:

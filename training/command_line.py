@@ -44,7 +44,7 @@ REMEDIES = {
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, told as every other mistake of a user is."""
+    """A parser whose complaints are one line, shown as every other mistake of a user is."""
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line.
@@ -165,10 +165,10 @@ def run_command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        told = explain(error)
-        if told is None or show:
+        explained = explain(error)
+        if explained is None or show:
             raise
-        line, status = told
+        line, status = explained
         print(line, file=sys.stderr)
         return status
     return result if type(result) is int else 0

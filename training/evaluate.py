@@ -4,9 +4,11 @@
 python -m training.evaluate runs/quickstart/hub --suite blank_copy --suite copy --limit 64
 python -m training.evaluate runs/quickstart/stages/autoencoder/model --suite retention --text notes.txt
 python -m training.evaluate runs/quickstart/hub --suite fidelity --domain news=training/corpora/wikinews/test.parquet
+python -m training.evaluate runs/quickstart/hub --suite benchmarks --data FOLDER --tasks xquad,boolq --limit 200
 ```
 
-What each suite asks is described in `training/measure/suites.py`, and in `training/fidelity.py`.
+What each suite asks is described in `training/measure/suites.py`, in `training/fidelity.py` and,
+for the benchmarks, in `training/measure/benchmarks.py`.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from training.command_line import Parser, check_place, named_file, run_command, 
 from training.data.texts import file_checksums, load_texts, tokenise_documents
 from training.data.tokenizer import special_tokens_of, tokenizer_checksum
 from training.fidelity import evaluate_fidelity, text_lines
+from training.measure.benchmarks import benchmark_lines, measure_benchmarks, task_names
 from training.measure.suites import (
     FIDELITY,
     SUITES,
@@ -41,11 +44,13 @@ from training.measure.suites import (
     spread_rows,
 )
 from training.places import portable_path
-from training.publishing.hub_folder import check_complete, load_checkpoint
+from training.publishing.hub_folder import check_complete, load_checkpoint, load_processor
 from training.recipes.recipe import resolve_files
 from training.records.record import Measurement, read_json, write_record
 from training.train.build import count_parameters
 from training.train.inputs import byte_lengths_of
+
+BENCHMARKS = "benchmarks"
 
 
 def measure_suites(
@@ -84,7 +89,7 @@ def measure_suites(
     config = model.config
     evaluation = Evaluation(
         model,
-        special_tokens_of(tokenizer),
+        special_tokens_of(tokenizer, getattr(config, "copy_token_id", None), getattr(config, "blank_token_id", None)),
         chunk_length=config.chunk_length,
         window_length=getattr(config, "window_length", config.chunk_length),
         byte_lengths=byte_lengths_of(tokenizer),
@@ -183,10 +188,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("model", help="folder of a model (runs/<name>/hub), or a Hub repository")
-    add("--suite", action="append", required=True, choices=(*SUITES, FIDELITY), help="what to measure; may be given "
-        "several times")  # fmt: skip
+    add("--suite", action="append", required=True, choices=(*SUITES, FIDELITY, BENCHMARKS), help="what to "
+        "measure; may be given several times")  # fmt: skip
     add("--domain", action="append", default=[], type=named_file, metavar="NAME=FILE", help="fidelity: other text to "
         "measure it on")  # fmt: skip
+    add("--tasks", metavar="NAMES", help="benchmarks: which, with commas between them (default: all)")
+    add("--data", metavar="FOLDER", help="benchmarks: folder of their files")
+    add("--clear", type=whole_number(), metavar="N", help="benchmarks: tokens of a context that stay text (default: "
+        "the model's window)")  # fmt: skip
+    add("--min-memory-chunks", type=whole_number(0), default=1, metavar="N", help="benchmarks: chunks of a context "
+        "that become memories however short it is (default 1)")  # fmt: skip
     add("--limit", type=whole_number(), default=256, metavar="N", help="most rows of a suite (default 256)")
     add("--text", action="append", default=[], metavar="FILE", help="text to read (default: the model's own test "
         "split)")  # fmt: skip
@@ -198,6 +209,39 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def run_benchmarks(options: argparse.Namespace, measurement: Measurement, path: Path) -> dict[str, Any]:
+    """Run benchmarks in all modes and return the record, which is written anew after each task."""
+    if options.suite != [BENCHMARKS]:
+        raise ValueError("--suite benchmarks has rows and options of its own; measure the other suites apart")
+    if options.data is None or not Path(options.data).is_dir():
+        raise ValueError(f"--data is {options.data}; expected the folder with the benchmarks' files")
+    tasks = task_names(options.tasks)
+    folder = find_model(options.model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+    tokenizer = load_processor(folder)
+    if tokenizer is None:
+        raise ValueError(f"{options.model} has no tokenizer beside it; save one there")
+    names = ("limit", "batch_size", "clear", "min_memory_chunks")
+    limits = {name: getattr(options, name) for name in names}
+    files = [path for path in sorted(Path(options.data).iterdir()) if path.is_file()]
+    record: dict[str, Any] = {}
+
+    def keep(measured: dict[str, Any], status: str = "running") -> None:
+        inputs = {"model": portable_path(options.model), "files": file_checksums(files)}
+        parts = {"inputs": inputs, "recipe": {**limits, "tasks": tasks}, "parameters": count_parameters(model)}
+        record.update(measurement.record(device, status, metrics=measured, **parts))
+        write_record(path, record)
+
+    measured = measure_benchmarks(
+        model, tokenizer, tasks, data=str(Path(options.data).resolve()), name=str(folder), keep=keep, **limits
+    )
+    keep(measured, "success")
+    print("\n".join(benchmark_lines(measured)))
+    print(f"record: {path}")
+    return record
+
+
 def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
     """Evaluate as the command line says; return the record.
 
@@ -207,6 +251,8 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
     measurement = Measurement(command)
     default = f"runs/evaluations/{measurement.created_at:%Y%m%d-%H%M%S}.json"
     path = check_place(options.record or default)
+    if BENCHMARKS in options.suite:
+        return run_benchmarks(options, measurement, path)
     if options.domain and FIDELITY not in options.suite:
         raise ValueError("--domain is for --suite fidelity; add the suite or leave the domain out")
     domains = {name: resolve_files([file], "--domain")[0] for name, file in options.domain}
@@ -236,12 +282,7 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         }
         record.update(
             measurement.record(
-                device,
-                status,
-                inputs=inputs,
-                recipe=limits,
-                parameters=count_parameters(model),
-                metrics=measured,
+                device, status, inputs=inputs, recipe=limits, parameters=count_parameters(model), metrics=measured
             )
         )
         write_record(path, record)

@@ -34,13 +34,7 @@ from training.measure.inversion import DecoderSize, invert
 from training.places import portable_path
 from training.recipes.recipe import resolve_files
 from training.records.figures import write_probe_figure
-from training.records.record import (
-    Measurement,
-    data_digest,
-    read_json,
-    write_json,
-    write_record,
-)
+from training.records.record import Measurement, data_digest, read_json, write_json, write_record
 from training.train.fit import Budget
 
 CONDITIONS = ("embedding", "untrained", "shuffled")

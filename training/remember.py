@@ -108,8 +108,9 @@ def named_texts(
             texts = read_file(source, text_column, None if refuse is None else left_out.append)
             for row, text in enumerate(texts):
                 yield (source.as_posix() if is_one else f"{source.as_posix()}#{row + len(left_out)}"), text
-            for told in left_out:
-                refuse(told)  # type: ignore[misc]
+            if refuse is not None:
+                for told in left_out:
+                    refuse(told)
 
 
 def remember(

@@ -192,14 +192,16 @@ class Run:
 
     def publish(self, runner: StageRunner, inputs: Inputs, stage: str, record: dict[str, Any]) -> dict[str, Any]:
         """Write the Hub folder and load it back in a clean process."""
-        model, folder = runner.load(stage), self.folder / "hub"
+        settings, folder = self.recipe.publish, self.folder / "hub"
+        model = runner.load(stage, **({} if settings.dtype == "auto" else {"dtype": getattr(torch, settings.dtype)}))
         is_memory = self.recipe.stage(stage).kind == "memory"
         with self.phase("hub folder"):
             own = runner.encoder_tokenizer(self.recipe.stage(stage))
             processor = processor_for(model, inputs.tokenizer, own) if is_memory else inputs.tokenizer
             slim = {**record, "times": self.times(), "stages": _without_series(record["stages"])}
-            write_hub_folder(model, processor, folder, slim, {"description": self.recipe.description})
-        if not self.recipe.publish.verify:
+            said = {"description": self.recipe.description}
+            write_hub_folder(model, processor, folder, slim, said, by_reference=settings.by_reference)
+        if not settings.verify:
             return {"verified": False}
         with self.phase("verification"):
             return {"verified": True, **verify_hub_folder(folder, model)}

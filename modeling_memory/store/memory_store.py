@@ -18,6 +18,8 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
+from ..memory_chunking import special_frame
+from ..memory_layout import tokens_of_groups
 from .arrow import read_records, read_settings, to_reader
 from .codec import check_dtype, decode_vectors, encode_vectors
 from .database import (
@@ -97,7 +99,7 @@ class MemoryStore(Tables):
     ):
         if (model is None) != (processor is None):
             raise MemoryStoreError("A model and its processor belong together. Give both or neither.")
-        super().__init__(_as_folder(folder), lock_seconds)
+        super().__init__(_as_folder(folder), _check_seconds(lock_seconds))
         self.model, self.processor = model, processor
         if model is not None:
             check_same_fingerprint(self.fingerprint, fingerprint(model, processor), "this model")
@@ -198,7 +200,7 @@ class MemoryStore(Tables):
 
     @lock_seconds.setter
     def lock_seconds(self, seconds: float) -> None:
-        self._database.lock_seconds = seconds
+        self._database.lock_seconds = _check_seconds(seconds)
 
     def reload(self) -> None:
         """See what others have changed.
@@ -291,7 +293,7 @@ class MemoryStore(Tables):
         """
         found: dict[str, tuple[int, Entry]] = {}
         rows = []
-        for chunk in chunks:
+        for chunk in chunks if isinstance(chunks, Iterable) else [chunks]:
             if not isinstance(chunk, Chunk):
                 raise MemoryStoreError(f"A chunk is {chunk!r}; take chunks from this store's `chunks`.")
             if chunk.text_id not in found:
@@ -309,8 +311,14 @@ class MemoryStore(Tables):
         """Return chunks as they are given, also those of passages, or those of texts that are named; `None`: all."""
         if wanted is None or isinstance(wanted, str):
             return self.chunks(wanted)
+        single = isinstance(wanted, (Chunk, Passage))
+        named: Any = [*wanted] if isinstance(wanted, Iterable) and not single else wanted
+        if not single and (not isinstance(named, list) or None in named):
+            raise MemoryStoreError(
+                f"What is wanted is {wanted!r:.80}; expected an id, or ids, chunks or passages, or None for all."
+            )
         chunks: list[Chunk] = []
-        for one in [wanted] if isinstance(wanted, (Chunk, Passage)) else wanted:
+        for one in [named] if single else named:
             chunks += [one] if isinstance(one, Chunk) else one.chunks if isinstance(one, Passage) else self.chunks(one)
         return chunks
 
@@ -334,16 +342,23 @@ class MemoryStore(Tables):
             dtype (`torch.dtype`, *optional*): Default: that of the model's decoder, else float32.
 
         Returns:
-            `dict`: `memory_embeds` `(1, M, D)` and `memory_mask` `(1, M)`, on the model's device.
+            `dict`: `memory_embeds` `(1, M, D)` and `memory_mask` `(1, M)`, on the model's device; of a model with
+            `memory_positions="source"` also `memory_num_tokens` `(1, M)`.
         """
-        memory_embeds = self.memories(self.select(wanted)).flatten(0, 1)[None]
+        chunks = self.select(wanted)
+        memory_embeds = self.memories(chunks).flatten(0, 1)[None]
         if self.model is not None:
             memory_embeds = memory_embeds.to(self.model.device, self.model.decoder.dtype)
         memory_embeds = memory_embeds if dtype is None else memory_embeds.to(dtype)
-        return {
-            "memory_embeds": memory_embeds,
-            "memory_mask": torch.ones_like(memory_embeds[..., 0], dtype=torch.long),
-        }
+        memory_mask = torch.ones_like(memory_embeds[..., 0], dtype=torch.long)
+        loaded = {"memory_embeds": memory_embeds, "memory_mask": memory_mask}
+        if self.model is not None and self.model.config.memory_positions == "source":
+            # Not all chunks are full: without their lengths each would stand where a full one does.
+            encoder_tokenizer = self.processor.encoder_tokenizer
+            frame = 0 if encoder_tokenizer is None else sum(map(len, special_frame(encoder_tokenizer)))
+            lengths = torch.tensor([chunk.num_tokens + frame for chunk in chunks], device=memory_mask.device)
+            loaded["memory_num_tokens"] = tokens_of_groups(lengths, self._shape[0]).flatten()[None]
+        return loaded
 
     def prepare(
         self, text: str, wanted: Wanted = None, *, expand: Sequence[Chunk] = (), add_special_tokens: bool = True
@@ -366,6 +381,8 @@ class MemoryStore(Tables):
             MemoryStoreError: If the store was opened without a model, or a chunk has no text to expand.
             ValueError: If `expand` names a chunk that is not wanted.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"`text` is a {type(text).__name__}; expected a string: one prompt at a time.")
         device, chunks, expand = self._model().device, self.select(wanted), self.select(expand)
         known = set(chunks)
         stray = [chunk for chunk in expand if chunk not in known]
@@ -608,7 +625,7 @@ class MemoryStore(Tables):
         return len(gone)
 
     def vacuum(self) -> int:
-        """Take deleted and replaced texts, and what killed writers left behind, off the disk.
+        """Take deleted and replaced texts, and what killed writers left, off the disk.
 
         Costs grow with what was deleted, and with the kept text. While a reader still holds an
         earlier state, the bytes stay in the write-ahead log, of which a warning tells.
@@ -720,7 +737,7 @@ class MemoryStore(Tables):
         return [text_id for text_id in given if text_id not in taken]
 
     def _store(self, records: Iterable[Record], text_ids: list[str] | None, on_duplicate: str) -> int:
-        """Write records in one change; of ids that are known beforehand, duplicates are told before any is made."""
+        """Write records in one change; duplicates of ids known beforehand are reported before any is made."""
         stored: set[str] = set()
         with self._database.changing() as database:
             wanted = set(self._new_ids(text_ids or (), on_duplicate))
@@ -779,6 +796,14 @@ def _as_ids(text_ids: str | Iterable[str]) -> list[str]:
     if not isinstance(text_ids, (str, Iterable)):
         raise MemoryStoreError(f"Ids of texts were given as {text_ids!r}; expected a string, or several.")
     return [text_ids] if isinstance(text_ids, str) else list(text_ids)
+
+
+def _check_seconds(seconds: Any) -> float:
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < 1e6:
+        raise ValueError(
+            f"`lock_seconds` is {seconds!r}; expected how many seconds a change waits for others, 0 to a million."
+        )
+    return seconds
 
 
 def _check_positive(**numbers: Any) -> None:

@@ -73,7 +73,7 @@ def _warn_of_unknown(unknown: dict[str, tuple[int, int]]) -> None:
         tokens = sum(one for one, _ in unknown.values())
         logger.warning(
             f"The encoder's tokenizer does not know {tokens} tokens of {len(unknown)} texts, which "
-            f" are remembered as nothing; most of {worst!r}: {number} of {total} ({number / total:.0%})."
+            f"are remembered as nothing; most of {worst!r}: {number} of {total} ({number / total:.0%})."
         )
 
 

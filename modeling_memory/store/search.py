@@ -43,7 +43,7 @@ class BlockSearch:
         self.numbers = torch.empty(len(queries), 0, dtype=torch.long)
 
     def add(self, memories: torch.Tensor, rows: Sequence[int]) -> None:
-        """Take the next block of memories `(n, K, D)` and the numbers by which they are told."""
+        """Take the next block of memories `(n, K, D)` and the numbers that they go by."""
         scores = torch.einsum("qd,nkd->qnk", self.queries, normalize(memories)).amax(-1)  # (Q, n)
         numbers = torch.tensor(rows).expand(len(self.queries), -1)
         scores, numbers = torch.cat([self.scores, scores], 1), torch.cat([self.numbers, numbers], 1)
@@ -82,7 +82,7 @@ class FaissSearch:
         self.index = faiss.IndexFlatIP(queries.shape[1])
 
     def add(self, memories: torch.Tensor, rows: Sequence[int]) -> None:
-        """Take the next block of memories `(n, K, D)` and the numbers by which they are told."""
+        """Take the next block of memories `(n, K, D)` and the numbers that they go by."""
         self.per_chunk = memories.shape[1]
         self.rows += rows
         self.index.add(normalize(memories).flatten(0, 1).contiguous().numpy())

@@ -1,4 +1,4 @@
-"""What the library's tests need of pytest: their own marks, the named exceptions, and leave to provoke warnings."""
+"""What the library's tests need of pytest: the named exceptions, and leave to provoke warnings."""
 
 from collections.abc import Iterator
 
@@ -6,21 +6,6 @@ import pytest
 
 from tests.hf_common.exceptions import EXCEPTIONS
 from tests.hf_common.library import HAS_TESTS, HOW_TO
-
-MARKS = (
-    "accelerate_tests",
-    "flash_attn_test",
-    "flash_attn_3_test",
-    "flash_attn_4_test",
-    "generate",
-    "torch_compile_test",
-    "torch_export_test",
-)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    for mark in MARKS:
-        config.addinivalue_line("markers", f"{mark}: of the library's tests")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,7 +9,7 @@ from tests.reference.mixer_loop import affine
 
 
 def last_logits(decoder, columns: list[torch.Tensor]) -> torch.Tensor:
-    """Logits `(V,)` behind a list of input vectors."""
+    """Logits `(V,)` after a list of input vectors."""
     return decoder(inputs_embeds=torch.stack(columns)[None], use_cache=False).logits[0, -1]
 
 

@@ -3,8 +3,8 @@
 import torch
 
 
-def loss_behind(decoder, vectors: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of a text `(T,)` that a causal LM writes behind vectors `(K, D)`, token by token."""
+def loss_after(decoder, vectors: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of a text `(T,)` that a causal LM writes after vectors `(K, D)`, token by token."""
     table = decoder.get_input_embeddings()
     losses = []
     for number, token in enumerate(tokens):
@@ -22,7 +22,7 @@ def optimise(decoder, start: torch.Tensor, tokens: torch.Tensor, steps: int, lea
     first, second = torch.zeros_like(units), torch.zeros_like(units)
     for step in range(1, steps + 1):
         units = units.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss_behind(decoder, units * scale, tokens), units)
+        (gradient,) = torch.autograd.grad(loss_after(decoder, units * scale, tokens), units)
         rate = learning_rate * (1 - 0.9 * (step - 1) / steps)
         first = 0.9 * first + 0.1 * gradient
         second = 0.95 * second + 0.05 * gradient**2

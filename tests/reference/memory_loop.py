@@ -33,8 +33,8 @@ def is_marker(model, token: torch.Tensor) -> bool:
     return int(token) in (model.config.copy_token_id, model.config.blank_token_id)
 
 
-def decode_behind(model, memories: list[torch.Tensor], token_ids: torch.Tensor, asked: bool = False) -> torch.Tensor:
-    """Logits `(n, V)` of one window of tokens `(n,)` behind its memories; `asked`: a marker was read before."""
+def decode_after(model, memories: list[torch.Tensor], token_ids: torch.Tensor, asked: bool = False) -> torch.Tensor:
+    """Logits `(n, V)` of one window of tokens `(n,)` after its memories; `asked`: a marker was read before."""
     config = model.config
     embeds = model.get_input_embeddings()(token_ids)  # (n, D)
     if config.window_positions and memories:
@@ -111,13 +111,13 @@ def read_slots_in_source(model, contexts: list[list[torch.Tensor]], token_ids: t
 
 
 def read_tokens(model, token_ids: torch.Tensor) -> torch.Tensor:
-    """Logits `(n, V)` of one text of real tokens `(n,)`: window after window, each behind all earlier memories."""
+    """Logits `(n, V)` of one text of real tokens `(n,)`: window after window, each after all earlier memories."""
     window_length, chunk_length = model.config.window_length, model.config.chunk_length
     memories: list[torch.Tensor] = []
     logits, asked = [], False
     for start in range(0, len(token_ids), window_length):
         window = token_ids[start : start + window_length]
-        logits.append(decode_behind(model, memories, window, asked))
+        logits.append(decode_after(model, memories, window, asked))
         asked = asked or any(is_marker(model, token) for token in window)
         if start + window_length < len(token_ids):
             for offset in range(0, window_length, chunk_length):
@@ -171,8 +171,8 @@ def read_slots(model, chunks: list[torch.Tensor], token_ids: torch.Tensor) -> to
     return model.decoder(inputs_embeds=torch.stack(sequence)[None], use_cache=False).logits[0]
 
 
-def read_behind_context(model, chunks: list[torch.Tensor], token_ids: torch.Tensor) -> torch.Tensor:
-    """Logits `(n, V)` of one prompt with slots whose tokens behind the last slot fold, window after window.
+def read_after_context(model, chunks: list[torch.Tensor], token_ids: torch.Tensor) -> torch.Tensor:
+    """Logits `(n, V)` of one prompt with slots whose tokens after the last slot fold, window after window.
 
     With `memory_policy="drop_oldest"` the oldest memories of compressed windows make room; those of the slots stay.
     """
@@ -192,15 +192,15 @@ def read_behind_context(model, chunks: list[torch.Tensor], token_ids: torch.Tens
     assert not memories
     logits = [model.decoder(inputs_embeds=torch.stack(front)[None], use_cache=False).logits[0]]
     folded: list[torch.Tensor] = []
-    behind = token_ids[last + 1 :]
-    for start in range(0, len(behind), config.window_length):
-        window = behind[start : start + config.window_length]
+    after = token_ids[last + 1 :]
+    for start in range(0, len(after), config.window_length):
+        window = after[start : start + config.window_length]
         if config.memory_policy == "drop_oldest":
             room = config.max_memories - (len(front) - num_clear)
             folded = folded[max(0, len(folded) - room) :]
-        logits.append(decode_behind(model, front + folded, window, asked))
+        logits.append(decode_after(model, front + folded, window, asked))
         asked = asked or any(is_marker(model, token) for token in window)
-        if start + config.window_length < len(behind):
+        if start + config.window_length < len(after):
             for offset in range(0, config.window_length, config.chunk_length):
                 folded.extend(encode_chunk(model, window[offset : offset + config.chunk_length]))
     return torch.cat(logits)
@@ -213,7 +213,7 @@ def read_with_room(model, token_ids: torch.Tensor) -> torch.Tensor:
     for start in range(0, len(token_ids), config.window_length):
         window = token_ids[start : start + config.window_length]
         seen = folded[max(0, len(folded) - config.max_memories) :]
-        logits.append(decode_behind(model, seen, window, asked))
+        logits.append(decode_after(model, seen, window, asked))
         asked = asked or any(is_marker(model, token) for token in window)
         for offset in range(0, config.window_length, config.chunk_length):
             if start + config.window_length < len(token_ids):

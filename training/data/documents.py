@@ -20,7 +20,7 @@ class DocumentRows(Dataset):
     cut into steps and these shuffled, so that a pass has the same rows with and without.
 
     Args:
-        tokens (`torch.Tensor` of shape `(num_tokens,)`): Documents, each with the end token behind it.
+        tokens (`torch.Tensor` of shape `(num_tokens,)`): Documents, each with the end token after it.
         eos_token_id (`int`): The end token; it belongs to the document before it.
         row_length (`int`): Most tokens of a row.
         shortest (`int`): Fewest tokens of a row: shorter pieces are left out.

@@ -1,6 +1,6 @@
 """Objectives as data: which tokens a batch shows and which token each position must output.
 
-Every objective is a pure function of token ids. It makes the *text* that the model reads in clear; in front of it
+Every objective is a pure function of token ids. It makes the *text* that the model reads as full text; before it
 stands the *source*, what shall be remembered:
 
 | objective | source | text | target of text position j |
@@ -64,7 +64,7 @@ Distillation has the same inputs, and beside them the whole text for the teacher
 B batch, n tokens of a row, H tokens of a source, T columns of a batch, C chunks, L chunk length, K memories per chunk.
 
 Source: Badger 2026, arXiv 2602.13466, copy and blank copy objectives and curriculum. There the copy has no marker
-(or three overwritten tokens), so its first token cannot be told from a continuation, and its loss is halved.
+(or three overwritten tokens), so its first token looks like a continuation, and its loss is halved.
 """
 
 from collections.abc import Mapping, Sequence
@@ -87,7 +87,7 @@ class SpecialTokens:
     Attributes:
         pad (`int`): Fills columns that the attention mask hides.
         bos (`int`, *optional*): Begins a document. No objective adds one.
-        eos (`int`, *optional*): Ends a document. Copies of sources that may end anywhere ask for it behind them.
+        eos (`int`, *optional*): Ends a document. Copies of sources that may end anywhere ask for it after them.
         memory (`int`, *optional*): Slot that a memory takes; for the slots layout.
         copy (`int`, *optional*): Marker that asks for the source; for the copy objective.
         blank (`int`, *optional*): Token that shows nothing; for the blank copy objective.
@@ -382,11 +382,14 @@ class Turns:
         input_ids (`torch.LongTensor` of shape `(B, T)`): Ids, padded on the right.
         attention_mask (`torch.LongTensor` of shape `(B, T)`): 1 for tokens, 0 for padding.
         answer_mask (`torch.LongTensor` of shape `(B, T)`): 1 for tokens of the answer.
+        places (`torch.LongTensor` of shape `(B,)`, *optional*): The column before which the memories stand, in the
+            user's turn say. Default: before the conversation.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     answer_mask: torch.Tensor
+    places: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -455,28 +458,45 @@ def build_batch(
     if objective == "reconstruction":
         return reconstruction(tokens, mask, chunk_length=spec.chunk_length, pad_token_id=spec.special_tokens.pad)
     source, text = _source_and_text(spec.asked(objective), tokens, mask, spec, context is None, end)
+    before: list[Columns] = []
     if turns is not None:
         text = qa(turns.input_ids, turns.attention_mask, turns.answer_mask)
+        before, text = _split_turns(text, turns.places)
     elif starts is not None:
         lengths = {"prompt_length": spec.recall_prompt, "recall_length": spec.recall_length}
         text = recall(text.input_ids, text.attention_mask, starts, **lengths)
     pad = spec.special_tokens.pad
     if spec.layout == "self":
-        return _batch([source, text], pad)
+        return _batch([*before, source, text], pad)
     chunks, chunks_mask = _chunks_of(source, spec) if context is None else _ready_chunks(context, len(tokens))
     slot = spec.special_tokens.require("memory", "the slots layout")
     slots = _slot_columns(chunks_mask, spec.memories_per_chunk, slot)
-    batch = {**_batch([slots, text], pad), "context_input_ids": chunks, "context_attention_mask": chunks_mask}
-    return {**batch, **_for_teacher(source, text, context, pad)} if objective == "distillation" else batch
+    batch = {
+        **_batch([*before, slots, text], pad), "context_input_ids": chunks, "context_attention_mask": chunks_mask
+    }  # fmt: skip
+    return {**batch, **_for_teacher(source, before, text, context, pad)} if objective == "distillation" else batch
 
 
-def _for_teacher(source: Columns, text: Columns, context: ReadyContext | None, pad: int) -> dict[str, torch.Tensor]:
-    """Return what distillation's teacher reads: the full source, then the text."""
+def _split_turns(text: Columns, places: torch.Tensor | None) -> tuple[list[Columns], Columns]:
+    """Part conversations `(B, T)` where their memories stand; nothing stands before them without `places`."""
+    if places is None:
+        return [], text
+    is_before = (torch.arange(text.input_ids.shape[1], device=places.device) < places[:, None]).to(text.attention_mask)
+    before = text._replace(attention_mask=text.attention_mask * is_before)
+    return [before], text._replace(attention_mask=text.attention_mask * (1 - is_before))
+
+
+def _for_teacher(
+    source: Columns, before: list[Columns], text: Columns, context: ReadyContext | None, pad: int
+) -> dict[str, torch.Tensor]:
+    """Return what distillation's teacher reads: the full source in the place of the memories."""
     if context is not None and context.tokens is not None:
         mask = _check_rows("the source", context.tokens, context.tokens_mask)
         own, mask = _pack_left(mask, context.tokens, mask)
         source = Columns(own, torch.full_like(own, IGNORED), mask)
-    return {f"teacher_{name.removeprefix('shift_')}": part for name, part in _batch([source, text], pad).items()}
+    return {
+        f"teacher_{name.removeprefix('shift_')}": part for name, part in _batch([*before, source, text], pad).items()
+    }
 
 
 def _source_and_text(
@@ -718,7 +738,7 @@ def _whole_windows(
 
 
 def _with_end(tokens: torch.Tensor, mask: torch.Tensor, eos_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Put the end token behind rows `(B, H)` that have room for it."""
+    """Put the end token after rows `(B, H)` that have room for it."""
     is_end = torch.arange(tokens.shape[1], device=tokens.device) == mask.sum(1, keepdim=True)  # (B, H)
     return tokens.masked_fill(is_end, eos_token_id), mask | is_end
 
@@ -827,7 +847,7 @@ def _check_given(asked: str, num_rows: int, starts: torch.Tensor | None, turns: 
         turns.input_ids.shape == turns.attention_mask.shape == turns.answer_mask.shape
         and len(turns.input_ids) == num_rows
     ):
-        shapes = [tuple(part.shape) for part in vars(turns).values()]
+        shapes = [tuple(part.shape) for part in (turns.input_ids, turns.attention_mask, turns.answer_mask)]
         raise ValueError(f"turns have the shapes {shapes}; expected three equal ones with {num_rows} rows.")
 
 

@@ -4,7 +4,7 @@ A document is cut into chunks of the encoder's tokens, as `MemoryProcessor` cuts
 characters of the document, and the decoder's tokens that begin there are the chunk's text. So nothing is lost and
 nothing stands in two chunks, whatever the two tokenizers make of it.
 
-A row is R chunks. The first S of them are the source, which becomes memories; the objectives read in clear
+A row is R chunks. The first S of them are the source, which becomes memories; the objectives read as text
 
 | objective | text |
 |---|---|
@@ -46,7 +46,7 @@ class PairedText:
     """A split, cut into chunks, in the tokens of both sides.
 
     Attributes:
-        encoder_ids (`torch.IntTensor` of shape `(N, L')`): The encoder's ids, special tokens included, padded behind.
+        encoder_ids (`torch.IntTensor` of shape `(N, L')`): The encoder's ids, special tokens included, padded after.
         encoder_lengths (`torch.LongTensor` of shape `(N,)`): How many of them are real.
         tokens (`torch.IntTensor` of shape `(num_tokens,)`): The decoder's tokens; a document ends with its end token.
         bounds (`torch.LongTensor` of shape `(N + 1,)`): Chunk c has the decoder's tokens `bounds[c]` to
@@ -191,7 +191,7 @@ class PairedRows(Dataset):
         return self.rows.row_length * self.text.chunk_length
 
     def padded_to(self, multiple: int) -> "PairedRows":
-        """Return the same rows with items that count for nothing behind them, up to a multiple of `multiple`."""
+        """Return the same rows with items that count for nothing after them, up to a multiple of `multiple`."""
         num_items = -(-len(self) // multiple) * multiple
         return PairedRows(self.text, chunks_per_row=self.rows.row_length, num_items=num_items, seed=self.rows.seed)
 

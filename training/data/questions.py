@@ -1,7 +1,8 @@
 """Questions about texts: read from files, written in the decoder's chat template, asked of the memories of the text.
 
 A file has rows with the fields `context`, `question` and `answer`. A context becomes whole chunks in the encoder's
-tokens; the conversation, one question and one answer, stands after the context's slots. The loss is on the answer.
+tokens; its slots stand in the user's turn, an empty line before the question, as the package's pipeline asks. The loss
+is on the answer.
 """
 
 import json
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from modeling_memory import MemoryProcessor
+from modeling_memory.pipeline_memory import BETWEEN
 from training.data.objectives import BatchSpec, ReadyContext, Turns, build_batch, keep_columns, without_targets
 
 FIELDS = ("context", "question", "answer")
@@ -70,7 +72,9 @@ def _rows(file: Path) -> list[Any]:
     raise ValueError(f"{file} has no known ending for questions; known: .jsonl, .parquet. Convert it to one of these.")
 
 
-def chat_turns(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -> tuple[list[int], list[int]]:
+def chat_turns(
+    tokenizer: PreTrainedTokenizerBase, question: str, answer: str, before: str = ""
+) -> tuple[list[int], list[int]]:
     """Write a question and its answer in a tokenizer's chat template, and find the answer in it.
 
     A template with a `{% generation %}` block says itself which tokens are the assistant's. For one without, what
@@ -80,12 +84,13 @@ def chat_turns(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -
         tokenizer (`PreTrainedTokenizerBase`): With a chat template.
         question (`str`): The user's turn.
         answer (`str`): The assistant's turn.
+        before (`str`): What the application writes before the question, the memory token say.
 
     Returns:
         Ids, and a mask of the same length: 1 for the answer and the end of its turn.
 
     Raises:
-        ValueError: If there is no template, a turn holds a control token, or the answer cannot be told from what
+        ValueError: If there is no template, a turn holds a control token, or the answer cannot be parted from what
             stands before it.
     """
     if tokenizer.chat_template is None:
@@ -102,7 +107,7 @@ def chat_turns(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -
             raise ValueError(
                 f"the turn {turn!r} holds the control token {names}; write it otherwise, or remove the row"
             )
-    asked = [{"role": "user", "content": question}]
+    asked = [{"role": "user", "content": before + question}]
     whole = [*asked, {"role": "assistant", "content": answer}]
     if "generation %}" in tokenizer.chat_template.replace("-%}", " %}"):
         found = tokenizer.apply_chat_template(
@@ -111,13 +116,13 @@ def chat_turns(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -
         ids, mask = list(found["input_ids"]), list(found["assistant_masks"])
     else:
         ids = _ids(tokenizer, whole)
-        before = _ids(tokenizer, asked, add_generation_prompt=True)
-        if len(before) >= len(ids) or ids[: len(before)] != before:
+        opened = _ids(tokenizer, asked, add_generation_prompt=True)
+        if len(opened) >= len(ids) or ids[: len(opened)] != opened:
             raise ValueError(
                 "the chat template writes something else before an answer that is there than before one that is to "
                 "be written; give the template a {% generation %} block around the assistant's content"
             )
-        mask = [0] * len(before) + [1] * (len(ids) - len(before))
+        mask = [0] * len(opened) + [1] * (len(ids) - len(opened))
         mask = _until_end(ids, mask, tokenizer.eos_token_id)
     if not any(mask):
         raise ValueError(f"the chat template shows no token of the answer {answer!r}; give a longer answer")
@@ -155,7 +160,12 @@ class Questions:
     ) -> None:
         tokenizer = processor.tokenizer
         self.chunks = [processor.split_context(question.context) for question in questions]
-        self.turns = [chat_turns(tokenizer, question.question, question.answer) for question in questions]
+        self.turns, self.places = [], []
+        for question in questions:
+            ids, mask = chat_turns(tokenizer, question.question, question.answer, processor.memory_token + BETWEEN)
+            place = ids.index(processor.memory_token_id)
+            self.turns.append((ids[:place] + ids[place + 1 :], mask[:place] + mask[place + 1 :]))
+            self.places.append(place)
         self.texts = [
             tokenizer(question.context, add_special_tokens=False, split_special_tokens=True, verbose=False)[
                 "input_ids"
@@ -188,7 +198,7 @@ class Questions:
             replace(spec, layout="slots", chunk_length=1, window_length=1),
             attention_mask=mask,
             context=ReadyContext(chunks, chunks_mask, *full),
-            turns=Turns(ids, mask, answers),
+            turns=Turns(ids, mask, answers, torch.tensor([self.places[number] for number in numbers])),
         )
 
     @staticmethod

@@ -26,7 +26,7 @@ class TokenRows(Dataset):
     Training (`seed` given) goes through the stream pass after pass: each pass has its own permutation and, after the
     first, its own starting offset, so that row boundaries move. Item i never depends on what was read before, which
     makes resuming and several processes exact. Evaluation (`seed=None`) reads rows from the start, once; items
-    behind the last row repeat the first one under the number -1 and count for nothing.
+    after the last row repeat the first one under the number -1 and count for nothing.
 
     Args:
         tokens (`torch.Tensor` of shape `(num_tokens,)`): Documents with an end token between them.
@@ -75,7 +75,7 @@ class TokenRows(Dataset):
         return self.tokens.numel() // self.row_length
 
     def padded_to(self, multiple: int) -> "TokenRows":
-        """Return the same rows with items that count for nothing behind them, up to a multiple of `multiple`.
+        """Return the same rows with items that count for nothing after them, up to a multiple of `multiple`.
 
         Whole batches on every process: otherwise accelerate fills the last ones with rows that were scored before.
         """

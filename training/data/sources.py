@@ -109,7 +109,7 @@ def read_file(file: Path, text_column: str = "text", skip: Callable[[str], None]
         file (`Path`): `.parquet`, `.jsonl` (one object a line), `.txt` or `.md` (one document each), all but the
             first also with `.gz` or `.zst`.
         text_column (`str`): Column or field that holds a document's text.
-        skip (`Callable`, *optional*): Is told what is wrong with a row that holds no text or half a character; the
+        skip (`Callable`, *optional*): Is given what is wrong with a row that holds no text or half a character; the
             rows after it are read all the same. By default such a row is an error.
 
     Raises:

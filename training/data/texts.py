@@ -36,10 +36,6 @@ class TokenisedSplit:
         tokens (`torch.LongTensor` of shape `(num_tokens,)`): Each document followed by an end token.
         num_documents (`int`): Documents, and so end tokens.
         num_bytes (`int`): Bytes of the documents' text in UTF-8; end tokens have none.
-
-    >>> split = TokenisedSplit(torch.arange(5), num_documents=1, num_bytes=10)
-    >>> split.rows(2).tolist(), split.bytes_per_token
-    ([[0, 1], [2, 3]], 2.0)
     """
 
     tokens: torch.Tensor
@@ -50,55 +46,6 @@ class TokenisedSplit:
     def num_tokens(self) -> int:
         """Tokens, end tokens included."""
         return self.tokens.numel()
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Mean bytes of text for each token, end tokens included."""
-        return self.num_bytes / self.num_tokens
-
-    def rows(self, row_length: int) -> torch.Tensor:
-        """Return the whole rows, for training: a view of shape `(num_rows, row_length)`.
-
-        Args:
-            row_length (`int`): Tokens per row. Fewer tokens than that at the end are left out.
-
-        Raises:
-            ValueError: If there is not one whole row.
-        """
-        num_rows = self._num_rows(row_length)
-        return self.tokens[: num_rows * row_length].view(num_rows, row_length)
-
-    def padded_rows(self, row_length: int, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return all tokens as rows, for evaluation, the last one padded on the right.
-
-        Args:
-            row_length (`int`): Tokens per row.
-            pad_token_id (`int`): Fills the last row.
-
-        Returns:
-            Tokens and attention mask (1 for tokens, 0 for padding), both `(num_rows, row_length)`.
-
-        Raises:
-            ValueError: If `row_length` is not positive.
-
-        >>> split = TokenisedSplit(torch.arange(5, 10), num_documents=1, num_bytes=10)
-        >>> rows, mask = split.padded_rows(3, pad_token_id=0)
-        >>> rows.tolist(), mask.tolist()
-        ([[5, 6, 7], [8, 9, 0]], [[1, 1, 1], [1, 1, 0]])
-        """
-        self._num_rows(row_length, least=0)
-        missing = -self.num_tokens % row_length
-        rows = torch.nn.functional.pad(self.tokens, (0, missing), value=pad_token_id)
-        mask = torch.nn.functional.pad(torch.ones_like(self.tokens), (0, missing))
-        return rows.view(-1, row_length), mask.view(-1, row_length)
-
-    def _num_rows(self, row_length: int, least: int = 1) -> int:
-        if row_length < 1 or self.num_tokens // row_length < least:
-            raise ValueError(
-                f"row_length is {row_length} for {self.num_tokens} tokens; expected 1 to {self.num_tokens}. Give more "
-                "text, or cut shorter rows."
-            )
-        return self.num_tokens // row_length
 
 
 def load_texts(files: Iterable[str | Path], text_column: str = "text") -> list[str]:
@@ -225,29 +172,6 @@ def tokenise_documents(
         cached = _tokenise(tokenizer, texts)
         _save_cached(cached, file)
     return cached
-
-
-def sample_rows(num_available: int, num_wanted: int, seed: int = 0) -> torch.Tensor:
-    """Choose rows at random, without repetition, in ascending order; all of them if there are not more.
-
-    Args:
-        num_available (`int`): Rows to choose from.
-        num_wanted (`int`): Rows to choose.
-        seed (`int`): Equal seeds choose equal rows.
-
-    Returns:
-        `torch.LongTensor` of shape `(min(num_wanted, num_available),)`: Row numbers.
-
-    Raises:
-        ValueError: If there is nothing to choose.
-
-    >>> sample_rows(3, 5).tolist()
-    [0, 1, 2]
-    """
-    if num_available < 1 or num_wanted < 1:
-        raise ValueError(f"{num_wanted} rows are wanted of {num_available}; expected at least 1 of at least 1.")
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(num_available, generator=generator)[:num_wanted].sort().values
 
 
 def count_bytes(texts: Iterable[str]) -> int:

@@ -50,7 +50,7 @@ class Segment:
 
     @property
     def end(self) -> int:
-        """Position behind its last token."""
+        """Position after its last token."""
         return self.first_token + self.num_tokens
 
 

@@ -87,15 +87,19 @@ def _trained(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return backend
 
 
-def special_tokens_of(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
+def special_tokens_of(
+    tokenizer: PreTrainedTokenizerBase, copy: int | str | None = None, blank: int | str | None = None
+) -> SpecialTokens:
     """Return the ids that the objectives need; those of markers and slots that the tokenizer lacks are `None`.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): From [`train_tokenizer`], or any with `<copy>`, `<blank>` and
             `<memory>` added.
+        copy (`int` or `str`, *optional*): Of a tokenizer without `<copy>`, the token that serves as COPY.
+        blank (`int` or `str`, *optional*): Likewise.
 
     Raises:
-        ValueError: If the tokenizer has no padding token, or ids clash.
+        ValueError: If the tokenizer has no padding token, a marker is no token of it, or ids clash.
 
     >>> special_tokens_of(train_tokenizer(["abab"], vocab_size=262))
     SpecialTokens(pad=0, bos=1, eos=2, memory=262, copy=3, blank=4)
@@ -105,20 +109,26 @@ def special_tokens_of(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
             "the tokenizer has no padding token; set one, e.g. tokenizer.pad_token = tokenizer.eos_token."
         )
     added = tokenizer.get_added_vocab()
+    markers = {COPY: copy, BLANK: blank}
+    for name, given in markers.items():
+        if isinstance(given, str):
+            markers[name] = tokenizer.get_vocab().get(given)
+            if markers[name] is None:
+                raise ValueError(f"the tokenizer has no token {given!r} to serve as {name}; name one that it has.")
     return SpecialTokens(
         pad=tokenizer.pad_token_id,
         bos=tokenizer.bos_token_id,
         eos=tokenizer.eos_token_id,
         memory=added.get(MEMORY),
-        copy=added.get(COPY),
-        blank=added.get(BLANK),
+        copy=added.get(COPY, markers[COPY]),
+        blank=added.get(BLANK, markers[BLANK]),
     )
 
 
 def complete_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Give a tokenizer that was made elsewhere what slots and padding need, where it lacks it.
 
-    `<memory>` gets the id behind its last one; padding, which is always masked, is the end token. Markers are not
+    `<memory>` gets the id after its last one; padding, which is always masked, is the end token. Markers are not
     added: they would need rows of the model's tables.
 
     Args:

@@ -35,7 +35,7 @@ class RecurrentMemory(nn.Module):
     ```
 
     The paper overwrites a window's last token with the write column, so that this token never enters the model. Here
-    the column is added behind it. The last token of a window predicts the first of the next, as in memory models, and
+    the column is added after it. The last token of a window predicts the first of the next, as in memory models, and
     gradients run through all windows.
 
     Args:
@@ -171,7 +171,7 @@ def score_next_tokens(model: nn.Module, rows: torch.Tensor, batch_size: int = 32
 def quantise(vectors: torch.Tensor, kind: str) -> torch.Tensor:
     """Round vectors `(..., R)` to eight bits a number and return them in their own type.
 
-    Gradients pass as if nothing had been rounded (rounding itself has none), so that a model can be trained behind it.
+    Gradients pass as if nothing had been rounded (rounding itself has none), so that a model can be trained after it.
 
     Args:
         vectors (`torch.Tensor`): Of any floating type.

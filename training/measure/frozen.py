@@ -24,6 +24,7 @@ from modeling_memory.memory_encoder import build_encoder, build_pooling
 
 POSITIONS = ("last", "second_to_last", "mean", "cls")
 UNTRAINED = "untrained:"
+READ_TOKENS = 8192  # tokens that a frozen model reads at a time
 OWN_TYPES = ("memory_autoencoder", "memory_encoder_decoder")
 
 
@@ -39,7 +40,7 @@ class FrozenEncoder:
             `"mean"` over all columns, the tokenizer's special tokens included, or `"cls"`, the first column. `"own"`:
             what `pooling` says.
         prefix (`tuple[int, ...]`): Special tokens that its tokenizer puts in front of a text.
-        suffix (`tuple[int, ...]`): Those behind it.
+        suffix (`tuple[int, ...]`): Those after it.
         chunk_length (`int`, *optional*): Tokens that are read at a time; longer texts give a vector a chunk. `None`:
             the whole text at once.
         pooling (`nn.Module`, *optional*): How a model of this package reads its own vectors.
@@ -159,10 +160,10 @@ class FrozenEncoder:
 
 
 @torch.no_grad()
-def read_all(encoder: FrozenEncoder, tokens: torch.Tensor, batch_tokens: int = 8192) -> torch.Tensor:
+def read_all(encoder: FrozenEncoder, tokens: torch.Tensor) -> torch.Tensor:
     """Read the vectors of many texts `(N, T)`, some at a time; returns `(N, K, E)` on the CPU."""
     device = encoder.body.device
-    rows = max(1, batch_tokens // tokens.shape[1])
+    rows = max(1, READ_TOKENS // tokens.shape[1])
     return torch.cat([encoder.read(part.to(device)).float().cpu() for part in tokens.split(rows)])
 
 
@@ -179,7 +180,7 @@ def load_encoder(
 
     Args:
         name (`str`): Folder or Hub id of any text model, this package's included (then its encoder is read, a chunk at
-            a time). `untrained:` in front takes the architecture with fresh weights, `@mean` behind (or another of
+            a time). `untrained:` in front takes the architecture with fresh weights, `@mean` at the end (or another of
             `POSITIONS`) says which state is its vector.
         position (`str`, *optional*): Which state, where the name does not say. Default: as the model itself reads its
             vectors (models of this package, sentence encoders), else the last token of the text.
@@ -241,7 +242,7 @@ def _fast_tokenizer(place: str, trust_remote_code: bool) -> PreTrainedTokenizerB
 def _body(
     place: str, config: Any, trust_remote_code: bool, fresh: bool, seed: int
 ) -> tuple[PreTrainedModel, nn.Module | None]:
-    """Return the body and the bottleneck behind it, of a trained or a fresh model."""
+    """Return the body and the bottleneck after it, of a trained or a fresh model."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if config.model_type == "memory_autoencoder":
@@ -292,7 +293,7 @@ def label_of(name: str, position: str) -> str:
 
 
 def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the special tokens that a tokenizer puts in front of a text, and behind it.
+    """Return the special tokens that a tokenizer puts in front of a text, and after it.
 
     Raises:
         ValueError: If it changes the text between them.
@@ -323,7 +324,7 @@ def check_encoder(encoder: FrozenEncoder) -> None:
             "model"
         )
     highest = max(encoder.tokenizer.get_vocab().values(), default=0)
-    # Slots stand just behind the table of this package's models; others pad their tables by a few rows.
+    # Slots stand just after the table of this package's models; others pad their tables by a few rows.
     if highest > rows or entries < 0.8 * rows:
         raise ValueError(
             f"the tokenizer has {entries} entries, but {encoder.name} has a table of {rows} rows: it is the tokenizer "

@@ -10,81 +10,13 @@ the information ratio in the convention `"paper"`.
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
 
 IGNORED = -100
 CONVENTIONS = ("uniform", "paper")
-
-
-@dataclass(frozen=True)
-class TokenCounts:
-    """Sums over targets, which add up over batches, processes and texts.
-
-    Attributes:
-        correct (`int`): Targets that the largest logit names.
-        total (`int`): Targets.
-        loss_sum_nats (`float`): Sum of the targets' cross entropies.
-
-    >>> counts = TokenCounts(3, total=4, loss_sum_nats=2.0) + TokenCounts(0, total=1, loss_sum_nats=1.0)
-    >>> counts.token_accuracy, counts.loss
-    (0.6, 0.6)
-    """
-
-    correct: int = 0
-    total: int = 0
-    loss_sum_nats: float = 0.0
-
-    @classmethod
-    def from_logits(cls, logits: torch.Tensor, targets: torch.Tensor) -> "TokenCounts":
-        """Count one batch.
-
-        Args:
-            logits (`torch.FloatTensor` of shape `(..., V)`): Of any floating type; the loss is computed in float32.
-            targets (`torch.LongTensor` of shape `(...)`): What each position must output; -100 for nothing.
-
-        Raises:
-            ValueError: If the shapes do not fit.
-
-        >>> TokenCounts.from_logits(torch.zeros(1, 3, 4), torch.tensor([[0, 1, -100]]))
-        TokenCounts(correct=1, total=2, loss_sum_nats=2.77...)
-        """
-        correct, loss = token_results(logits, targets)
-        return cls(int(correct.sum()), int((targets != IGNORED).sum()), float(loss.double().sum()))
-
-    @classmethod
-    def merge(cls, counts: Iterable["TokenCounts"]) -> "TokenCounts":
-        """Add up counts, exactly and independently of their order.
-
-        Args:
-            counts (`Iterable[TokenCounts]`): Counts of disjoint targets.
-
-        >>> TokenCounts.merge([TokenCounts(1, 2, 0.5), TokenCounts(1, 1, 0.25)])
-        TokenCounts(correct=2, total=3, loss_sum_nats=0.75)
-        """
-        parts = list(counts)
-        return cls(
-            sum(part.correct for part in parts),
-            sum(part.total for part in parts),
-            math.fsum(part.loss_sum_nats for part in parts),
-        )
-
-    def __add__(self, other: "TokenCounts") -> "TokenCounts":
-        return TokenCounts.merge([self, other])
-
-    @property
-    def token_accuracy(self) -> float:
-        """Fraction of targets that are right."""
-        return token_accuracy(self.correct, self.total)
-
-    @property
-    def loss(self) -> float:
-        """Mean cross entropy in nats per target."""
-        _check_total(self.total)
-        return self.loss_sum_nats / self.total
+CONFIDENCE = 0.95
 
 
 def token_results(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,23 +50,6 @@ def token_results(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Te
     loss = torch.zeros(targets.shape, device=logits.device)
     loss[present] = torch.nn.functional.cross_entropy(chosen.float(), wanted, reduction="none")
     return correct, loss
-
-
-def token_accuracy(correct: int, total: int) -> float:
-    """Return the fraction of targets that are right.
-
-    Args:
-        correct (`int`): Right targets.
-        total (`int`): Targets.
-
-    Raises:
-        ValueError: If there is no target.
-
-    >>> token_accuracy(3, 4)
-    0.75
-    """
-    _check_total(total)
-    return correct / total
 
 
 def information_ratio(loss: float, vocab_size: int, convention: str = "uniform") -> float:
@@ -233,39 +148,8 @@ def exact_match(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
     return ((predictions == targets) | ~present).all(1)
 
 
-def accuracy_by_position(
-    predictions: torch.Tensor, targets: torch.Tensor, period: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Count right targets and targets at each position; counts of several batches add up.
-
-    Args:
-        predictions (`torch.LongTensor` of shape `(B, T)`): Predicted tokens.
-        targets (`torch.LongTensor` of shape `(B, T)`): Wanted tokens; -100 for none.
-        period (`int`, *optional*): Count columns modulo this, e.g. the chunk length for the position within a chunk.
-            T is a multiple of it. Default: T.
-
-    Returns:
-        Two `torch.LongTensor` of shape `(period,)`: right targets, and targets. Their ratio is the accuracy.
-
-    Raises:
-        ValueError: If the shapes differ or T is no multiple of the period.
-
-    >>> right, all_ = accuracy_by_position(torch.tensor([[5, 6, 7, 8]]), torch.tensor([[5, 6, 7, 9]]), period=2)
-    >>> right.tolist(), all_.tolist()
-    ([2, 1], [2, 2])
-    """
-    _check_pair(predictions, targets)
-    length = targets.shape[1]
-    period = length if period is None else period
-    if period < 1 or length % period:
-        raise ValueError(f"period is {period}, but the texts have {length} columns. Give a divisor of {length}.")
-    present = (targets != IGNORED).reshape(-1, period)
-    right = (predictions == targets).reshape(-1, period) & present
-    return right.sum(0), present.sum(0)
-
-
-def wilson_interval(successes: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the Wilson score interval of an accuracy, which stays honest near 0 and 1.
+def wilson_interval(successes: int, total: int) -> tuple[float, float]:
+    """Return the 95% Wilson score interval of an accuracy, which stays honest near 0 and 1.
 
     It takes trials for independent. Tokens of one text are not: give an interval over texts beside it
     ([`bootstrap_interval`]) where that matters.
@@ -273,21 +157,18 @@ def wilson_interval(successes: int, total: int, confidence: float = 0.95) -> tup
     Args:
         successes (`int`): Right ones.
         total (`int`): All.
-        confidence (`float`): Probability that the interval holds the true value.
 
     Raises:
-        ValueError: If there is nothing, more successes than trials, or a confidence outside (0, 1).
+        ValueError: If there is nothing, or there are more successes than trials.
 
     >>> [round(bound, 4) for bound in wilson_interval(9, 10)]
     [0.5958, 0.9821]
     >>> wilson_interval(10, 10)[1]
     1.0
     """
-    _check_total(total)
-    _check_confidence(confidence)
-    if not 0 <= successes <= total:
-        raise ValueError(f"{successes} successes of {total} trials; expected 0 to {total}.")
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    if not 0 <= successes <= total or total < 1:
+        raise ValueError(f"{successes} successes of {total} trials; expected 0 to {total}, and one trial or more.")
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     rate = successes / total
     scale = 1 + z * z / total
     centre = (rate + z * z / (2 * total)) / scale
@@ -301,11 +182,10 @@ def bootstrap_interval(
     numerators: torch.Tensor,
     denominators: torch.Tensor | None = None,
     *,
-    confidence: float = 0.95,
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Return the percentile interval of sum(numerators) / sum(denominators) when texts are drawn again.
+    """Return the 95% percentile interval of sum(numerators) / sum(denominators) when texts are drawn again.
 
     The texts are the unit, so tokens of one text may depend on each other. Equal arguments give equal intervals.
 
@@ -313,18 +193,16 @@ def bootstrap_interval(
         numerators (`torch.Tensor` of shape `(num_texts,)`): Of each text, e.g. right tokens or summed loss.
         denominators (`torch.Tensor` of shape `(num_texts,)`, *optional*): Of each text, e.g. targets. Default: 1 each,
             the interval of a mean.
-        confidence (`float`): Part of the resamples that lies within.
         num_resamples (`int`): Resamples.
         seed (`int`): Seed of the draws.
 
     Raises:
-        ValueError: If there is no text, the shapes differ, a denominator is not positive, or `confidence` or
-            `num_resamples` is out of range.
+        ValueError: If there is no text, the shapes differ, a denominator is not positive, or `num_resamples`
+            is below 1.
 
     >>> bootstrap_interval(torch.tensor([4, 4, 4]), torch.tensor([5, 5, 5]))
     (0.8, 0.8)
     """
-    _check_confidence(confidence)
     top = numerators.detach().double().cpu()
     bottom = torch.ones_like(top) if denominators is None else denominators.detach().double().cpu()
     if top.dim() != 1 or len(top) == 0 or top.shape != bottom.shape:
@@ -339,19 +217,9 @@ def bootstrap_interval(
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randint(len(top), (num_resamples, len(top)), generator=generator)  # (resamples, texts)
     ratios = top[draws].sum(1) / bottom[draws].sum(1)
-    tail = (1 - confidence) / 2
+    tail = (1 - CONFIDENCE) / 2
     low, high = torch.quantile(ratios, torch.tensor([tail, 1 - tail], dtype=torch.double)).tolist()
     return low, high
-
-
-def _check_total(total: int) -> None:
-    if total < 1:
-        raise ValueError(f"there are {total} targets to average over; count at least one first.")
-
-
-def _check_confidence(confidence: float) -> None:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}; expected a probability between 0 and 1, e.g. 0.95.")
 
 
 def _check_pair(predictions: torch.Tensor, targets: torch.Tensor) -> None:

@@ -4,7 +4,7 @@
 |---|---|---|
 | retention | how much of a chunk comes back from its memory alone | memories of another text, none |
 | blank_copy | the same for several windows, through the decoder, with no text in sight | likewise |
-| copy | teacher-forced, and free-running: exact match of what `generate` writes behind COPY | likewise |
+| copy | teacher-forced, and free-running: exact match of what `generate` writes after COPY | likewise |
 | clm | loss of the next token with memory | likewise, and baselines without memory and with full context |
 
 All conditions of a suite are scored on exactly the same targets. In `clm` each position of a row is asked for the next
@@ -69,7 +69,7 @@ class Evaluation:
         byte_lengths (`torch.LongTensor`, *optional*): Bytes of text that each token id stands for; without it no bits
             per byte are reported.
         batch_size (`int`): Rows per forward call.
-        num_generated_rows (`int`): Rows of the copy suite that are also written freely.
+        num_generated_rows (`int`): Rows of the copy suite that are also written free-running.
         marker (`str`): `"none"` for a model that was trained on copies without a marker in front.
     """
 
@@ -89,7 +89,7 @@ class Evaluation:
 
     @property
     def copies_layout(self) -> str:
-        """Layout of copies: that of the other inputs, but slots where memories are spread, which is how those are told
+        """Layout of copies: that of the other inputs, but slots where memories are spread, the layout that keeps them
         apart: in plain text a copy's own windows would become memories among them.
         """
         spread = getattr(self.model.config, "memory_positions", None) == "spread"
@@ -161,10 +161,7 @@ def check_suite(evaluation: Evaluation, suite: str) -> None:
 
 
 def score_suite(
-    evaluation: Evaluation,
-    suite: str,
-    rows: torch.Tensor,
-    baselines: Mapping[str, PreTrainedModel] | None = None,
+    evaluation: Evaluation, suite: str, rows: torch.Tensor, baselines: Mapping[str, PreTrainedModel] | None = None
 ) -> dict[str, Scores]:
     """Score every target of a suite under all its conditions; arguments and errors as of [`evaluate_suite`]."""
     check_suite(evaluation, suite)
@@ -334,11 +331,7 @@ def _copy_conditions(
         }
     # Output windows see the source only through its memories, so another source in front is another text's memories.
     wrong = torch.cat([other, text["input_ids"]], 1)
-    return {
-        "memory": batch,
-        "wrong_memory": {**batch, "input_ids": wrong},
-        "no_memory": split,
-    }
+    return {"memory": batch, "wrong_memory": {**batch, "input_ids": wrong}, "no_memory": split}
 
 
 def _clm(evaluation: Evaluation, rows: torch.Tensor, baselines: Mapping[str, PreTrainedModel]) -> dict[str, Scores]:
@@ -359,12 +352,12 @@ def _clm(evaluation: Evaluation, rows: torch.Tensor, baselines: Mapping[str, Pre
         for name, (model, inputs) in runs.items():
             if model is not None:
                 parts.setdefault(name, []).append(score(model.eval(), inputs, len(own)))
-        parts.setdefault("wrong_memory", []).append(_clm_behind_another_text(evaluation, batch, other))
+        parts.setdefault("wrong_memory", []).append(_clm_after_another_text(evaluation, batch, other))
     return {name: Scores.join(scores) for name, scores in parts.items()}
 
 
-def _clm_behind_another_text(evaluation: Evaluation, batch: Batch, other: torch.Tensor) -> Scores:
-    """Each window behind another text's windows: same targets, another text's memories."""
+def _clm_after_another_text(evaluation: Evaluation, batch: Batch, other: torch.Tensor) -> Scores:
+    """Each window after another text's windows: same targets, another text's memories."""
     width = evaluation.window_length
     stretches = []
     for start in range(0, other.shape[1], width):
@@ -378,7 +371,7 @@ def _clm_behind_another_text(evaluation: Evaluation, batch: Batch, other: torch.
 
 @torch.no_grad()
 def write_freely(evaluation: Evaluation, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Let a model write texts back by itself: an autoencoder in one pass, a memory model behind COPY by `generate`.
+    """Let a model write texts back by itself: an autoencoder in one pass, a memory model after COPY by `generate`.
 
     Args:
         evaluation (`Evaluation`): The model and how to feed it.
@@ -386,7 +379,7 @@ def write_freely(evaluation: Evaluation, rows: torch.Tensor) -> tuple[torch.Tens
             `generate` would stop there; at most `num_generated_rows` are written.
 
     Returns:
-        The texts that were taken and what was written of them, both `(r, H)`; -100 behind an early end.
+        The texts that were taken and what was written of them, both `(r, H)`; -100 after an early end.
     """
     eos = evaluation.special_tokens.eos
     usable = rows if eos is None else rows[(rows != eos).all(1)]
@@ -398,13 +391,13 @@ def write_freely(evaluation: Evaluation, rows: torch.Tensor) -> tuple[torch.Tens
             chunks = own.reshape(-1, evaluation.chunk_length).to(evaluation.model.device)
             outputs.append(evaluation.model.reconstruct(chunks).reshape(own.shape).cpu())
             continue
-        written = _write_behind_copy(evaluation, evaluation.build("copy", own), text_length, text_length)
+        written = _write_after_copy(evaluation, evaluation.build("copy", own), text_length, text_length)
         outputs.append(torch.nn.functional.pad(written, (0, text_length - written.shape[1]), value=IGNORED))
     return usable, torch.cat(outputs)
 
 
-def _write_behind_copy(evaluation: Evaluation, batch: Batch, text_length: int, max_new_tokens: int) -> torch.Tensor:
-    """Let `generate` go on behind the source, or its slots, and COPY of a batch; returns the new tokens `(B, t)`."""
+def _write_after_copy(evaluation: Evaluation, batch: Batch, text_length: int, max_new_tokens: int) -> torch.Tensor:
+    """Let `generate` go on after the source, or its slots, and COPY of a batch; returns the new tokens `(B, t)`."""
     prompt = {name: tensor.to(evaluation.model.device) for name, tensor in batch.items() if name != "shift_labels"}
     for name in ("input_ids", "attention_mask"):
         prompt[name] = prompt[name][:, : prompt[name].shape[1] - text_length + 1]
@@ -414,7 +407,7 @@ def _write_behind_copy(evaluation: Evaluation, batch: Batch, text_length: int, m
 
 @torch.no_grad()
 def free_running_copy(evaluation: Evaluation, rows: torch.Tensor) -> dict[str, Any]:
-    """Let the model write the source behind COPY by itself and compare.
+    """Let the model write the source after COPY by itself and compare.
 
     Rows with an end-of-text token are passed over: `generate` would stop there.
 
@@ -495,7 +488,7 @@ def copies_of_short_sources(evaluation: Evaluation, rows: torch.Tensor) -> dict[
         exact = 0
         for (own,) in _batches(evaluation.batch_size, usable[:, :short]):
             batch = build_batch("copy", own, evaluation.spec("slots"), end=True)
-            written = _write_behind_copy(evaluation, batch, short, short + 1)
+            written = _write_after_copy(evaluation, batch, short, short + 1)
             wanted = torch.nn.functional.pad(own, (0, 1), value=ids.eos)
             if written.shape == wanted.shape:
                 exact += int((written == wanted).all(1).sum())

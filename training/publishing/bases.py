@@ -97,13 +97,13 @@ def find_bases(config: Mapping[str, Any], named: Sequence[str], folders: Sequenc
     return found
 
 
-def check_bases_on_hub(bases: Mapping[str, Base], api: HfApi | None = None) -> None:
+def check_bases_on_hub(bases: Mapping[str, Base]) -> None:
     """Compare the weights of bases with those that the Hub has at their commits, by checksums.
 
     Raises:
         PushError: If a base is not there or has other weights.
     """
-    api = api or HfApi()
+    api = HfApi()
     for base in bases.values():
         with explained(base.id, "looking it up"):
             tree = api.list_repo_tree(base.id, recursive=True, revision=base.revision)

@@ -252,7 +252,7 @@ def loss_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows of a card's table of next-token losses: a text and condition, `loss` and `bits_per_byte`.
 
     >>> loss_rows({"metrics": {"clm": {"memory": {"loss": 3.0}, "no_memory": {"loss": 3.5}}}})[1]
-    {'text': 'test split, no memories', 'loss': '3.0000', 'bits_per_byte': '-'}
+    {'text': 'test split, no memories', 'loss': '3.5000', 'bits_per_byte': '-'}
     """
     return [
         {

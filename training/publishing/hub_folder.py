@@ -56,7 +56,9 @@ ALLOWED_FILES = re.compile(
 
 
 class PublishError(RuntimeError):
-    """A folder that does not load back as it was written."""
+    """A folder that does not load back as it was written, or cannot be published as it was asked."""
+
+    exit_status = 2  # what is to be mended is what the command was given
 
 
 def auto_map_of(model_type: str) -> dict[str, str]:
@@ -90,8 +92,9 @@ def code_files(auto_map: Mapping[str, str], folder: Path | None = None) -> set[s
     Raises:
         FileNotFoundError: If a file that is named or imported is not there.
 
-    >>> sorted(code_files({"AutoConfig": "configuration_masked_mixer.MaskedMixerConfig"}))
-    ['configuration_masked_mixer.py']
+    >>> found = code_files({"AutoConfig": "configuration_masked_mixer.MaskedMixerConfig"})
+    >>> "modeling_masked_mixer.py" in found, "processing_memory.py" in found
+    (True, False)
     """
     entries = {(folder or CODE) / f"{entry.partition('.')[0]}.py" for entry in auto_map.values()}
     imported = {Path(name).name for entry in entries for name in get_relative_import_files(entry)}
@@ -121,6 +124,7 @@ def write_hub_folder(
     record: Mapping[str, Any] | None = None,
     card_context: Mapping[str, Any] | None = None,
     bases: Mapping[str, Base] | None = None,
+    by_reference: bool = False,
 ) -> Path:
     """Write a model as a Hub folder that loads without this package.
 
@@ -139,6 +143,7 @@ def write_hub_folder(
             [`training.publishing.cards.render_card`]; it is kept in the saved record.
         bases (`dict`, *optional*): For `"encoder"`, `"decoder"` or both what they come from: their weights are then
             referred to, and only what differs from them is written.
+        by_reference (`bool`): The same with the bases that the model itself remembers, packages say.
 
     Returns:
         `Path`: The folder.
@@ -153,9 +158,9 @@ def write_hub_folder(
         raise ValueError(f"A {model.config.model_type} has no bases to refer to; publish it by value.")
     _check_replaceable(target)
     with _written_aside(target) as staging:
-        sources: dict[str, Any] = (
-            {"by_reference": {part: base.source for part, base in bases.items()}} if bases else {}
-        )
+        sources: dict[str, Any] = {"by_reference": True} if by_reference else {}
+        if bases:
+            sources = {"by_reference": {part: base.source for part, base in bases.items()}}
         model.save_pretrained(staging, max_shard_size=MAX_SHARD_SIZE, **sources)
         if processor is not None:
             processor.save_pretrained(staging)

@@ -38,6 +38,8 @@ SUPERSEDED_FILES = re.compile(
 class PushError(RuntimeError):
     """A push that did not happen, with the reason and the remedy."""
 
+    exit_status = 2
+
 
 @dataclass(frozen=True)
 class Pushed:

@@ -29,13 +29,13 @@ from training.publishing.hub_folder import (
 )
 
 SAMPLE_TEXT = "the rest of it:"
+TIMEOUT = 1800  # seconds for each process
 SAMPLE_CONTEXT = "a man in the sand and the sea"
 
 
 def verify_hub_folder(
     folder: str | os.PathLike,
     model: PreTrainedModel | None = None,
-    timeout: float = 1800,
     bases: Mapping[str, Base] | None = None,
 ) -> dict[str, Any]:
     """Load a Hub folder in clean processes and compare it bit for bit with its writer.
@@ -47,7 +47,6 @@ def verify_hub_folder(
         folder (`str` or `os.PathLike`): The folder.
         model (`PreTrainedModel`, *optional*): The model that was written. By default it is read back from the
             folder here, which checks the loading but not the writing.
-        timeout (`float`): Seconds for each process.
         bases (`dict`, *optional*): Of a folder by reference, what encoder and decoder come from. One process is given
             their folders, the other finds them in the Hub's cache, by the ids and commits that the folder names.
 
@@ -73,8 +72,8 @@ def verify_hub_folder(
             _write_cache_entry(base.folder, cache / f"models--{base.id.replace('/', '--')}", base.revision)
         places = {f"{part}_base": base.source for part, base in (bases or {}).items()}
         return {
-            "folder": _run_clean(str(folder), work, timeout, places),
-            "hub": _run_clean("me/memory-model", work, timeout, {}),
+            "folder": _run_clean(str(folder), work, places),
+            "hub": _run_clean("me/memory-model", work, {}),
         }
 
 
@@ -164,7 +163,7 @@ def _write_cache_entry(folder: Path, entry: Path, commit: str = "0123456789abcde
                 shutil.copyfile(path, place)
 
 
-def _run_clean(source: str, work: Path, timeout: float, bases: Mapping[str, str]) -> dict[str, Any]:
+def _run_clean(source: str, work: Path, bases: Mapping[str, str]) -> dict[str, Any]:
     """Run `clean_process.py` on a source and the places of its bases; return its report."""
     elsewhere = work / "elsewhere"
     elsewhere.mkdir(exist_ok=True)
@@ -196,10 +195,10 @@ def _run_clean(source: str, work: Path, timeout: float, bases: Mapping[str, str]
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=TIMEOUT,
         )
     except subprocess.TimeoutExpired as error:
-        raise PublishError(f"loading {source} in a clean process took more than {timeout:.0f} seconds") from error
+        raise PublishError(f"loading {source} in a clean process took more than {TIMEOUT} seconds") from error
     if result.returncode:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
         raise PublishError(f"{source} does not load as it was written: {lines[-1] if lines else 'no message'}")

@@ -141,7 +141,7 @@ def run_jobs(jobs: Sequence[Job], *, processes: int | None = None) -> dict[str, 
 
     Raises:
         ValueError: If `processes` is not positive.
-        KeyboardInterrupt: After all jobs that run have been told to stop; a second call resumes them.
+        KeyboardInterrupt: After all jobs that run were asked to stop; a second call resumes them.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = cores if processes is None else processes

@@ -28,7 +28,7 @@ STAGE_OBJECTIVES: dict[str, tuple[str, ...]] = {
     "causal_lm": ("causal",),
     "memory": ("causal", "copy", "blank_copy", "recall", "qa", "distillation"),
 }
-FREEZING = {"freeze_encoder", "freeze_decoder", "encoder_trained_from"}
+CHANGEABLE = {"freeze_encoder", "freeze_decoder", "encoder_trained_from", "memories_per_chunk"}
 PACKAGE = "package:"
 
 
@@ -54,13 +54,19 @@ class DataRecipe:
 
 @dataclass(frozen=True)
 class TokenizerRecipe:
-    """A byte-level BPE trained on the train split, or an existing one, its path like that of a pretrained model."""
+    """A byte-level BPE trained on the train split, or an existing one, its path like that of a pretrained model.
+
+    `copy_token` and `blank_token` name tokens of an existing one that serve as COPY and BLANK: rows of a pretrained
+    table that its text never uses.
+    """
 
     vocab_size: int = 2048
     path: str | None = None
     revision: str | None = None
     gguf_file: str | None = None
     max_train_bytes: int | None = None
+    copy_token: str | None = None
+    blank_token: str | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ class RowsRecipe:
     `source_length` (default `row_length`) is how much of a row the copy objectives take as their source; with
     `vary_source` the rows of a batch take one window, two, ... up to it in turn.
     `shortened` is the share of an autoencoder's chunks, and in the slots layout of the copies' sources, that are cut
-    to a random length; a cut copy learns to write the end token behind its last. Validation reads them whole.
+    to a random length; a cut copy learns to write the end token after its last. Validation reads them whole.
     `window_length` is for `causal_lm` only: the decoder then reads each window of the row by itself, which
     makes it the no-memory baseline of a memory model with that window; default is the whole row.
     Stages with equal `seed` (default: the recipe's) and lengths read the same rows in the same order.
@@ -130,8 +136,9 @@ class RowsRecipe:
     budgets; default: always `model.memories_per_chunk`. `num_memories_weights` says how often each is drawn. Slots
     layout only.
     `recall_prompt` and `recall_length` are the tokens that the objective recall shows and asks for.
-    `questions` are files for the objective qa (`.jsonl` or `.parquet` with context, question and answer);
-    `validation_questions` those that are asked in validation. Slots layout only.
+    `questions` are files for the objective qa (`.jsonl` or `.parquet` with context, question and answer), or
+    `cloze:N` for N questions made of the run's own training text; `validation_questions` those that are asked in
+    validation, made of its validation text. Slots layout only.
     `taught` is the objective whose text distillation compares: causal, copy, recall or qa.
     Where the encoder has a tokenizer of its own, lengths count the encoder's tokens: a row is `row_length` of them,
     the first `source_length` (default: half of the row) become memories, and the decoder reads the rest in its own.
@@ -246,10 +253,16 @@ class EvaluationRecipe:
 
 @dataclass(frozen=True)
 class PublishRecipe:
-    """The stage whose model becomes the Hub folder; default: the last memory stage."""
+    """The stage whose model becomes the Hub folder; default: the last memory stage.
+
+    With `by_reference` memory stages and the Hub folder hold only what was trained, and name the pretrained models
+    that the rest comes from, packages or Hub ids. `dtype` rounds what the Hub folder holds.
+    """
 
     stage: str | None = None
     verify: bool = True
+    by_reference: bool = False
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -419,6 +432,21 @@ def check_recipe(recipe: Recipe) -> None:
     _check_reference(recipe.publish.stage, ("memory", "autoencoder"), earlier, "publish.stage")
     for key in ("num_rows", "num_generated_rows", "batch_size"):
         _check_positive(getattr(recipe.evaluation, key), f"evaluation.{key}")
+    _check_by_reference(recipe)
+
+
+def _check_by_reference(recipe: Recipe) -> None:
+    """Check that what is to be left out of the folders can be named, and is found again under that name."""
+    for stage in recipe.stages if recipe.publish.by_reference else ():
+        named = [recipe.pretrained[name] for name in stage.from_.values() if name in recipe.pretrained]
+        fresh = stage.kind == "memory" and "model" not in stage.from_
+        if (fresh and not named) or any(
+            not one.path.startswith(PACKAGE) and Path(one.source).is_dir() for one in named
+        ):
+            raise ValueError(
+                f"publish.by_reference is set, but stages.{stage.name} takes its encoder and decoder from no package "
+                "or Hub id, by which they would be found again; leave it out"
+            )
 
 
 def _check_reference(
@@ -457,10 +485,10 @@ def _check_references(
         raise ValueError(f"{path}.adapters are for memory stages; a stage of kind {stage.kind} has none")
     if not stage.from_ and not stage.model:
         raise ValueError(f"{path} has neither model nor from: describe a new model or name the stage it continues")
-    if "model" in stage.from_ and set(stage.model) - FREEZING:
+    if "model" in stage.from_ and set(stage.model) - CHANGEABLE:
         raise ValueError(
             f"{path}.model is {json.dumps(stage.model)}, but a continued stage keeps its model: only freeze_encoder, "
-            "freeze_decoder and encoder_trained_from may change; remove the rest"
+            "freeze_decoder, encoder_trained_from and memories_per_chunk may change; remove the rest"
         )
 
 

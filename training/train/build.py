@@ -6,12 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from modeling_memory import (
@@ -42,7 +37,7 @@ def build_stage_model(
     Args:
         stage (`StageRecipe`): The stage.
         special_tokens (`SpecialTokens`): Ids of the run's special tokens.
-        vocab_size (`int`): Rows of the token tables; the memory slot's id lies just behind them.
+        vocab_size (`int`): Rows of the token tables; the memory slot's id lies just after them.
         load (`Callable`): Gives the trained model of an earlier stage. Of a pretrained part what the recipe says of
             it, or the model, of an encoder then also what it says about pooling, as [`load_encoder`] does.
 
@@ -212,7 +207,15 @@ def _with_adapters(model: PreTrainedModel, stage: StageRecipe) -> PreTrainedMode
 
 
 def _continue(model: PreTrainedModel, stage: StageRecipe) -> PreTrainedModel:
-    """Take over an earlier stage's model; a memory model may freeze or thaw its parts."""
+    """Take over an earlier stage's model; a memory model may freeze or thaw its parts, and cut chunks otherwise."""
+    per_chunk = stage.model.get("memories_per_chunk")
+    if per_chunk is not None and per_chunk != model.config.memories_per_chunk:
+        if model.config.pooling in ("queries", "pooled_queries"):
+            raise ValueError(
+                f"stages.{stage.name}.model.memories_per_chunk is {per_chunk}, but the pooling "
+                f"{model.config.pooling!r} has learnt {model.config.memories_per_chunk}; leave it out"
+            )
+        model.pooling.memories_per_chunk = per_chunk
     for name, value in stage.model.items():
         setattr(model.config, name, value)
     if stage.model:

@@ -34,7 +34,7 @@ def commit(part: Path, final: Path, step: int) -> None:
     Args:
         part (`Path`): The folder as written.
         final (`Path`): Its place, on the same file system; replaced if it is there.
-        step (`int`): Optimizer steps behind the checkpoint.
+        step (`int`): Optimizer steps that the checkpoint holds.
     """
     files = sorted(file for file in part.rglob("*") if file.is_file())
     sizes = {file.relative_to(part).as_posix(): file.stat().st_size for file in files}
@@ -59,7 +59,7 @@ def last_complete_checkpoint(folder: Path, say: Callable[[str], None] = logger.w
 
     Args:
         folder (`Path`): A stage's `checkpoints/`.
-        say (`Callable`): Told of every newer one that is passed over, and why.
+        say (`Callable`): Called for every newer one that is passed over, and why.
     """
     for checkpoint in reversed(_by_step(folder)):
         fault = what_is_torn(checkpoint)

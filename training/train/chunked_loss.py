@@ -74,7 +74,7 @@ def check_head(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
         inputs (`dict`): Arguments of its `forward`, without labels.
 
     Raises:
-        ValueError: If it has no head, or scales or caps the logits behind it.
+        ValueError: If it has no head, or scales or caps the logits after it.
     """
     head = model.get_output_embeddings()
     if head is not None:

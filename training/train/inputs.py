@@ -94,7 +94,7 @@ def prepare_inputs(recipe: Recipe, folder: Path, state: PartialState) -> Inputs:
     }
     return Inputs(
         tokenizer,
-        special_tokens_of(tokenizer),
+        special_tokens_of(tokenizer, recipe.tokenizer.copy_token, recipe.tokenizer.blank_token),
         tokens,
         byte_lengths_of(tokenizer),
         description,

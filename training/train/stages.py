@@ -30,12 +30,13 @@ from transformers import (
 from modeling_memory import MemoryAutoencoder, MemoryEncoderDecoderForCausalLM, MemoryProcessor
 from training.data.documents import DocumentRows
 from training.data.encoded import encode_once
+from training.data.making import make_cloze, save_questions
 from training.data.objectives import IGNORED, BatchSpec, targets_of
 from training.data.pairs import PairCollator, PairedRows, PairedText, cached_pairs, encode_pairs
-from training.data.questions import Questions, RowsWithQuestions, read_questions
+from training.data.questions import Question, Questions, RowsWithQuestions, read_questions
 from training.data.rows import ObjectiveCollator, TokenRows
 from training.data.token_stream import StreamedRows
-from training.recipes.recipe import STAGE_OBJECTIVES, Recipe, StageRecipe, resolve_files
+from training.recipes.recipe import STAGE_OBJECTIVES, Recipe, StageRecipe, resolve_documents, resolve_files
 from training.records.record import data_digest, peak_memory_bytes, read_json, write_json
 from training.train.build import build_stage_model, check_described, count_parameters, parameter_report, report_lines
 from training.train.checkpoints import check_same, last_complete_checkpoint, replace_folder
@@ -46,6 +47,7 @@ from training.train.warm_start import FITTED_CHUNKS, start_projector
 from training.train.watching import WatchMemories
 
 WATCHED_TEXTS = 16
+CLOZE = "cloze:"
 # Settings of a stage that its weights do not depend on: who reads rows, what is written when, who looks on.
 WITHOUT_EFFECT = (
     "num_workers",
@@ -84,19 +86,19 @@ class StageRunner:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the models' token tables: the slot's id lies just behind them."""
+        """Rows of the models' token tables: the slot's id lies just after them."""
         memory = self.special_tokens.memory
         return len(self.tokenizer) if memory is None else min(memory, len(self.tokenizer))
 
-    def load(self, name: str) -> Any:
-        """Load the model of a finished stage, or a pretrained one."""
+    def load(self, name: str, **options: Any) -> Any:
+        """Load the model of a finished stage, or a pretrained one; options are those of `from_pretrained`."""
         source = self.recipe.pretrained.get(name)
         if source is not None:
             model = AutoModelForCausalLM.from_pretrained(source.source, dtype=torch.float32, **source.options)
             check_described(source, model.config, name)
             return model
         kind = self.recipe.stage(name).kind
-        return MODEL_CLASSES[kind].from_pretrained(self.folder / name / "model")
+        return MODEL_CLASSES[kind].from_pretrained(self.folder / name / "model", **options)
 
     def load_part(self, name: str) -> Any:
         """Load the model of a finished stage; a pretrained one is named, and loaded by whoever joins it."""
@@ -212,15 +214,32 @@ class StageRunner:
         if isinstance(collator, PairCollator):
             collator.encoded = self._encoded_pairs(stage, model, train.text)
         if rows.questions:
-            asked, held_out = (
-                read_questions(resolve_files(files, f"stages.{stage.name}.data.{key}")) if files else []
-                for key, files in (("questions", rows.questions), ("validation_questions", rows.validation_questions))
-            )
+            asked = self._questions(stage, "questions", "train")
+            held_out = self._questions(stage, "validation_questions", "validation")
             processor = processor_for(model, self.tokenizer, self.encoder_tokenizer(stage))
             collator.questions = Questions([*asked, *held_out], processor, model.config.max_memories)
             train = RowsWithQuestions(train, 0, len(asked), order)
             validation = validation and RowsWithQuestions(validation, len(asked), len(held_out))
         return collator, train, validation
+
+    def _questions(self, stage: StageRecipe, key: str, split: str) -> list[Question]:
+        """Read a stage's questions; those that the recipe asks to be made are made once, of a split of the run."""
+        path, files = f"stages.{stage.name}.data.{key}", []
+        for number, name in enumerate(getattr(stage.data, key)):
+            if not name.startswith(CLOZE):
+                files += resolve_files([name], path)
+                continue
+            count = name.removeprefix(CLOZE)
+            if not count.isdecimal() or not int(count):
+                raise ValueError(f"{path} holds {name!r}; expected cloze:N with N of 1 or more, or a file")
+            file = self.folder / stage.name / f"{key}_{number}.jsonl"
+            with self.state.main_process_first():
+                if not file.is_file():
+                    data = self.recipe.data
+                    documents = resolve_documents(getattr(data, split), data.text_column, f"data.{split}")
+                    save_questions(make_cloze(list(documents.read()), int(count), self.recipe.seed + number), file)
+            files.append(file)
+        return read_questions(files) if files else []
 
     def _start_projector(self, stage: StageRecipe, model: PreTrainedModel, collator: Any) -> None:
         """Let a fresh projector start where the recipe says."""
@@ -379,13 +398,7 @@ class StageRunner:
         return ObjectiveCollator(objectives, spec)
 
     def _train_rows(
-        self,
-        stage: StageRecipe,
-        model: PreTrainedModel,
-        num_items: int,
-        seed: int,
-        *,
-        step_rows: int | None = None,
+        self, stage: StageRecipe, model: PreTrainedModel, num_items: int, seed: int, *, step_rows: int | None = None
     ) -> TokenRows | DocumentRows | StreamedRows | PairedRows:
         if self.recipe.encoder_of(stage) is not None:
             text = self.paired_text(stage, model, "train")
@@ -398,7 +411,7 @@ class StageRunner:
         tokens = self.inputs.tokens["train"]
         if stage.data.documents and step_rows is not None:  # a sample for the projector may be packed
             eos = self.special_tokens.require("eos", "data.documents")
-            # A window to copy and a token behind it; the other stages only need a token that predicts another.
+            # A window to copy and a token after it; the other stages only need a token that predicts another.
             shortest = model.config.window_length + 1 if stage.kind == "memory" else 2
             return DocumentRows(
                 tokens,
@@ -444,10 +457,11 @@ class StageRunner:
         replace_folder(folder, lambda part: self._write(model, stage, part))
 
     def _write(self, model: PreTrainedModel, stage: StageRecipe, folder: Path) -> None:
-        model.save_pretrained(folder)
         if stage.kind == "memory":
+            model.save_pretrained(folder, by_reference=self.recipe.publish.by_reference)
             processor_for(model, self.tokenizer, self.encoder_tokenizer(stage)).save_pretrained(folder)
         else:
+            model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
 
 
@@ -455,7 +469,7 @@ class StageClock(TrainerCallback):
     """Seconds of a stage over all its sessions, also of those that were killed, up to their last log.
 
     Args:
-        path (`Path`): One entry a session: the step it began at, the last step it told of, its seconds.
+        path (`Path`): One entry a session: the step it began at, the last step it logged, its seconds.
         resumed_at (`int`): The step that this session begins at.
         keeps (`bool`): Whether this process writes the file.
     """
@@ -501,7 +515,7 @@ def chunk_counts(stage: StageRecipe, chunk_length: int) -> tuple[int, int]:
     """Return the chunks that become memories, and those of a row, for an encoder with its own tokenizer.
 
     Raises:
-        ValueError: If lengths are no whole chunks, or nothing is left to read behind the source.
+        ValueError: If lengths are no whole chunks, or nothing is left to read after the source.
     """
     rows = stage.data
     source = rows.source_length or rows.row_length // 2

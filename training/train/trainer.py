@@ -1,4 +1,4 @@
-"""Trainer of several objectives at once, with exact sums behind every number it logs.
+"""Trainer of several objectives at once, with exact sums for every number it logs.
 
 One step's loss is `sum_o weight_o * (sum of the token losses of o) / (number of targets of o)`, where both sums run
 over the *global* batch: all accumulation steps and all processes. So one process, two processes and accumulation

@@ -36,10 +36,7 @@ def copy_tables(source: PreTrainedModel, target: PreTrainedModel, path: str) -> 
 
 @torch.no_grad()
 def start_projector(
-    model: MemoryEncoderDecoderForCausalLM,
-    warm_start: WarmStartRecipe,
-    rows: Sequence[tuple[Any, ...]],
-    path: str,
+    model: MemoryEncoderDecoderForCausalLM, warm_start: WarmStartRecipe, rows: Sequence[tuple[Any, ...]], path: str
 ) -> None:
     """Give a fresh projector the recipe's starting point.
 

