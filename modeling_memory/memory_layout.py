@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 from transformers.configuration_utils import PreTrainedConfig
 
-from .memory_cache import Memories, MemoryCache, ReadMark
+from .memory_cache import Memories, MemoryCache, Opening, ReadMark
 
 
 @dataclass
@@ -51,39 +51,11 @@ class Text:
 
 
 @dataclass
-class Opening:
-    """What a cache has to know to go on after the last column of every text; see [`MemoryCache`].
-
-    Attributes:
-        window (`torch.LongTensor` of shape `(B, w)`, *optional*): Flat text columns of the open windows.
-        fill (`torch.LongTensor` of shape `(B,)`): Tokens in them.
-        next_position (`torch.LongTensor` of shape `(B,)`): Position of the next token.
-        max_fill (`int`): Bound of `fill`.
-        column_mask (`torch.LongTensor` of shape `(B, S)`, *optional*): Of the decoder's columns; `None`: the row's.
-        asked (`torch.BoolTensor` of shape `(B,)`, *optional*): Whether a marker stands before the open window.
-        marked (`torch.BoolTensor` of shape `(B,)`, *optional*): Whether one stands anywhere.
-        has_gaps (`bool`): Whether a column may hold nothing.
-        rolling (`bool`): Whether the window becomes memories when it is full.
-        sees_memories (`bool` or `torch.BoolTensor` of shape `(B,)`): Whether the next tokens see memories.
-    """
-
-    window: torch.Tensor | None
-    fill: torch.Tensor
-    next_position: torch.Tensor
-    max_fill: int
-    column_mask: torch.Tensor | None = None
-    asked: torch.Tensor | None = None
-    marked: torch.Tensor | None = None
-    has_gaps: bool = True
-    rolling: bool = True
-    sees_memories: bool | torch.Tensor = False
-
-
-@dataclass
 class Layout:
     """What the decoder reads: R rows of S columns, each a column of the text or an entry before it.
 
     Attributes:
+        source ([`Text`]): The text whose columns `text` counts.
         mask (`torch.Tensor` of shape `(R, past + S)`, *optional*): 1 for columns that count.
         positions (`torch.LongTensor` of shape `(R, S)`, *optional*): `None` leaves them to the decoder.
         text (`torch.LongTensor` of shape `(R, S)`, *optional*): Flat text columns; `None`: the text as it stands.
@@ -113,8 +85,11 @@ class Layout:
         continues (`bool`): Whether the text goes on from a memory cache.
         needs_own_cache (`bool`): Whether later steps need what only a memory cache knows.
         mark ([`ReadMark`], *optional*): What is noted on a cache of the library's.
+        apart (`list` of `int`, *optional*): Nothing else is laid out: windows of these texts are full, those of the
+            others are not, and each part is to be read by itself.
     """
 
+    source: Any = None
     mask: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     text: torch.Tensor | None = None
@@ -141,17 +116,13 @@ class Layout:
     continues: bool = False
     needs_own_cache: bool = False
     mark: ReadMark | None = None
+    apart: list[int] | None = None
 
     def rows(self, part: slice) -> "Layout":
         """Return some of the rows, alone."""
         names = ("mask", "positions", "text", "entries", "places", "sees_memories", "row", "seen")
         picked = {name: value[part] for name in names if isinstance(value := getattr(self, name), torch.Tensor)}
         return replace(self, **picked)
-
-    def lay_back(self, features: torch.Tensor, columns: torch.Tensor | None = None) -> torch.Tensor:
-        """Turn features of flat columns `(n, X)` into those of the texts `(B, T, X)`, or of some columns of them."""
-        assert self.back is not None
-        return features[self.back if columns is None else self.back[:, columns]]
 
 
 @dataclass
@@ -280,7 +251,7 @@ def lay_plain(config: PreTrainedConfig, text: Text, facts: Any, past: int = 0) -
     """
     mask, positions = text.attention_mask, text.position_ids
     length = text.tokens.shape[1]
-    layout = Layout(mask, positions, end=past + length)
+    layout = Layout(text, mask, positions, end=past + length)
     if mask is None or mask.dim() != 2:
         return layout
     if facts is not None and past == 0 and facts.is_full and positions is None:
@@ -452,6 +423,8 @@ def lay_front(
             after = None
     else:
         front, after = front_of_text(config, text, memories, facts)
+        # In padding a slot may stand, masked; its id need not be a row of the table.
+        text = replace(text, input_ids=text.input_ids.masked_fill(text.input_ids == config.memory_token_id, 0))
     length = text.tokens.shape[1]
     counts = [length] * memories.batch_size if facts is None else facts.num_after
     lowest = None if facts is None else facts.lowest
@@ -498,7 +471,7 @@ def lay_windows(
         zero = none.sum(1)
         front = Front(none, None, None, none, zero, zero, zero, [0] * len(counts), 0)
     per_window = cut.window_length // config.chunk_length * config.memories_per_chunk if window_length else 0
-    prefix, own_position, takes = _lay_prefix(config, front, cut, per_window)
+    prefix, own_position, takes = _lay_prefix(config, text, front, cut, per_window)
     assert prefix.entries is not None
     num_entries = prefix.entries.shape[1]
     fixed = config.memory_positions in ("fixed", "spread")
@@ -506,7 +479,7 @@ def lay_windows(
     num_visible = front.num[cut.row] + cut.index * per_window  # (P,)
     ends = F.pad(takes.cumsum(1), (1, 0))  # (B, M + 1)
     layout = Layout(
-        text=cut.columns, row=cut.row, prefix=prefix, last=cut.last,
+        source=text, text=cut.columns, row=cut.row, prefix=prefix, last=cut.last,
         num_wanted=cut.window_length, shares_prefix=shared and room is None,
     )  # fmt: skip
     widths, lasts = [], []
@@ -639,7 +612,7 @@ def _cut(
 
 
 def _lay_prefix(
-    config: PreTrainedConfig, front: Front, cut: _Cut, per_window: int
+    config: PreTrainedConfig, source: Text, front: Front, cut: _Cut, per_window: int
 ) -> tuple[Layout, torch.Tensor, torch.Tensor]:
     """Lay out all that stands before a text's last window: its front, then the memories of its full windows.
 
@@ -681,7 +654,7 @@ def _lay_prefix(
         position = (takes.cumsum(1) - 1).clamp(min=0)
     # The entries of one row share one run, and absent ones stand at its end, where nothing present sees them.
     prefix = Layout(
-        positions=position, text=text, entries=entries, places=places, sees_memories=True,
+        source, positions=position, text=text, entries=entries, places=places, sees_memories=True,
         memories=None, mask=present.long(),
     )  # fmt: skip
     return prefix, torch.where(present, position, -1), takes
@@ -796,6 +769,14 @@ def _open_windows(
     )  # fmt: skip
 
 
+def text_of_window(text: Text, cache: MemoryCache) -> Text:
+    """Return the tokens of open windows `(B, w)` and the next ones `(B, T)` as one text `(B, w + T)`."""
+    mask, width = text.mask(), cache.window_input_ids.shape[1]
+    filled = (torch.arange(width, device=mask.device) < cache.window_fill[:, None]).to(mask)
+    ids = torch.cat([cache.window_input_ids, text.input_ids], 1)
+    return Text(ids, torch.cat([filled, mask], 1), tokens=ids)
+
+
 def lay_step(config: PreTrainedConfig, text: Text, cache: MemoryCache) -> Layout:
     """Lay out the next tokens of texts that a memory cache holds, in their open windows.
 
@@ -806,7 +787,7 @@ def lay_step(config: PreTrainedConfig, text: Text, cache: MemoryCache) -> Layout
     """
     mask = text.mask()
     rank = mask.cumsum(1) - 1
-    layout = Layout(sees_memories=cache.sees_memories, end=cache.end + mask.shape[1], continues=True)
+    layout = Layout(text, sees_memories=cache.sees_memories, end=cache.end + mask.shape[1], continues=True)
     layout.positions = (cache.next_position[:, None] + rank).clamp(min=0)
     # Where every column counts the decoder needs no mask, and would look at all its values.
     if cache.has_gaps or text.attention_mask is not None:

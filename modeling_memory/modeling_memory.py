@@ -63,7 +63,6 @@ from .memory_checks import (
     check_call,
     check_capacity,
     check_context_data,
-    check_empty,
     check_flat_mask,
     check_in_full,
     check_no_past,
@@ -71,7 +70,6 @@ from .memory_checks import (
     check_positions,
     check_rolling,
     check_room,
-    check_spelling,
     check_view,
     check_windows,
     is_compiling,
@@ -90,6 +88,7 @@ from .memory_layout import (
     lay_windows,
     no_memories,
     open_plain,
+    text_of_window,
     tokens_of_memories,
 )
 from .memory_parts import (
@@ -111,7 +110,6 @@ TOKENS_PER_GROUP_ELSEWHERE = 65536
 """The same on other devices, which want large batches: bounds memory only."""
 FEW_TOKENS = 4096
 """So many are read at once on any device."""
-LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels")
 
 
 @dataclass
@@ -304,6 +302,8 @@ class MemoryEncoderDecoderModel(MemoryPreTrainedModel):
         encoder (`PreTrainedModel`, *optional*): A ready encoder body to use instead of a fresh one.
         decoder (`PreTrainedModel`, *optional*): A ready causal LM to use instead of a fresh one.
     """
+
+    _gives_logits = False
 
     def __init__(
         self,
@@ -552,6 +552,8 @@ class MemoryEncoderDecoderModel(MemoryPreTrainedModel):
     ) -> MemoryModelOutput | tuple:
         """Read a text; arguments and modes are those of [`MemoryEncoderDecoderForCausalLM.forward`].
 
+        `logits_to_keep` bounds the columns of the features; `labels` and `shift_labels` are checked with the rest.
+
         Returns:
             [`MemoryModelOutput`]: Hidden states in the columns of the text, memories and cache.
         """
@@ -559,11 +561,32 @@ class MemoryEncoderDecoderModel(MemoryPreTrainedModel):
         call = Call(
             Text(input_ids, attention_mask, inputs_embeds, position_ids, tokens),
             context_input_ids, context_attention_mask, context_num_memories, memory_embeds, memory_mask,
-            memory_num_tokens, past_key_values,
-            rolling_memory=rolling_memory,
+            memory_num_tokens, past_key_values, kwargs.pop("labels", None), kwargs.pop("shift_labels", None),
+            kwargs.pop("logits_to_keep", 0), rolling_memory, use_cache,
+            {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions},
             has_memories=context_input_ids is not None or memory_embeds is not None,
         )  # fmt: skip
-        output = read_call(self, call, use_cache, output_hidden_states, output_attentions, kwargs, head=False)
+        call, facts = check_call(self, call, kwargs)
+        memories = None  # a text that begins, and is given none
+        if call.has_memories or call.continues:
+            memories = memories_of(self, call, facts)  # encode, pool, project: (B, M, D)
+        layout = lay_out(self, call, memories, facts)  # where everything stands: R rows of S columns
+        if layout.apart is not None:
+            output = read_apart(self, call, layout.apart)
+        else:
+            entries, kept = compress(self, layout, memories)  # full windows become memories, too: (n, D)
+            decoded = decode(self, call, layout, entries)  # the decoder's one call: (B, T, X) or flat columns (n, X)
+            features = decoded.features
+            if layout.back is not None:  # a padding column shows what the token before it predicts
+                features = features[layout.back[:, call.columns]]  # (n, X) -> (B, T, X)
+            if self.training and torch.is_grad_enabled():
+                features = touch(self, features)
+            cache = open_cache(call, layout, kept, decoded) if call.use_cache and decoded.cache is not None else None
+            shown = memories if layout.row is None or call.has_memories else kept
+            output = MemoryModelOutput(
+                features, cache, decoded.hidden_states, decoded.attentions,
+                None if shown is None else shown.embeds, None if shown is None else shown.mask,
+            )  # fmt: skip
         wants_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
 
@@ -645,60 +668,10 @@ def project_chunks(
     return model.projector(torch.cat(parts).to(model.decoder.dtype))
 
 
-def read_call(
-    model: Any,
-    call: Call,
-    use_cache: bool | None,
-    output_hidden_states: bool | list[int] | None,
-    output_attentions: bool | None,
-    unknown: dict[str, Any],
-    head: bool,
-) -> MemoryModelOutput:
-    """Read one call: memories of the context, layout, one call of the decoder, features laid back.
-
-    Args:
-        model ([`MemoryEncoderDecoderModel`]): The model.
-        call ([`Call`]): The arguments of `forward`.
-        use_cache (`bool`, *optional*): Whether to return a cache.
-        output_hidden_states (`bool` or `list` of `int`, *optional*): As in the library.
-        output_attentions (`bool`, *optional*): As in the library.
-        unknown (`dict`): Keywords that `forward` does not know.
-        head (`bool`): Whether the features are logits rather than hidden states.
-
-    Returns:
-        [`MemoryModelOutput`], whose `last_hidden_state` holds the features.
-    """
-    if unknown and not torch.compiler.is_compiling():
-        check_spelling(unknown, [*inspect.signature(model.forward).parameters, *LOSS_KEYWORDS])
-    keeps_all = model.decoder.training and is_checkpointing(model.decoder)
-    if keeps_all:
-        check_empty(call.cache)
-        call, use_cache = replace(call, cache=None), False
-    elif use_cache is None:
-        use_cache = call.cache is not None or (not model.training and getattr(model.decoder.config, "use_cache", True))
-    facts = check_call(model.config, call)
-    options: dict[str, Any] = {}
-    for name, given in (("output_hidden_states", output_hidden_states), ("output_attentions", output_attentions)):
-        given = getattr(model.config, name, None) if given is None else given
-        if given:  # an explicit None would hide the decoder's own setting
-            options[name] = given
-    memories = memories_of(model, call, facts) if call.has_memories else None
-    columns = None if call.logits_to_keep is None else columns_of(call.logits_to_keep, call.text.tokens)
-    if memories is None and isinstance(call.cache, MemoryCache) and call.cache.num_columns:
-        output = read_on(model, call.text, call.cache, head, columns, options)
-    else:
-        if options.get("output_hidden_states") and facts is not None:
-            facts.lowest = None  # of all layers the states of all columns are returned
-        layout = lay_out(model, call, memories, facts, use_cache, not keeps_all, options)
-        cache = call.cache if use_cache else None
-        output = run_layout(model, layout, call.text, memories, cache, use_cache, head, columns, options)
-    if model.training and torch.is_grad_enabled():
-        output.last_hidden_state = touch(model, output.last_hidden_state)
-    return output
-
-
 def memories_of(model: Any, call: Call, facts: Facts | None) -> Memories:
-    """Give the memories of a call, one row for each text: those of its context, or ready ones."""
+    """Give the memories of a call, one row for each text: those of its context, ready ones, or those of its cache."""
+    if call.continues:
+        return call.cache.memories
     if call.context_input_ids is not None:
         memories = encode_context(
             model, call.context_input_ids, call.context_attention_mask, call.context_num_memories, facts
@@ -719,20 +692,14 @@ def memories_of(model: Any, call: Call, facts: Facts | None) -> Memories:
     return memories.map(lambda rows: rows.expand(batch_size, *rows.shape[1:]))  # one context for many prompts
 
 
-def lay_out(
-    model: Any,
-    call: Call,
-    memories: Memories | None,
-    facts: Facts | None,
-    use_cache: bool,
-    shared: bool,
-    options: dict[str, Any],
-) -> Layout:
-    """Choose how a text that begins is read, and lay it out."""
+def lay_out(model: Any, call: Call, memories: Memories | None, facts: Facts | None) -> Layout:
+    """Choose how a text is read, and lay it out; no part of the model runs."""
     config, text, cache = model.config, call.text, call.cache
+    if call.continues:
+        return lay_on(config, call)
     past = 0 if cache is None else int(cache.get_seq_length())
     if memories is not None:
-        return lay_out_memories(model, call, memories, facts, use_cache, shared, past)
+        return lay_out_memories(config, call, memories, facts, past)
     fixed = config.memory_positions in ("fixed", "spread")
     batch_size, length = text.tokens.shape[:2]
     if config.self_memory and text.input_ids is not None and (cache is None or isinstance(cache, MemoryCache)):
@@ -744,13 +711,13 @@ def lay_out(
             counts = mask.sum(1).tolist()  # compiled code cannot go on without
         if not fixed and max(counts) <= config.window_length:
             return open_plain(lay_plain(config, text, facts), text, facts, empty_memories(model, text))
-        if text.position_ids is not None or "output_attentions" in options:
-            check_windows(text, counts, config.window_length, options.get("output_attentions"))
+        if text.position_ids is not None or "output_attentions" in call.options:
+            check_windows(text, counts, config.window_length, call.options.get("output_attentions"))
         none = [0] * len(counts)
         room = check_room(config, counts, none, none)
         mask = None if mask is None or (facts is not None and facts.is_full) else mask[:, -length:].long()
         lowest = None if facts is None else facts.lowest
-        return lay_windows(config, text, mask, None, counts, config.window_length, lowest, shared, room)
+        return lay_windows(config, text, mask, None, counts, config.window_length, lowest, not call.recomputes, room)
     mark = mark_of(cache)
     if mark is None and (call.rolling_memory is not False or past == 0):  # if False, the open window grows on
         check_in_full(config, text, cache, past)
@@ -759,7 +726,7 @@ def lay_out(
     if fixed:
         check_no_past(past)
         check_own_cache(cache, True)
-        return lay_front(config, text, empty_memories(model, text), facts, False, shared, None)
+        return lay_front(config, text, empty_memories(model, text), facts, False, not call.recomputes, None)
     layout = lay_plain(config, text, facts, past)
     layout.sees_memories = False if mark is None else mark.rows(batch_size)
     layout.mark = ReadMark() if mark is None and text.input_ids is None else mark
@@ -767,18 +734,17 @@ def lay_out(
 
 
 def lay_out_memories(
-    model: Any, call: Call, memories: Memories, facts: Facts | None, use_cache: bool, shared: bool, past: int
+    config: PreTrainedConfig, call: Call, memories: Memories, facts: Facts | None, past: int
 ) -> Layout:
     """Lay out a text with memories: in its slots as it stands, or after them where what follows has windows."""
-    config, text = model.config, call.text
-    rolls = bool(call.rolling_memory)
+    text, rolls = call.text, bool(call.rolling_memory)
     if rolls:
         check_rolling(config, text.input_ids is not None)
     if not (rolls or config.memory_positions in ("fixed", "spread") or text.input_ids is None):
         layout = lay_slots(config, text, memories, facts, past, mark_of(call.cache))
         if layout.mark is not None and layout.mark.first_memory is not None:
             check_view(config, past + text.tokens.shape[1] - layout.mark.first_memory)
-        check_own_cache(call.cache, use_cache and layout.needs_own_cache)
+        check_own_cache(call.cache, call.use_cache and layout.needs_own_cache)
         return layout
     check_flat_mask(text)
     check_no_past(past)
@@ -791,7 +757,43 @@ def lay_out_memories(
         if config.max_memories is not None:  # otherwise tokens take the same room as memories
             embedded = [ahead - number for ahead, number in zip(facts.num_ahead, facts.num_memories, strict=True)]
         room = check_room(config, facts.num_after, facts.num_ahead, embedded)
-    return lay_front(config, text, memories, facts, rolls, shared, room)
+    return lay_front(config, text, memories, facts, rolls, not call.recomputes, room)
+
+
+def lay_on(config: PreTrainedConfig, call: Call) -> Layout:
+    """Lay out the next tokens of texts that a memory cache holds; full windows are compressed, each at its moment."""
+    text, cache, length = call.text, call.cache, call.text.tokens.shape[1]
+    check_flat_mask(text)
+    if text.input_ids is None and cache.rolling:
+        raise ValueError("A memory cache continues with token ids, but `inputs_embeds` were given. Pass `input_ids`.")
+    if cache.rolling and cache.max_fill + length > config.window_length:
+        # Only here the cache is asked how many tokens and memories rows have: a window may be full.
+        opened, width = text_of_window(text, cache), cache.window_input_ids.shape[1]
+        columns = slice(None) if call.options.get("output_hidden_states") else call.columns
+        known = read_once(
+            fill=cache.window_fill + text.mask().sum(1),
+            held=cache.memories.mask.sum(1),
+            embedded=cache.memories.num_embedded,
+            lowest=(opened.attention_mask.cumsum(1) - 1)[:, width:][:, columns].amin(1),
+        )
+        full = [row for row, fill in enumerate(known["fill"]) if fill > config.window_length]
+        if full and len(full) < len(text.tokens):
+            return Layout(apart=full)
+        if full:
+            room = check_room(config, known["fill"], known["held"], known["embedded"])
+            front = front_of_memories(cache.memories, known["held"], cache.asked)
+            layout = lay_windows(
+                config, opened, opened.attention_mask, front, known["fill"], config.window_length, known["lowest"],
+                room=room,
+            )  # fmt: skip
+            assert layout.back is not None
+            return replace(layout, back=layout.back[:, width:])  # the window's own columns were read before
+        cache.max_fill = max(known["fill"]) - length  # now it is known
+    if cache.first_memory is not None:
+        check_view(config, cache.num_columns + length - cache.first_memory)
+    elif not cache.rolling and cache.memories.mask.shape[1]:
+        check_view(config, cache.column_mask.shape[1] + length)
+    return lay_step(config, text, cache)
 
 
 def empty_memories(model: Any, text: Text) -> Memories:
@@ -800,81 +802,68 @@ def empty_memories(model: Any, text: Text) -> Memories:
     return no_memories(weight, text.tokens.shape[0], model.config.decoder.hidden_size)
 
 
-def run_layout(
-    model: Any,
-    layout: Layout,
-    text: Text,
-    memories: Memories | None,
-    cache: Cache | None,
-    use_cache: bool,
-    head: bool,
-    columns: torch.Tensor | None,
-    options: dict[str, Any],
-) -> MemoryModelOutput:
-    """Decode what was laid out, lay the features back, and open the cache."""
-    if layout.end > (getattr(model.decoder.config, "max_position_embeddings", None) or layout.end):
-        check_positions(model.decoder, layout.end)
-    if memories is not None and layout.row is not None and text.input_ids is not None:
-        # Where a window is not full a slot may stand, masked; its id need not be a row of the table.
-        slots = text.input_ids == (-1 if model.config.memory_token_id is None else model.config.memory_token_id)
-        text = replace(text, input_ids=text.input_ids.masked_fill(slots, 0))
-    if layout.row is None:
-        entries = None if memories is None else memories.embeds.flatten(0, 1)
-        keep = columns if layout.back is None else None
-        given = cache.decoder_cache() if isinstance(cache, MemoryCache) else cache
-        features, outputs = decode(model, layout, text, entries, given, use_cache, head, keep, options)
-        hidden_states, column_mask = outputs.hidden_states, None
-        decoder_cache, attentions = outputs.past_key_values, outputs.attentions
-        if layout.back is not None:
-            features = layout.lay_back(features.flatten(0, 1), columns)
-    else:
-        entries = entries_before(model, layout, text, memories)
-        features, hidden_states, attentions, decoder_cache, column_mask = decode_windows(
-            model, layout, text, entries, use_cache, head, options
+def read_apart(model: Any, call: Call, full: list[int]) -> MemoryModelOutput:
+    """Read the rows whose windows are full apart from the others, which only go on: two calls, joined again."""
+    text, cache = call.text, call.cache
+    others = [row for row in range(len(text.tokens)) if row not in set(full)]
+    parts: list[tuple[torch.Tensor, MemoryCache]] = []
+    outputs: list[Any] = []
+    for numbers in (full, others):
+        rows = torch.tensor(numbers, device=text.tokens.device)
+        part = cache.select(rows)
+        mask = None if text.attention_mask is None else text.attention_mask[rows]
+        outputs.append(
+            MemoryEncoderDecoderModel.forward(
+                model,
+                text.input_ids[rows],
+                mask,
+                past_key_values=part,
+                logits_to_keep=call.logits_to_keep,
+                return_dict=True,
+                **call.options,
+            )  # fmt: skip
         )
-        assert layout.back is not None
-        features = features[layout.back if columns is None else layout.back[:, columns]]
-        if hidden_states is not None:
-            hidden_states = tuple(None if states is None else layout.lay_back(states) for states in hidden_states)
-    kept = memories if layout.memories is None else layout.memories
-    if (
-        layout.row is not None and kept is not None and entries is not None
-    ):  # what stands before each text's last column
-        embeds = entries.unflatten(0, kept.mask.shape) if layout.kept is None else entries[layout.kept]
-        kept = replace(kept, embeds=embeds.masked_fill(kept.mask[..., None] == 0, 0))
-    if use_cache and decoder_cache is not None:
-        cache = open_cache(layout, text, kept, cache, decoder_cache, column_mask)
-    shown = kept if memories is None and layout.row is not None else memories
-    return MemoryModelOutput(
-        features,
-        cache if use_cache and decoder_cache is not None else None,
-        hidden_states,
-        attentions,
-        None if shown is None else shown.embeds,
-        None if shown is None else shown.mask,
-    )
+        parts.append((rows, part))
+    cache.join(parts)
+    # The two parts were joined one after the other; callers expect the rows as they gave them.
+    order = torch.cat([rows for rows, _ in parts]).argsort()
+    output = MemoryModelOutput(torch.cat([one.last_hidden_state for one in outputs])[order], cache)
+    if outputs[0].hidden_states is not None:
+        pairs = zip(*(one.hidden_states for one in outputs), strict=True)
+        output.hidden_states = tuple(None if pair[0] is None else torch.cat(pair)[order] for pair in pairs)
+    output.memory_embeds, output.memory_mask = cache.memories.embeds, cache.memories.mask
+    return output
 
 
-def entries_before(model: Any, layout: Layout, text: Text, memories: Memories | None) -> torch.Tensor:
-    """Compress what is full, and give the vectors that the layout's `entries` count `(n, D)`."""
-    vectors = None if memories is None else memories.embeds.flatten(0, 1)
+def compress(model: Any, layout: Layout, memories: Memories | None) -> tuple[torch.Tensor | None, Memories | None]:
+    """Turn full windows into memories beside those that are there.
+
+    Returns:
+        The vectors `(n, D)` that the layout's `entries` count, `None` for none, and what a cache keeps of them: the
+        memories `(B, M, D)` before each text's last column.
+    """
+    vectors = None if memories is None else memories.embeds.flatten(0, 1)  # (B * M, D)
+    if layout.row is None:  # no windows
+        return vectors, layout.memories
+    prefix, kept = layout.prefix, layout.memories
+    assert prefix is not None and prefix.entries is not None and prefix.mask is not None and kept is not None
     if layout.compressed is not None:
-        new = project_chunks(model, text.input_ids.flatten()[layout.compressed], None).flatten(0, 1)  # (N * K, D)
-        vectors = new if vectors is None else torch.cat([vectors.to(new), new])
-    assert layout.prefix is not None and layout.prefix.entries is not None and layout.prefix.mask is not None
-    if layout.prefix.entries.shape[1] == 0:
+        new = project_chunks(model, layout.source.input_ids.flatten()[layout.compressed], None).flatten(0, 1)
+        vectors = new if vectors is None else torch.cat([vectors.to(new), new])  # those of windows come last
+    if prefix.entries.shape[1] == 0 or vectors is None:
         weight: Any = model.get_input_embeddings().weight
-        return weight.new_zeros(0, model.config.decoder.hidden_size)
-    if layout.prefix.text is None:
-        assert vectors is not None
-        embeds = vectors[layout.prefix.entries]  # (B, M, D)
+        entries = weight.new_zeros(0, model.config.decoder.hidden_size)
     else:
-        embeds = embed(model, layout.prefix, text, vectors)
-    return embeds.masked_fill(layout.prefix.mask[..., None] == 0, 0).flatten(0, 1)
+        embeds = vectors[prefix.entries] if prefix.text is None else embed(model, prefix, vectors)  # (B, M, D)
+        entries = embeds.masked_fill(prefix.mask[..., None] == 0, 0).flatten(0, 1)
+    embeds = entries.unflatten(0, kept.mask.shape) if layout.kept is None else entries[layout.kept]
+    return entries, replace(kept, embeds=embeds.masked_fill(kept.mask[..., None] == 0, 0))
 
 
-def embed(model: Any, layout: Layout, text: Text, entries: torch.Tensor | None) -> torch.Tensor:
+def embed(model: Any, layout: Layout, entries: torch.Tensor | None) -> torch.Tensor:
     """Give the embeddings `(R, S, D)` of what was laid out: tokens with their places, and entries."""
+    text = layout.source
+    assert text is not None
     if text.input_ids is None:
         embeds = text.inputs_embeds
         embeds = embeds if layout.text is None else embeds.flatten(0, 1)[layout.text]
@@ -892,80 +881,51 @@ def embed(model: Any, layout: Layout, text: Text, entries: torch.Tensor | None) 
     return torch.where((layout.entries >= 0)[..., None], vectors, embeds)
 
 
-def decode(
-    model: Any,
-    layout: Layout,
-    text: Text,
-    entries: torch.Tensor | None,
-    cache: Cache | None,
-    use_cache: bool,
-    head: bool,
-    keep: int | torch.Tensor | None,
-    options: dict[str, Any],
-    embeds: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, ModelOutput]:
-    """Run the decoder, here and nowhere else: its body, or the whole causal LM with its head and scalings.
+@dataclass
+class Decoded:
+    """What the decoder gave.
 
-    Returns:
-        Features of the columns to keep `(R, S', X)` (a number of last ones, or a tensor of columns), and all else.
+    Attributes:
+        features (`torch.FloatTensor`): Logits or hidden states, `(B, T, X)`, or of flat columns `(n, X)` where the
+            layout says how they are laid back.
+        hidden_states (`tuple`, *optional*): States `(B, T, D)` of all layers, laid back.
+        attentions (`tuple`, *optional*): As the decoder gives them.
+        cache (`Cache`, *optional*): Keys and values, a row for each text.
+        column_mask (`torch.LongTensor` of shape `(B, S)`, *optional*): Which of its columns count; `None`: as laid
+            out.
     """
-    mask = layout.mask
-    if layout.is_full and (use_cache or cache is not None):
-        mask, cache = None, DynamicCache() if cache is None else cache
-    inputs: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache, "use_cache": use_cache}
-    if embeds is not None:
-        inputs["inputs_embeds"] = embeds
-    elif layout.entries is None and layout.places is None and text.input_ids is not None:
-        inputs["input_ids"] = text.input_ids if layout.text is None else text.input_ids.flatten()[layout.text]
-    else:
-        inputs["inputs_embeds"] = embed(model, layout, text, entries)
-    if model._takes_position_ids:
-        inputs["position_ids"] = layout.positions
-    # Not every family can leave columns out before its head; of others they are cut off afterwards.
-    if head and keep is not None and model._takes_logits_to_keep:
-        inputs["logits_to_keep"], keep = keep, None
-    read = model.decoder if head else model.decoder.base_model
-    adapted = model.config.adapters or getattr(model, "peft_config", None)
-    with adapters_on(model.decoder, layout.sees_memories) if adapted else nullcontext():
-        outputs = read(**inputs, **options)
-    features = outputs.logits if head else outputs.last_hidden_state
-    if keep is not None:
-        features = features[:, -keep:] if isinstance(keep, int) else features[:, keep]
-    return features, outputs
+
+    features: torch.Tensor
+    hidden_states: Any = None
+    attentions: Any = None
+    cache: Cache | None = None
+    column_mask: torch.Tensor | None = None
 
 
-def decode_windows(
-    model: Any,
-    layout: Layout,
-    text: Text,
-    entries: torch.Tensor | None,
-    use_cache: bool,
-    head: bool,
-    options: dict[str, Any],
-) -> tuple[torch.Tensor, Any, Any, Cache | None, torch.Tensor | None]:
-    """Decode windows, each after the entries of its text.
+def decode(model: Any, call: Call, layout: Layout, entries: torch.Tensor | None) -> Decoded:
+    """Decode what was laid out: a text as it stands, or windows, each after the entries of its text.
 
     What stands before the windows of a text does not depend on them: it runs once, and its keys and values are
     shared. Without gradients windows are decoded in groups, so that memory does not grow with the text.
-
-    Returns:
-        Features of flat columns `(n, X)`, hidden states `(n, D)` of all layers and attentions if asked for (those
-        only of one window a text), and the cache of each text's last window with the mask over its columns.
     """
-    prefix, batch_size = layout.prefix, len(layout.lasts or [])
-    assert prefix is not None and prefix.entries is not None and layout.row is not None
-    assert layout.widths is not None and layout.lasts is not None and entries is not None
+    if layout.end > (getattr(model.decoder.config, "max_position_embeddings", None) or layout.end):
+        check_positions(model.decoder, layout.end)
+    if layout.row is None:
+        return decode_whole(model, call, layout, entries)
+    prefix, widths, lasts = layout.prefix, layout.widths or [], layout.lasts or []
+    assert prefix is not None and prefix.entries is not None and entries is not None
+    assert layout.mask is not None and layout.text is not None and layout.num_wanted is not None
+    num_entries, num_rows, num_texts = prefix.entries.shape[1], len(widths), len(lasts)
+    shared = DynamicCache() if layout.shares_prefix else None
     parts: list[torch.Tensor] = []
     hidden: list[Any] = []
-    num_entries = prefix.entries.shape[1]
-    shared = DynamicCache() if layout.shares_prefix else None
     if num_entries and (layout.shares_prefix or layout.wants_prefix):
         # With a cache to fill, positions that jump are not taken for packed texts, and no mask is needed.
         prefix = replace(prefix, mask=prefix.mask if shared is None else None)
-        features, outputs = decode(
-            model, prefix, text, None, shared, shared is not None, head and layout.wants_prefix, None,
-            options if layout.wants_prefix else {}, entries.unflatten(0, (batch_size, num_entries)),
-        )  # fmt: skip
+        embeds = entries.unflatten(0, (num_texts, num_entries))
+        features, outputs = run(
+            model, call, prefix, None, shared, shared is not None, embeds=embeds, unread=not layout.wants_prefix
+        )
         if layout.wants_prefix:
             parts.append(features.flatten(0, 1))
             hidden.append(outputs.hidden_states)
@@ -973,164 +933,144 @@ def decode_windows(
         filler = entries.new_full((1, entries.shape[1]), float(model.config.absent_memories == "ones"))
         entries = torch.cat([entries, filler])
     opened: list[tuple[Cache, torch.Tensor]] = []
-    assert layout.mask is not None and layout.text is not None and layout.num_wanted is not None
-    num_rows = len(layout.widths)
     # Columns of a row, the entries that it sees among them, bound a group.
     groups, width = [slice(0, num_rows)], max(layout.mask.shape[1], layout.text.shape[1])
     if num_rows * width > FEW_TOKENS and not torch.is_grad_enabled():
         groups = row_groups(num_rows, width, layout.row.device)
     for part in groups:
-        rows = layout if len(groups) == 1 else layout.rows(part)
-        given = shared
-        if shared is not None and len(groups) > 1:
-            given = share_with(rows, shared, max(layout.widths[part]), num_entries)
-        elif shared is not None and num_entries and num_rows > batch_size:
+        rows, given = layout, shared
+        if len(groups) > 1:
+            rows, given = group_of(layout, part, shared, num_entries)
+        elif shared is not None and num_entries and num_rows > num_texts:
             shared.batch_select_indices(layout.row)
-        features, outputs = decode(
-            model, rows, text, entries, given, use_cache or given is not None, head, layout.num_wanted, options
-        )
+        use_cache = call.use_cache or given is not None
+        features, outputs = run(model, call, rows, entries, given, use_cache, rows.num_wanted)
         parts.append(features.flatten(0, 1))
         hidden.append(outputs.hidden_states)
-        if use_cache and len(groups) == 1:
-            opened.append((outputs.past_key_values, rows.mask))
-        elif use_cache:
-            opened += last_windows(layout, rows, part, outputs.past_key_values)
-    states = None if hidden[0] is None else join_states(hidden, len(hidden) - len(groups), layout.num_wanted)
-    decoder_cache, column_mask = opened[0] if opened else (None, None)
+        if call.use_cache:
+            last = [(outputs.past_key_values, rows.mask)]
+            opened += last if len(groups) == 1 else last_windows(lasts, rows.mask, part, outputs.past_key_values)
+    states = None if hidden[0] is None else join_states(layout, hidden, len(hidden) - len(groups))
+    cache, column_mask = opened[0] if opened else (None, None)
     if len(groups) > 1 and opened:
-        decoder_cache, column_mask = join_rows(opened)
-    elif decoder_cache is not None and column_mask is not None and layout.last is not None:
-        decoder_cache.batch_select_indices(layout.last)
+        cache, column_mask = join_rows(opened)
+    elif cache is not None and column_mask is not None and layout.last is not None:
+        cache.batch_select_indices(layout.last)
         column_mask = column_mask[layout.last]
-    attentions = outputs.attentions if num_rows == batch_size and len(groups) == 1 else None
-    return parts[0] if len(parts) == 1 else torch.cat(parts), states, attentions, decoder_cache, column_mask
+    attentions = outputs.attentions if num_rows == num_texts and len(groups) == 1 else None
+    return Decoded(parts[0] if len(parts) == 1 else torch.cat(parts), states, attentions, cache, column_mask)
 
 
-def share_with(rows: Layout, shared: Cache, width: int, num_entries: int) -> Cache:
-    """Give a group of rows the shared keys and values that its widest row sees, and cut its mask to them."""
-    assert rows.mask is not None and rows.row is not None
+def decode_whole(model: Any, call: Call, layout: Layout, entries: torch.Tensor | None) -> Decoded:
+    """Decode a text as it stands, memories in its slots, after what a cache holds."""
+    cache = call.cache if call.use_cache else None
+    cache = cache.decoder_cache() if isinstance(cache, MemoryCache) else cache
+    keep = call.columns if layout.back is None and isinstance(call.columns, torch.Tensor) else None
+    features, outputs = run(model, call, layout, entries, cache, call.use_cache, keep)
+    features = features if layout.back is None else features.flatten(0, 1)
+    return Decoded(features, outputs.hidden_states, outputs.attentions, outputs.past_key_values)
+
+
+def run(
+    model: Any,
+    call: Call,
+    layout: Layout,
+    entries: torch.Tensor | None,
+    cache: Cache | None,
+    use_cache: bool,
+    keep: int | torch.Tensor | None = None,
+    embeds: torch.Tensor | None = None,
+    unread: bool = False,
+) -> tuple[torch.Tensor, ModelOutput]:
+    """Run the decoder, here and nowhere else: its body, or the whole causal LM with its head and scalings.
+
+    Args:
+        model ([`MemoryEncoderDecoderModel`]): The model.
+        call ([`Call`]): What is asked of it.
+        layout ([`Layout`]): R rows of S columns.
+        entries (`torch.FloatTensor` of shape `(n, D)`, *optional*): What the layout's `entries` count.
+        cache (`Cache`, *optional*): Keys and values before the rows.
+        use_cache (`bool`): Whether to give keys and values back.
+        keep (`int` or `torch.LongTensor`, *optional*): A number of last columns, or columns, to give features of.
+        embeds (`torch.FloatTensor` of shape `(R, S, D)`, *optional*): What stands in the rows, where it is known.
+        unread (`bool`): Whether only keys and values are wanted.
+
+    Returns:
+        Features of the columns to keep `(R, S', X)`, and all else that the decoder gives.
+    """
+    mask = layout.mask
+    if layout.is_full and (use_cache or cache is not None):
+        mask, cache = None, DynamicCache() if cache is None else cache
+    inputs: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache, "use_cache": use_cache}
+    if embeds is not None:
+        inputs["inputs_embeds"] = embeds
+    elif layout.entries is None and layout.places is None and layout.source.input_ids is not None:
+        ids = layout.source.input_ids
+        inputs["input_ids"] = ids if layout.text is None else ids.flatten()[layout.text]
+    else:
+        inputs["inputs_embeds"] = embed(model, layout, entries)
+    if model._takes_position_ids:
+        inputs["position_ids"] = layout.positions
+    head = model._gives_logits and not unread
+    # Not every family can leave columns out before its head; of others they are cut off afterwards.
+    if head and keep is not None and model._takes_logits_to_keep:
+        inputs["logits_to_keep"], keep = keep, None
+    read = model.decoder if head else model.decoder.base_model
+    adapted = model.config.adapters or getattr(model, "peft_config", None)
+    with adapters_on(model.decoder, layout.sees_memories) if adapted else nullcontext():
+        outputs = read(**inputs, **({} if unread else call.options))
+    features = outputs.logits if head else outputs.last_hidden_state
+    if keep is not None:
+        features = features[:, -keep:] if isinstance(keep, int) else features[:, keep]
+    return features, outputs
+
+
+def group_of(layout: Layout, part: slice, shared: Cache | None, num_entries: int) -> tuple[Layout, Cache | None]:
+    """Give some rows of a layout, and the shared keys and values that the widest of them sees."""
+    rows = layout.rows(part)
+    if shared is None:
+        return rows, None
+    assert rows.mask is not None and rows.row is not None and layout.widths is not None
     # Early windows see few entries: what none of a group sees would only cost time.
+    width = max(layout.widths[part])
     rows.mask = torch.cat([rows.mask[:, :width], rows.mask[:, num_entries:]], 1)
-    return share_columns(shared, width, rows.row)
+    return rows, share_columns(shared, width, rows.row)
 
 
-def join_states(hidden: list[Any], num_front: int, num_wanted: int) -> list[torch.Tensor | None]:
-    """Join what groups of rows gave `(R, S, D)` to the states of each layer `(n, D)`.
+def last_windows(lasts: list[int], mask: torch.Tensor, part: slice, cache: Cache) -> list[tuple[Cache, torch.Tensor]]:
+    """Keep of a cache of some rows those that are the last window of a text, with the mask over their columns."""
+    own = [number - part.start for number in lasts if part.start <= number < part.stop]
+    if not own:
+        return []
+    if len(own) == len(mask):
+        return [(cache, mask)]
+    index = torch.tensor(own, device=mask.device)
+    cache.batch_select_indices(index)
+    return [(cache, mask[index])]
+
+
+def join_states(layout: Layout, hidden: list[Any], num_front: int) -> tuple[torch.Tensor | None, ...]:
+    """Join what groups of rows gave `(R, S, D)` to the states of each layer, laid back `(B, T, D)`.
 
     Of the first `num_front`, which are the prefix, all columns count; of rows those of the text, which stand last.
     """
+    assert layout.num_wanted is not None and layout.back is not None
     states: list[torch.Tensor | None] = []
     for layers in zip(*hidden, strict=True):
         if layers[0] is None:  # a layer that was not asked for
             states.append(None)
             continue
-        own = [*layers[:num_front], *(layer[:, -num_wanted:] for layer in layers[num_front:])]
-        states.append(torch.cat([layer.flatten(0, 1) for layer in own]))
-    return states
+        own = [*layers[:num_front], *(layer[:, -layout.num_wanted :] for layer in layers[num_front:])]
+        states.append(torch.cat([layer.flatten(0, 1) for layer in own])[layout.back])
+    return tuple(states)
 
 
-def read_on(
-    model: Any, text: Text, cache: MemoryCache, head: bool, columns: torch.Tensor | None, options: dict[str, Any]
-) -> MemoryModelOutput:
-    """Read the next tokens of texts that a memory cache holds; full windows are compressed, each at its moment."""
-    check_flat_mask(text)
-    length, window_length = text.tokens.shape[1], model.config.window_length
-    if text.input_ids is None and cache.rolling:
-        raise ValueError("A memory cache continues with token ids, but `inputs_embeds` were given. Pass `input_ids`.")
-    if not cache.rolling or cache.max_fill + length <= window_length:
-        layout = lay_step(model.config, text, cache)
-        if cache.first_memory is not None:
-            check_view(model.config, cache.num_columns + length - cache.first_memory)
-        elif not cache.rolling and cache.memories.mask.shape[1]:
-            check_view(model.config, cache.column_mask.shape[1] + length)
-        output = run_layout(model, layout, text, cache.memories, cache, True, head, columns, options)
-    else:
-        output = read_past_full(model, text, cache, head, columns, options)
-    output.memory_embeds, output.memory_mask = cache.memories.embeds, cache.memories.mask
-    return output
-
-
-def read_past_full(
-    model: Any, text: Text, cache: MemoryCache, head: bool, columns: torch.Tensor | None, options: dict[str, Any]
-) -> MemoryModelOutput:
-    """Read on where windows may be full. Only here the cache is asked how many tokens and memories rows have."""
-    mask, memories, config = text.mask(), cache.memories, model.config
-    width, length = cache.window_input_ids.shape[1], text.tokens.shape[1]
-    filled = (torch.arange(width, device=mask.device) < cache.window_fill[:, None]).to(mask)
-    ids = torch.cat([cache.window_input_ids, text.input_ids], 1)
-    opened = Text(ids, torch.cat([filled, mask], 1), tokens=ids)
-    wanted = width + torch.arange(length, device=mask.device)
-    wanted = wanted if columns is None else wanted[columns]
-    known = read_once(
-        fill=cache.window_fill + mask.sum(1),
-        held=memories.mask.sum(1),
-        embedded=memories.num_embedded,
-        lowest=(opened.attention_mask.cumsum(1) - 1)[:, wanted].amin(1),
-    )
-    full = [row for row, fill in enumerate(known["fill"]) if fill > config.window_length]
-    if not full:
-        cache.max_fill = max(known["fill"]) - length  # now it is known
-        return read_on(model, text, cache, head, columns, options)
-    if len(full) < len(mask):
-        return read_apart(model, full, text, cache, head, columns, options)
-    room = check_room(config, known["fill"], known["held"], known["embedded"])
-    front = front_of_memories(memories, known["held"], cache.asked)
-    layout = lay_windows(
-        config, opened, opened.attention_mask, front, known["fill"], config.window_length, known["lowest"],
-        room=room,
-    )  # fmt: skip
-    num_columns = cache.num_columns + length
-    output = run_layout(model, layout, opened, memories, cache, True, head, wanted, options)
-    cache.num_columns = num_columns
-    if output.hidden_states is not None:
-        output.hidden_states = tuple(None if states is None else states[:, width:] for states in output.hidden_states)
-    return output
-
-
-def read_apart(
-    model: Any,
-    full: list[int],
-    text: Text,
-    cache: MemoryCache,
-    head: bool,
-    columns: torch.Tensor | None,
-    options: dict[str, Any],
-) -> MemoryModelOutput:
-    """Read the rows whose windows are full apart from the others, which only go on."""
-    others = [row for row in range(len(text.input_ids)) if row not in set(full)]
-    parts, outputs = [], []
-    for numbers in (full, others):
-        rows = torch.tensor(numbers, device=text.input_ids.device)
-        part = cache.select(rows)
-        mask = None if text.attention_mask is None else text.attention_mask[rows]
-        ids = text.input_ids[rows]
-        outputs.append(read_on(model, Text(ids, mask, tokens=ids), part, head, columns, options))
-        parts.append((rows, part))
-    cache.join(parts)
-    # The two parts were joined one after the other; callers expect the rows as they gave them.
-    order = torch.cat([rows for rows, _ in parts]).argsort()
-    output = outputs[0]
-    output.last_hidden_state = torch.cat([one.last_hidden_state for one in outputs])[order]
-    if output.hidden_states is not None:
-        pairs = zip(*(one.hidden_states for one in outputs), strict=True)
-        output.hidden_states = tuple(None if pair[0] is None else torch.cat(pair)[order] for pair in pairs)
-    output.past_key_values, output.attentions = cache, None
-    return output
-
-
-def open_cache(
-    layout: Layout,
-    text: Text,
-    kept: Memories | None,
-    cache: Cache | None,
-    decoder_cache: Cache,
-    column_mask: torch.Tensor | None,
-) -> Cache:
+def open_cache(call: Call, layout: Layout, kept: Memories | None, decoded: Decoded) -> Cache | None:
     """Give the cache that the next call continues from: a memory cache where later steps need what it knows."""
-    opening = layout.opening
-    if layout.continues and isinstance(cache, MemoryCache):
-        masked = text.attention_mask is not None
-        cache.append(text.input_ids, text.mask(), None if opening is None else opening.marked, masked)
+    opening, cache, decoder_cache, text = layout.opening, call.cache, decoded.cache, call.text
+    assert decoder_cache is not None
+    if layout.continues and opening is not None:
+        cache.append(text.input_ids, text.mask(), opening.marked, text.attention_mask is not None)
         return cache
     needs_own = opening is not None and (layout.row is not None or opening.rolling or layout.needs_own_cache)
     if opening is None or kept is None or not (isinstance(cache, MemoryCache) or (cache is None and needs_own)):
@@ -1138,20 +1078,16 @@ def open_cache(
         return decoder_cache
     # A cache that the caller gave is filled in place, as the library's are: `generate` holds on to it.
     cache = MemoryCache() if cache is None else cache
-    column_mask = opening.column_mask if column_mask is None else column_mask
-    assert isinstance(cache, MemoryCache) and column_mask is not None
+    column_mask: Any = opening.column_mask if decoded.column_mask is None else decoded.column_mask
     if layout.num_wanted is not None and not opening.has_gaps:
         width = column_mask.shape[1] - layout.num_wanted + opening.max_fill
         if width < column_mask.shape[1]:
             column_mask = cut_columns(decoder_cache, column_mask, width)
     # Detached, since a cache outlives the step and would keep its whole graph.
     return cache.open(
-        decoder_cache, replace(kept, embeds=kept.embeds.detach()), column_mask, opening.next_position,
-        opening.fill,
-        num_columns=text.tokens.shape[1], end=layout.end, max_fill=opening.max_fill,
-        window_input_ids=None if opening.window is None else text.input_ids.flatten()[opening.window],
-        asked=opening.asked, marked=opening.marked, sees_memories=opening.sees_memories,
-        has_gaps=opening.has_gaps, rolling=opening.rolling,
+        decoder_cache, replace(kept, embeds=kept.embeds.detach()), column_mask, opening,
+        num_columns=cache.num_columns + text.tokens.shape[1], end=layout.end,
+        window_input_ids=None if opening.window is None else layout.source.input_ids.flatten()[opening.window],
         first_memory=None if layout.mark is None else layout.mark.first_memory,
     )  # fmt: skip
 
@@ -1200,6 +1136,8 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
     output_ids = model.generate(prompt_ids, memory_embeds=memory_embeds, memory_mask=memory_mask)
     ```
     """
+
+    _gives_logits = True
 
     @property
     def base_model(self) -> MemoryEncoderDecoderModel:
@@ -1279,21 +1217,20 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
         Source: Badger 2026, arXiv 2602.13466, chunked memory model; unlike there the first token of a window is
         trained, absent memories are masked, and each window has its own mask.
         """
-        tokens = inputs_embeds if input_ids is None else input_ids
-        call = Call(
-            Text(input_ids, attention_mask, inputs_embeds, position_ids, tokens),
-            context_input_ids, context_attention_mask, context_num_memories, memory_embeds, memory_mask,
-            memory_num_tokens, past_key_values,
-            labels, kwargs.pop("shift_labels", None), None if type(logits_to_keep) is int and logits_to_keep == 0
-            else logits_to_keep, rolling_memory, context_input_ids is not None or memory_embeds is not None,
+        shift_labels = kwargs.pop("shift_labels", None)
+        reading: Any = super().forward(
+            input_ids, attention_mask, context_input_ids, context_attention_mask, memory_embeds, memory_mask,
+            past_key_values, inputs_embeds, position_ids, use_cache, True, output_hidden_states, output_attentions,
+            context_num_memories, memory_num_tokens, rolling_memory,
+            labels=labels, shift_labels=shift_labels, logits_to_keep=logits_to_keep, **kwargs,
         )  # fmt: skip
-        reading = read_call(self, call, use_cache, output_hidden_states, output_attentions, kwargs, head=True)
-        features: Any = reading.last_hidden_state
-        logits = features.contiguous()  # (B, T, V)
+        # The decoder's own head has made them, with its scalings and soft-caps.
+        logits = reading.last_hidden_state.contiguous()  # (B, T, V)
         loss = None
-        if call.labels is not None or call.shift_labels is not None:
+        if labels is not None or shift_labels is not None:
+            shift_labels = targets_of(labels, attention_mask) if shift_labels is None else shift_labels
             loss = self.loss_function(
-                logits=logits, labels=None, vocab_size=logits.shape[-1], shift_labels=targets_of(call), **kwargs
+                logits=logits, labels=None, vocab_size=logits.shape[-1], shift_labels=shift_labels, **kwargs
             )
         output = MemoryCausalLMOutputWithPast(
             loss, logits, reading.past_key_values, reading.hidden_states, reading.attentions, reading.memory_embeds,
@@ -1303,19 +1240,11 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
         return output if wants_dict else output.to_tuple()
 
 
-def targets_of(call: Call) -> torch.Tensor:
+def targets_of(labels: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Return the target of each column `(B, T)`: the token after it, wherever windows end."""
-    if call.shift_labels is not None:
-        return call.shift_labels
-    labels, mask = call.labels, call.text.attention_mask
     if mask is not None and mask.shape == labels.shape:  # the first token has nothing before it that predicts it
         labels = labels.masked_fill(mask.long().cumsum(1) == 1, -100)
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
-
-
-def is_checkpointing(model: PreTrainedModel) -> bool:
-    """Whether the library switches the model's cache off to recompute activations."""
-    return model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def row_groups(num_rows: int, tokens_per_row: int, device: torch.device) -> list[slice]:
@@ -1336,27 +1265,6 @@ def row_groups(num_rows: int, tokens_per_row: int, device: torch.device) -> list
         return [slice(0, num_rows)]
     step = max(1, TOKENS_PER_GROUP.get(device.type, TOKENS_PER_GROUP_ELSEWHERE) // tokens_per_row)
     return [slice(start, start + step) for start in range(0, num_rows, step)]
-
-
-def last_windows(layout: Layout, rows: Layout, part: slice, cache: Cache) -> list[tuple[Cache, torch.Tensor]]:
-    """Keep of a cache of some rows those that are the last window of a text, with the mask over their columns."""
-    assert layout.lasts is not None and rows.mask is not None
-    lasts = [number - part.start for number in layout.lasts if part.start <= number < part.stop]
-    if not lasts:
-        return []
-    if len(lasts) == len(rows.mask):
-        return [(cache, rows.mask)]
-    index = torch.tensor(lasts, device=rows.mask.device)
-    cache.batch_select_indices(index)
-    return [(cache, rows.mask[index])]
-
-
-def columns_of(keep: int | torch.Tensor, tokens: torch.Tensor) -> torch.Tensor | None:
-    """Return the columns whose features are wanted; `None`: all."""
-    if isinstance(keep, torch.Tensor):
-        return keep
-    length = tokens.shape[1]
-    return None if keep >= length else torch.arange(length - keep, length, device=tokens.device)
 
 
 def _autoencoder_fields(autoencoder: Any) -> dict[str, Any]:
