@@ -477,7 +477,6 @@ def lay_windows(
     fixed = config.memory_positions in ("fixed", "spread")
     offset = torch.arange(cut.window_length, device=cut.row.device)
     num_visible = front.num[cut.row] + cut.index * per_window  # (P,)
-    ends = F.pad(takes.cumsum(1), (1, 0))  # (B, M + 1)
     layout = Layout(
         source=text, text=cut.columns, row=cut.row, prefix=prefix, last=cut.last,
         num_wanted=cut.window_length, shares_prefix=shared and room is None,
@@ -491,21 +490,14 @@ def lay_windows(
     # Fillers stand where memories are missing, so that no two windows have the same entries before them.
     if config.absent_memories != "mask":
         layout.shares_prefix = False
-    num_seen = num_visible
-    if room is not None:  # those of the context stay, and of the others the newest
-        pinned = front.num_pinned[cut.row]
-        kept = (room - pinned + front.num_embedded[cut.row]).clamp(min=0)
-        num_seen = pinned + torch.minimum(num_visible - pinned, kept)
+    num_seen = num_visible if room is None else _fit(front, cut, num_visible, room)
     layout.sees_memories = num_seen > 0
     start = torch.full_like(num_seen, config.text_start) if fixed else num_seen
-    if config.memory_positions == "source":
-        start = ends[cut.row, num_visible]
+    if config.memory_positions == "source":  # a window starts after the tokens that stand before it in the source
+        start = F.pad(takes.cumsum(1), (1, 0))[cut.row, num_visible]  # of (B, M + 1)
     positions = start[:, None] + offset
     if config.window_positions:
-        asked = find_markers(config, text.input_ids, cut.mask_of_text).cumsum(1) > 0
-        asked = asked if front.asked is None else asked | front.asked[:, None]
-        asked = asked.flatten()[cut.columns]  # (P, W)
-        layout.places = tell_places(config, offset.expand_as(asked), num_visible > 0, asked)
+        layout.places = _places_in_windows(config, text, front, cut, num_visible)
     if layout.shares_prefix:
         number = torch.arange(num_entries, device=cut.row.device)
         layout.seen = (number < num_visible[:, None]).to(cut.mask)
@@ -524,11 +516,29 @@ def lay_windows(
         layout.back = torch.where(cut.rank < 0, in_prefix, len(counts) * num_entries + layout.back)
     _open_windows(config, layout, front, text, cut, start, window_length, num_entries)
     layout.end = num_entries + min(cut.window_length, max(counts))
-    if fixed:
-        layout.end = config.text_start + cut.window_length
-    elif config.memory_positions == "source":
-        layout.end = max(counts) + front.num_tokens.shape[1] * config.chunk_length
+    if config.memory_positions != "contiguous":
+        # Positions that jump are bounded by the room kept for memories, or by all tokens that these stand for.
+        source = max(counts) + front.num_tokens.shape[1] * config.chunk_length
+        layout.end = config.text_start + cut.window_length if fixed else source
     return layout
+
+
+def _fit(front: Front, cut: "_Cut", num_visible: torch.Tensor, room: int) -> torch.Tensor:
+    """Return how many of the entries before it each window sees `(P,)` where not all of them have room."""
+    pinned = front.num_pinned[cut.row]
+    kept = (room - pinned + front.num_embedded[cut.row]).clamp(min=0)
+    return pinned + torch.minimum(num_visible - pinned, kept)  # a context's stay, and of the others the newest
+
+
+def _places_in_windows(
+    config: PreTrainedConfig, text: Text, front: Front, cut: "_Cut", num_visible: torch.Tensor
+) -> torch.Tensor:
+    """Return the places that tokens of windows are given `(P, W)`, -1 for none."""
+    asked = find_markers(config, text.input_ids, cut.mask_of_text).cumsum(1) > 0  # (B, T)
+    asked = asked if front.asked is None else asked | front.asked[:, None]
+    asked = asked.flatten()[cut.columns]  # (P, W)
+    offset = torch.arange(cut.window_length, device=asked.device)
+    return tell_places(config, offset.expand_as(asked), num_visible > 0, asked)
 
 
 @dataclass
