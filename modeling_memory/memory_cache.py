@@ -42,6 +42,35 @@ class Memories:
         return self.embeds.shape[0]
 
 
+@dataclass
+class Opening:
+    """What a cache has to know to go on after the last column of every text; see [`MemoryCache`].
+
+    Attributes:
+        window (`torch.LongTensor` of shape `(B, w)`, *optional*): Flat text columns of the open windows.
+        fill (`torch.LongTensor` of shape `(B,)`): Tokens in them.
+        next_position (`torch.LongTensor` of shape `(B,)`): Position of the next token.
+        max_fill (`int`): Bound of `fill`.
+        column_mask (`torch.LongTensor` of shape `(B, S)`, *optional*): Of the decoder's columns; `None`: the row's.
+        asked (`torch.BoolTensor` of shape `(B,)`, *optional*): Whether a marker stands before the open window.
+        marked (`torch.BoolTensor` of shape `(B,)`, *optional*): Whether one stands anywhere.
+        has_gaps (`bool`): Whether a column may hold nothing.
+        rolling (`bool`): Whether the window becomes memories when it is full.
+        sees_memories (`bool` or `torch.BoolTensor` of shape `(B,)`): Whether the next tokens see memories.
+    """
+
+    window: torch.Tensor | None
+    fill: torch.Tensor
+    next_position: torch.Tensor
+    max_fill: int
+    column_mask: torch.Tensor | None = None
+    asked: torch.Tensor | None = None
+    marked: torch.Tensor | None = None
+    has_gaps: bool = True
+    rolling: bool = True
+    sees_memories: bool | torch.Tensor = False
+
+
 class MemoryCache(DynamicCache):
     """Keys and values of each row's open window and of the memories before it.
 
@@ -103,18 +132,11 @@ class MemoryCache(DynamicCache):
         cache: Cache,
         memories: Memories,
         column_mask: torch.Tensor,
-        next_position: torch.Tensor,
-        window_fill: torch.Tensor,
+        opening: Opening,
         *,
         num_columns: int,
         end: int,
-        max_fill: int,
         window_input_ids: torch.Tensor | None = None,
-        asked: torch.Tensor | None = None,
-        marked: torch.Tensor | None = None,
-        sees_memories: bool | torch.Tensor = False,
-        has_gaps: bool = True,
-        rolling: bool = True,
         first_memory: int | None = None,
     ) -> "MemoryCache":
         """Take over the keys and values of a decoder's cache, and what belongs to them; see the class.
@@ -123,27 +145,22 @@ class MemoryCache(DynamicCache):
             cache (`Cache`): Cache of B rows and S columns.
             memories ([`Memories`]): Those in its rows.
             column_mask (`torch.LongTensor` of shape `(B, S)`): Which of its columns count.
-            next_position (`torch.LongTensor` of shape `(B,)`): Position of the next token.
-            window_fill (`torch.LongTensor` of shape `(B,)`): Number of tokens in the open windows.
+            opening ([`Opening`]): Where the texts go on. A cache that was made not to roll never does.
             num_columns (`int`): Columns of text.
-            end (`int`): Bound of `next_position`.
-            max_fill (`int`): Bound of `window_fill`.
+            end (`int`): Bound of the next positions.
             window_input_ids (`torch.LongTensor` of shape `(B, w)`, *optional*): Tokens of the open windows.
-            asked (`torch.BoolTensor` of shape `(B,)`, *optional*): As above. Default: none.
-            marked (`torch.BoolTensor` of shape `(B,)`, *optional*): As above. Default: none.
-            sees_memories (`bool` or `torch.BoolTensor` of shape `(B,)`): As above.
-            has_gaps (`bool`): As above.
-            rolling (`bool`): Whether full windows become memories from now on; a cache made not to roll never does.
             first_memory (`int`, *optional*): As above.
         """
+        fill = opening.fill
         self.layers = cache.layers
-        self.memories, self.column_mask, self.next_position = memories, column_mask, next_position
-        self.window_fill, self.max_fill, self.end = window_fill, max_fill, end
-        none = torch.zeros_like(window_fill, dtype=torch.bool)
-        self.asked, self.marked = (none if asked is None else asked), (none if marked is None else marked)
-        self.window_input_ids = window_fill[:, None][:, :0] if window_input_ids is None else window_input_ids
-        self.num_columns, self.has_gaps, self.sees_memories = num_columns, has_gaps, sees_memories
-        self.rolling, self.first_memory = self._made_rolling and rolling, first_memory
+        self.memories, self.column_mask, self.next_position = memories, column_mask, opening.next_position
+        self.window_fill, self.max_fill, self.end = fill, opening.max_fill, end
+        none = torch.zeros_like(fill, dtype=torch.bool)
+        self.asked = none if opening.asked is None else opening.asked
+        self.marked = none if opening.marked is None else opening.marked
+        self.window_input_ids = fill[:, None][:, :0] if window_input_ids is None else window_input_ids
+        self.num_columns, self.has_gaps, self.sees_memories = num_columns, opening.has_gaps, opening.sees_memories
+        self.rolling, self.first_memory = self._made_rolling and opening.rolling, first_memory
         return self
 
     def append(

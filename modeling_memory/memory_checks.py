@@ -7,8 +7,9 @@ B texts, T columns, C chunks, L chunk length, M memories, D decoder width.
 """
 
 import difflib
+import inspect
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +24,15 @@ from .memory_layout import Text
 
 @dataclass
 class Call:
-    """The arguments of one `forward`; see there."""
+    """The arguments of one `forward`; see there. [`check_call`] settles what they leave open.
+
+    Attributes:
+        options: What the decoder is asked to return, by the names that the library has for it.
+        has_memories: Whether memories or a context are given.
+        continues: Whether the text goes on from a memory cache that holds a part of it.
+        recomputes: Whether activations are checkpointed, so that no keys and values are kept.
+        columns (`slice` or `torch.LongTensor`): Columns whose features are wanted.
+    """
 
     text: Text
     context_input_ids: Any = None
@@ -37,7 +46,12 @@ class Call:
     shift_labels: Any = None
     logits_to_keep: Any = None  # all
     rolling_memory: bool | None = None
-    has_memories: bool = False  # before or in the text
+    use_cache: Any = None
+    options: dict[str, Any] = field(default_factory=dict)
+    has_memories: bool = False
+    continues: bool = False
+    recomputes: bool = False
+    columns: Any = None
 
 
 @dataclass
@@ -96,20 +110,39 @@ def read_once(**tensors: torch.Tensor) -> dict[str, list[int]]:
     return found
 
 
-def check_call(config: PreTrainedConfig, call: Call) -> Facts | None:
-    """Refuse a call that cannot be read.
+def check_call(model: Any, call: Call, unknown: dict[str, Any]) -> tuple[Call, Facts | None]:
+    """Refuse a call that cannot be read, and settle what it leaves open.
 
     Args:
-        config ([`MemoryEncoderDecoderConfig`]): The model's.
+        model ([`MemoryEncoderDecoderModel`]): The model.
         call ([`Call`]): The arguments.
+        unknown (`dict`): Keywords that are none of them.
 
     Returns:
-        [`Facts`], or `None` where the data was not looked at: in a cached step, and while compiling.
+        The call as it is read, and [`Facts`], or `None` where the data was not looked at: in a cached step, and while
+        compiling.
 
     Raises:
         ValueError: Saying what was given, what was expected and what to do.
     """
-    text, cache = call.text, call.cache
+    if unknown and not torch.compiler.is_compiling():
+        check_spelling(unknown, [*inspect.signature(model.forward).parameters, *LOSS_KEYWORDS])
+    text, cache, use_cache, config = call.text, call.cache, call.use_cache, model.config
+    layers = model.decoder.modules() if model.decoder.training else ()
+    recomputes = any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
+    if recomputes:  # the library switches the model's cache off
+        check_empty(cache)
+        cache, use_cache = None, False
+    elif use_cache is None:
+        use_cache = cache is not None or (not model.training and getattr(config.decoder, "use_cache", True))
+    options = {name: getattr(config, name, None) if given is None else given for name, given in call.options.items()}
+    keep = None if type(call.logits_to_keep) is int and call.logits_to_keep == 0 else call.logits_to_keep
+    continues = not call.has_memories and isinstance(cache, MemoryCache) and cache.num_columns > 0
+    call = replace(
+        call, cache=cache, use_cache=use_cache or continues, continues=continues, recomputes=recomputes,
+        # An explicit None would hide the decoder's own setting.
+        options={name: given for name, given in options.items() if given}, logits_to_keep=keep, columns=slice(None),
+    )  # fmt: skip
     if (text.input_ids is None) == (text.inputs_embeds is None):
         given = "neither" if text.input_ids is None else "both"
         raise ValueError(f"Expected `input_ids` or `inputs_embeds`, but {given} were given. Pass exactly one of them.")
@@ -123,12 +156,26 @@ def check_call(config: PreTrainedConfig, call: Call) -> Facts | None:
     if call.has_memories:
         check_memories(config, call)
     if call.labels is not None or call.shift_labels is not None or call.logits_to_keep is not None:
-        _check_labels(config, call)
+        _check_labels(call)
+        call.columns = _columns_of(call.logits_to_keep, tokens)
     past = 0 if cache is None else cache.get_seq_length()
-    is_step = text.tokens.shape[1] == 1 and not call.has_memories and cache is not None
-    if torch.compiler.is_compiling() or text.tokens.is_meta or (is_step and int(past) > 0):
-        return None
-    return _read(config, call)
+    is_step = tokens.shape[1] == 1 and not call.has_memories and cache is not None
+    if torch.compiler.is_compiling() or tokens.is_meta or (is_step and int(past) > 0):
+        return call, None
+    facts = _read(config, call)
+    if call.options.get("output_hidden_states"):
+        facts.lowest = None  # of all layers the states of all columns are returned
+    return call, facts
+
+
+def _columns_of(keep: Any, tokens: torch.Tensor) -> slice | torch.Tensor:
+    """Return the columns whose features are wanted, of the last ones their numbers."""
+    if isinstance(keep, torch.Tensor):
+        return keep
+    length = tokens.shape[1]
+    if keep is None or keep >= length:
+        return slice(None)
+    return torch.arange(length - keep, length, device=tokens.device)
 
 
 def _check_kind(name: str, value: Any, ranks: tuple[int, ...], layout: str, kind: str) -> None:
@@ -291,7 +338,7 @@ def check_context(config: PreTrainedConfig, ids: Any, mask: Any, num_memories: A
         )
 
 
-def _check_labels(config: PreTrainedConfig, call: Call) -> None:
+def _check_labels(call: Call) -> None:
     keep, length = call.logits_to_keep, call.text.tokens.shape[1]
     if isinstance(keep, torch.Tensor):
         if keep.dim() != 1 or keep.is_floating_point() or keep.dtype == torch.bool:
@@ -321,6 +368,8 @@ def _check_labels(config: PreTrainedConfig, call: Call) -> None:
             )
 
 
+LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels")
+"""Keywords of the library's losses."""
 LIMITS = ("max_position_embeddings", "sliding_window", "attention_chunk_size")
 """Fields of a decoder's config that may bound what it sees."""
 FLAGS = {
@@ -334,16 +383,13 @@ def _read(config: PreTrainedConfig, call: Call) -> Facts:
     """Read what has to be known of the data, all at once, and refuse what cannot be read."""
     text, ids, given_mask = call.text, call.text.input_ids, call.text.attention_mask
     mask = torch.ones_like(text.tokens[..., 0] if ids is None else ids, dtype=torch.long)
+    ask: dict[str, torch.Tensor] = {}
+    own_mask = False
     if given_mask is not None and given_mask.dim() == 2:
         mask = given_mask[:, -mask.shape[1] :].long()
-    ask: dict[str, torch.Tensor] = {"num_tokens": mask.sum(1)}
-    own_mask = given_mask is not None and given_mask.dim() == 2 and given_mask.shape[1] == mask.shape[1]
-    if given_mask is not None and given_mask.dim() == 2:
-        ask["wrong_mask"] = ((given_mask != 0) & (given_mask != 1)).any()
-        ask["empty"] = (given_mask == 0).all(1).any()
-        if own_mask:
-            starts = (mask[:, 1:] > 0) & (mask[:, :-1] == 0)
-            ask["holes"] = (starts & (mask.cumsum(1)[:, :-1] > 0)).any()
+        _ask_mask(given_mask, mask, ask)
+        own_mask = given_mask.shape[1] == mask.shape[1]
+    ask["num_tokens"] = mask.sum(1)
     slots = None
     if ids is not None and config.memory_token_id is not None:
         slots = ids == config.memory_token_id  # (B, T)
@@ -363,12 +409,8 @@ def _read(config: PreTrainedConfig, call: Call) -> Facts:
         ask["lowest"] = (after.cumsum(1) - 1)[:, call.logits_to_keep.clamp(-last - 1, last)].amin(1)
     if call.has_memories:
         _ask_memories(config, call, ask)
-    for name in ("labels", "shift_labels"):
-        given = getattr(call, name)
-        if given is not None:
-            ask[f"wrong_{name}"] = _outside(given, config.decoder.vocab_size, given == -100).any()
-            if name == "labels" and slots is not None:
-                ask["labelled_slots"] = (slots & (given != -100)).any()
+    if call.labels is not None or call.shift_labels is not None:
+        _ask_labels(config, call, slots, ask)
     found = read_once(**ask)
     for name, numbers in found.items():
         if name in FLAGS and numbers[0]:
@@ -388,6 +430,29 @@ def _read(config: PreTrainedConfig, call: Call) -> Facts:
     if call.has_memories:
         _add_memories(config, call, found, facts)
     return facts
+
+
+def _ask_mask(given: torch.Tensor, mask: torch.Tensor, ask: dict[str, torch.Tensor]) -> None:
+    """Add what has to be known of a mask: the given one, and its part over the text's own columns `(B, T)`."""
+    ask["wrong_mask"] = ((given != 0) & (given != 1)).any()
+    ask["empty"] = (given == 0).all(1).any()
+    if given.shape == mask.shape:
+        starts = (mask[:, 1:] > 0) & (mask[:, :-1] == 0)
+        # Padding before the first token is no hole: nothing there predicts a token.
+        ask["holes"] = (starts & (mask.cumsum(1)[:, :-1] > 0)).any()
+
+
+def _ask_labels(
+    config: PreTrainedConfig, call: Call, slots: torch.Tensor | None, ask: dict[str, torch.Tensor]
+) -> None:
+    """Add what has to be known of labels and shifted labels."""
+    for name in ("labels", "shift_labels"):
+        given = getattr(call, name)
+        if given is None:
+            continue
+        ask[f"wrong_{name}"] = _outside(given, config.decoder.vocab_size, given == -100).any()
+        if name == "labels" and slots is not None:
+            ask["labelled_slots"] = (slots & (given != -100)).any()
 
 
 def _ask_memories(config: PreTrainedConfig, call: Call, ask: dict[str, torch.Tensor]) -> None:

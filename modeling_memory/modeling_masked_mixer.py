@@ -503,7 +503,7 @@ class MaskedMixerModel(MaskedMixerPreTrainedModel):
 
     @staticmethod
     def _check_order(key: torch.Tensor, num_columns: int) -> None:
-        """Refuse new tokens that do not stand after all tokens before them, as in packed rows."""
+        """Refuse new tokens that do not follow all tokens before them, as in packed rows."""
         reached = F.pad(key.cummax(1).values[:, :-1], (1, 0), value=-1)
         wrong = ((key <= reached) & (key >= 0))[:, -num_columns:]
         if bool(wrong.any()):
