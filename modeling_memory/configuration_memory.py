@@ -13,6 +13,7 @@ from .configuration_checks import (
     at_least,
     build_child_config,
     check_children,
+    check_dtype,
     check_fields,
     check_rules,
     encoder_limit,
@@ -208,6 +209,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
                 kwargs[name] = getattr(self.decoder, name, None)
         # Tied tables, if any, are tied inside the decoder, which declares them itself.
         kwargs["tie_word_embeddings"] = False
+        check_dtype(kwargs)
         super().__init__(**kwargs)
         self._validate()
         self.max_position_embeddings = max_position_embeddings

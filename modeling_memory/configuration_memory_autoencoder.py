@@ -12,6 +12,7 @@ from .configuration_checks import (
     at_least,
     build_child_config,
     check_children,
+    check_dtype,
     check_fields,
     check_rules,
     encoder_limit,
@@ -95,6 +96,7 @@ class MemoryAutoencoderConfig(PreTrainedConfig):
                 kwargs[name] = getattr(self.encoder, name, None)
         kwargs["tie_word_embeddings"] = False
         self._validate()
+        check_dtype(kwargs)
         super().__init__(**kwargs)
 
     @property

@@ -118,6 +118,50 @@ def check_card_of_base(hub, place):
         assert place.encode() not in path.read_bytes(), path
 
 
+@pytest.fixture
+def package(decoder, tmp_path, monkeypatch):
+    """The decoder as an installed package brings it, version 1.2."""
+    site = tmp_path / "site"
+    shutil.copytree(decoder, site / "tiny_base")
+    (site / "tiny_base" / "__init__.py").touch()
+    info = site / "tiny_base-1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-base\nVersion: 1.2\n")
+    (info / "RECORD").write_text("tiny_base/__init__.py,,\n")
+    monkeypatch.syspath_prepend(str(site))
+    return "package:tiny_base"
+
+
+def test_a_base_in_a_package_is_referred_to_by_the_package(checkpoint, package, model, tmp_path, capsys, monkeypatch):
+    """Named for a checkpoint by value, and taken from one that is saved by reference."""
+    checked = []
+
+    def load_as_a_user_does(folder, *_, bases, **__):  # a clean process would not see this test's packages
+        checked.append(bases["decoder"])
+        for found, wanted in zip(answers(publish.load_checkpoint(folder)[0].eval()), answers(model), strict=True):
+            assert torch.equal(found, wanted)
+        return {"hub": {"loaded": ["AutoModel"]}}
+
+    monkeypatch.setattr(publish, "verify_hub_folder", load_as_a_user_does)
+    named = ["--licence", "mit", "--by-reference"]
+    assert publish.main([str(checkpoint), "--to", str(tmp_path / "hub"), *named, "--base", f"decoder={package}"]) == 0
+    assert publish.main([str(tmp_path / "hub"), "--to", str(tmp_path / "again"), *named]) == 0
+    for folder in (tmp_path / "hub", tmp_path / "again"):
+        (reference,) = json.loads((folder / "config.json").read_text())["references"].values()
+        assert (reference["id"], reference["revision"], reference["distribution"]) == (package, "1.2", "tiny-base")
+        assert "decoder.lm_head.weight" not in load_file(folder / "trained.safetensors")
+        card = (folder / "README.md").read_text()
+        assert package in card and str(tmp_path) not in card
+    assert [base.revision for base in checked] == ["1.2", "1.2"]
+    publish.check_bases_on_hub({"decoder": checked[0]})  # nothing is asked of the Hub: no hub answers here
+    given = [str(tmp_path / "hub"), "--to", str(tmp_path / "third"), *named]
+    assert publish.main([*given, "--base-folder", "decoder=."]) == 2
+    assert "package:tiny_base is read where it is" in capsys.readouterr().err
+    (tmp_path / "site" / "tiny_base" / "config.json").unlink()
+    assert publish.main([str(checkpoint), *given[1:], "--base", f"decoder={package}"]) == 2
+    assert "no config.json, so it is no base to refer to by --base" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -57,6 +57,15 @@ def tiny_pair(recipe: dict[str, Any], folder: Path) -> None:
             recipe["tokenizer"]["path"] = str(folder / name)
 
 
+def test_a_base_that_is_encoder_and_decoder_is_built_for_both():
+    models = build_on_meta(load_recipe("smollm2"))
+    assert list(models) == ["near", "four", "sixteen", "questions"]
+    for model in models.values():
+        assert sum(p.numel() for n, p in model.decoder.named_parameters() if ".lora_" not in n) == PUBLISHED["smollm2"]
+        assert sum(p.numel() for p in model.encoder.parameters()) == 49152 * 576, "the token table, a copy of its own"
+        assert model.projector.out.weight.shape == (576, 16 * 576)
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_tiny_models_of_the_same_classes_take_a_step(name: str, tmp_path: Path):
     recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())

@@ -69,7 +69,8 @@ def tiny(folder: Path, base: str) -> list[str]:
     """Overrides by which SmolLM2's recipe runs in seconds."""
     overrides = [
         f"output_dir={folder}", f"tokenizer.path={base}", "tokenizer.gguf_file=null", "threads=1",
-        f"pretrained.smollm2.path={base}", "pretrained.smollm2.gguf_file=null", "data.max_train_tokens=20000",
+        f"pretrained.smollm2.path={base}", "pretrained.smollm2.gguf_file=null", "pretrained.smollm2.config={}",
+        "data.max_train_tokens=20000",
         "data.train=[training/corpora/books/validation.parquet]", f"data.validation=[{TEXT}]",
         "data.test=[training/corpora/wikinews/test.parquet]", "evaluation.num_rows=2",
         "evaluation.num_generated_rows=1", "publish.verify=false",
@@ -114,7 +115,7 @@ def check_small_folder(hub: Path, base: str) -> None:
 
 def test_what_the_recipe_cannot_refer_to_or_make_is_named(site: Path, tmp_path: Path):
     raw = yaml.safe_load((REPOSITORY / "configuration" / "recipes" / "smollm2.yaml").read_text())
-    raw["pretrained"]["smollm2"] |= {"path": str(site / "tiny_chat"), "gguf_file": None}
+    raw["pretrained"]["smollm2"] |= {"path": str(site / "tiny_chat"), "gguf_file": None, "config": {}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
     with pytest.raises(ValueError, match="stages.near takes its encoder and decoder from no package"):
         load_recipe(tmp_path / "recipe.yaml")

@@ -111,11 +111,26 @@ def test_every_part_is_measured_once_and_its_cells_are_what_they_say(
     check_tables(record, again)
 
 
+def test_controls_are_read_with_their_own_adapters(command: list[str], pair: Path, tmp_path: Path):
+    """A control whose adapters are those of the model reads as the model does with its adapters on."""
+    wanted = ["--part", "continue", "--rates", "4", "--control", f"full={pair}", "--control", f"last/4={pair}"]
+    assert smollm2.main([*command, *wanted]) == 0
+    record = json.loads((tmp_path / "record.json").read_text())
+    column = record["metrics"]["continue"]["64 tokens, 0 as text"]
+    for row in ("full", "last/4"):
+        assert column["loss"][f"{row}, trained on it"] == column["loss"][f"{row}, adapters on"]
+        assert column["loss"][f"{row}, trained on it"] != column["loss"][row]
+    assert "none, trained on it" not in column["loss"] and "control none" in record["missing"]
+    assert "memories/8" not in column["loss"]
+    with pytest.raises(SystemExit):
+        smollm2.main([*command, "--control", "half=x"])
+
+
 def check_cells(record: dict[str, Any], cells: dict[str, Any], by_hand: dict[str, float]) -> None:
     """Every part has its cells, and losses are those of the model called by hand."""
     metrics = record["metrics"]
     assert (metrics["num_documents"], metrics["num_questions"]) == (3, 3)
-    assert "equally trained controls" in record["missing"]
+    assert "control full" in record["missing"]
     assert list(metrics["continue"]) == ["64 tokens, 0 as text", "128 tokens, 0 as text", "128 tokens, 64 as text"]
     first = metrics["continue"]["64 tokens, 0 as text"]
     assert not [name for name in first["loss"] if name.startswith(("MiniLM", "BM25"))], "nothing to be near to"

@@ -113,7 +113,9 @@ def pretrained_on_meta(recipe: Recipe, name: str) -> Any:
             "estimate what it needs"
         )
     config = child_config(described, {}, f"pretrained.{name}.config")
-    if not any(stage.from_.get("encoder") == name for stage in recipe.stages):
+    # One that is both is given whole: its body is taken where the parts are joined.
+    parts = {part for stage in recipe.stages for part, source in stage.from_.items() if source == name}
+    if parts != {"encoder"}:
         return AutoModelForCausalLM.from_config(config)
     is_t5 = type(config) in AutoModelForTextEncoding._model_mapping
     body = (AutoModelForTextEncoding if is_t5 else AutoModel).from_config(config)

@@ -210,11 +210,13 @@ class WarmStartRecipe:
 
     `tables_from` copies token table and output head of that stage where shapes agree; `projector` is where a fresh
     projector starts, `last_token` being the least-squares map from a memory to the embedding of the last token that it
-    has read; `projector_scale` multiplies its last linear weight.
+    has read, `readable` the start that keeps every token of a group apart, trained for `projector_steps` without the
+    decoder; `projector_scale` multiplies its last linear weight.
     """
 
     tables_from: str | None = None
-    projector: Literal["default", "identity", "last_token"] = "default"
+    projector: Literal["default", "identity", "last_token", "readable"] = "default"
+    projector_steps: int = 1000
     projector_scale: float = 1.0
 
 

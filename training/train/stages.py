@@ -245,11 +245,11 @@ class StageRunner:
         """Let a fresh projector start where the recipe says."""
         where = f"stages.{stage.name}.warm_start"
         sample: list[tuple[Any, ...]] = []
-        if stage.warm_start.projector == "last_token":
+        if stage.warm_start.projector in ("last_token", "readable"):
             if isinstance(collator, PairCollator):
                 raise ValueError(
-                    f"{where}.projector is last_token, but the encoder has a tokenizer of its own, whose last "
-                    "token is none of the decoder's; use default"
+                    f"{where}.projector is {stage.warm_start.projector}, but the encoder has a tokenizer of its own, "
+                    "whose tokens are none of the decoder's; use default"
                 )
             number = -(-FITTED_CHUNKS * model.config.chunk_length // stage.data.row_length)
             fitted = self._train_rows(stage, model, number, self._order(stage))
