@@ -13,7 +13,7 @@ import torch
 
 from tests.test_evaluate import saved  # noqa: F401
 from tests.test_run import recipe, short_recipe  # noqa: F401
-from training import domains, estimate, evaluate, fidelity, probe
+from training import domains, estimate, evaluate, probe
 from training import run as run_module
 from training.command_line import (
     TRACEBACK,
@@ -111,7 +111,7 @@ def test_threads_below_one_are_refused(capsys: Any):
 @pytest.mark.parametrize(
     "line",
     [(probe, "/nowhere"), (domains, "/nowhere --to {out}/d.json"),
-     (estimate, "/nowhere"), (fidelity, "/nowhere"), (run_module, "/nowhere"), (evaluate, "/nowhere --suite copy"),
+     (estimate, "/nowhere"), (run_module, "/nowhere"), (evaluate, "/nowhere --suite copy"),
      (evaluate, "{model} --suite clm --text {text} --no-memory /nowhere"),
      (evaluate, "{model} --suite clm --text {text} --full-context /nowhere"),
      (evaluate, "{model} --suite clm --text {text} --record {text}/record.json"),
