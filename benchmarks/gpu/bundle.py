@@ -15,6 +15,7 @@ import importlib.metadata
 import io
 import json
 import os
+import random
 import shlex
 import shutil
 import subprocess
@@ -32,6 +33,7 @@ from transformers import AutoTokenizer
 from benchmarks.gpu.parts import PARTS
 from training.command_line import Parser, run_command, whole_number
 from training.data.making import make_cloze, save_questions
+from training.data.sources import take_bytes
 from training.data.texts import check_splits, load_texts, tokenise_documents
 from training.data.tokenizer import complete_tokenizer, train_tokenizer
 from training.places import REPOSITORY
@@ -104,6 +106,8 @@ def text_of(options: argparse.Namespace) -> dict[str, list[str]]:
         split: load_texts(resolve_files(getattr(options, split), f"--{split}")) for split in ("train", "validation")
     }
     check_splits(texts["train"], texts["validation"], [])
+    for documents in texts.values():  # whatever is left out then is so of every source
+        random.Random(0).shuffle(documents)
     return texts
 
 
@@ -129,7 +133,8 @@ def make_payload(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     counts = {}
     for kind, tokenizer, limit in (("chunks", chunks, options.tokens), ("pair", pair, options.pair_tokens)):
         for split, documents in texts.items():
-            tokens = tokenise_documents(tokenizer, documents).tokens[: limit if split == "train" else limit // 10]
+            wanted = limit if split == "train" else limit // 10
+            tokens = tokenise_documents(tokenizer, [*take_bytes(documents, 6 * wanted)]).tokens[:wanted]
             counts[f"{kind}_{split}"] = len(tokens)
             (folder / f"{kind}_{split}.u16.zst").write_bytes(squeeze(tokens))
     chunks.save_pretrained(folder / "tokenizer")
