@@ -325,7 +325,7 @@ def store_area(tmp_path: Path) -> Area:
             "append": with_a("append", texts=lambda: {"c": TEXT}, batch_size=4, on_duplicate="replace"),
             "delete": with_a("delete", text_ids="a"),
             "merge": with_a("merge", other=other, on_duplicate="skip"),
-            "nearest": with_a("nearest", queries=lambda: torch.randn(1, WIDTH), k=2, block_size=8, backend="torch"),
+            "nearest": with_a("nearest", queries=lambda: torch.randn(1, WIDTH), k=2, block_size=8),
             "memories": with_a("memories", chunks=lambda: store.chunks("a")),
             "expand": with_a("expand", chunks=lambda: store.chunks("a")),
             "text": with_a("text", text_id="a"),

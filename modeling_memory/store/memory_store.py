@@ -38,7 +38,7 @@ from .database import (
 from .fingerprint import check_fingerprint, check_same_fingerprint, fingerprint, quick_fingerprint
 from .quoting import as_text, why_not_checkable, write_back
 from .remembering import remember_texts
-from .search import build_search, fuse, normalize
+from .search import BlockSearch, fuse, normalize
 from .tables import Tables, chunks_of
 from .texts import (
     UNCHECKED,
@@ -486,7 +486,6 @@ class MemoryStore(Tables):
         k: int,
         *,
         text_ids: str | Iterable[str] | None = None,
-        backend: str = "torch",
         block_size: int = 16384,
     ) -> list[list[tuple[Chunk, float]]]:
         """Return the chunks nearest to each query: exactly, by the cosine to a chunk's nearest memory.
@@ -495,15 +494,13 @@ class MemoryStore(Tables):
             queries (`torch.FloatTensor` of shape `(Q, D)`): Memories to look for.
             k (`int`): Chunks for each query; fewer if the store has fewer.
             text_ids (`str` or ids, *optional*): Texts to look in. Default: all.
-            backend (`str`): `"torch"`, block by block from the file, or `"faiss"` (the extra `faiss`), which holds all
-                vectors in memory.
             block_size (`int`): Chunks of a block.
 
         Returns:
             For each query its chunks with their cosines, nearest first.
 
         Raises:
-            ValueError: If a query has another width or is not finite, a number is below 1, or faiss is not installed.
+            ValueError: If a query has another width or is not finite, or a number is below 1.
         """
         _check_positive(k=k, block_size=block_size)
         width = self._shape[1]
@@ -515,7 +512,7 @@ class MemoryStore(Tables):
             )
         if not torch.isfinite(queries).all():
             raise ValueError("A query holds a number that is not finite. Check what it was made from.")
-        search = build_search(backend, queries, k)
+        search = BlockSearch(normalize(queries.detach().cpu()), k)
         if text_ids is None:
             for rows, blobs in self._blocks(block_size):
                 search.add(self._decode(blobs), rows)
