@@ -241,9 +241,7 @@ def test_prompt_embeds_are_what_vllm_documents_and_the_decoder_alone_goes_on_as_
         got = torch.load(io.BytesIO(base64.b64decode(embeds_to_base64(row), validate=True)), weights_only=True)
         assert torch.equal(got, row) and got.shape == (mask.sum(), model.config.decoder.hidden_size)
         torch.testing.assert_close(model.decoder(inputs_embeds=got[None]).logits[0, -1], expected)
-        assert (
-            len(embeds_to_base64(row)) < 2 * 4 * row.numel() + 4000
-        )  # of the row alone
+        assert len(embeds_to_base64(row)) < 2 * 4 * row.numel() + 4000  # of the row alone
     with pytest.raises(ValueError, match="no memories"):
         prompt_embeds(model, input_ids=inputs["input_ids"])
     with pytest.raises(ValueError, match="expected one prompt"):
