@@ -363,7 +363,6 @@ def changes_of_writing() -> list[Change]:
         *changes("block_size", *positive),
         *changes("k", *positive),
         Change("k", to(10_000), is_senseless=False),
-        *changes("backend", "numpy", 3),
         Change("queries", one_cell(NAN)),
         Change("queries", one_cell(INF)),
         Change("queries", lambda was, chance: was[:, :-1]),
