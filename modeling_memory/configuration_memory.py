@@ -116,8 +116,8 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
             as it stands for tokens, L / K. In a copy of a context in slots, the memory that holds a token is then
             always as far back, however many memories there are. Memories are counted, so budgets, and windows that are
             compressed meanwhile, do not keep that distance. `"source"`: a memory stands where the last token of its
-            group stood and takes as many positions as the group has tokens, so that text counts as in the full text.
-            A decoder that knows its positions reads memories best there.
+            group stood and takes as many positions as the group has tokens, special tokens of the encoder among them,
+            so that text counts as in the full text. A decoder that knows its positions reads memories best there.
         absent_memories (`str`): `"mask"`, or with fixed or spread positions `"ones"` or `"zeros"`, the paper's
             constant fillers.
         max_memories (`int`, *optional*): Most memory vectors a text may need. Default: what the decoder's positions

@@ -21,7 +21,7 @@ from .memory_checks import (
     check_text,
     check_view,
 )
-from .memory_layout import Text
+from .memory_layout import Text, tokens_of_memories
 
 
 class MemoryGenerationMixin(GenerationMixin):
@@ -336,9 +336,11 @@ def check_room_to_come(model: Any, max_length: int, model_kwargs: dict[str, Any]
         end = config.text_start + (min(config.window_length, num_columns) if rolling else num_columns - num_context)
     elif config.memory_positions == "source" and memory_mask is not None:
         num_tokens = model_kwargs.get("memory_num_tokens")
-        taken = num_context * config.chunk_length // config.memories_per_chunk
-        taken = taken if num_tokens is None else int((num_tokens * memory_mask).sum(1).max())
-        end = num_columns - (num_context if embeds is None else 0) + taken
+        if num_tokens is None:
+            num_tokens = tokens_of_memories(config, memory_mask.shape[1], memory_mask.device)
+        more = num_tokens * memory_mask  # (B, M): what the memories take beyond their own columns
+        more = more.sum(1) if embeds is not None else (more - memory_mask).sum(1)
+        end = num_columns + int(more.max())
     check_positions(model.decoder, end)
     if not rolling and num_context and (slots or embeds is not None):
         check_view(config, num_columns + padding - slots[0] if slots else num_columns + num_context)

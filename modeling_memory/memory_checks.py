@@ -19,7 +19,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_memory import allot_memories, encoder_limit, smallest_attention_window
 from .memory_cache import MemoryCache
-from .memory_layout import Text
+from .memory_layout import Text, tokens_of_memories
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Facts:
         num_ahead: Tokens and slots up to the last slot.
         num_after: Tokens after it.
         lowest: Rank among these of the lowest column whose logits are wanted, -1 for one before them; `None`: of all.
-        end: Bound of the positions of a text with slots, if memories take as many as they stand for tokens.
+        end: Bound of the positions of a text with memories, if these take as many as they stand for tokens.
         first_slot: First column with a slot in any text, where the decoder is short-sighted.
         present: 1 for each chunk of the contexts that holds a token.
         num_budget: Most memories that a text is asked for, under a budget.
@@ -213,10 +213,16 @@ def check_text(text: Text, cache: Cache | None) -> None:
         )
     mask = text.attention_mask
     if mask is not None:
+        past = 0 if cache is None else int(cache.get_seq_length())  # a tensor in a static cache
         if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4):
-            _check_kind("attention_mask", mask, (2,), "(batch, tokens): 1 for tokens, 0 for padding", "mask")
+            given = (
+                f"has shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else f"is a {type(mask).__name__}"
+            )
+            raise ValueError(
+                f"`attention_mask` {given}; expected a torch tensor of {(batch_size, length + past)}, 1 for tokens "
+                "and 0 for padding. Use `return_tensors='pt'` when tokenising."
+            )
         if mask.dim() == 2:
-            past = 0 if cache is None else int(cache.get_seq_length())  # a tensor in a static cache
             # Only a cache of ours remembers which of its columns are padding; of another's the mask has to tell.
             shortest = length if isinstance(cache, MemoryCache) else length + past
             if mask.shape[0] != batch_size or mask.shape[1] not in (shortest, length + past):
@@ -293,8 +299,9 @@ def check_memories(config: PreTrainedConfig, call: Call) -> None:
             if given is not None and (not isinstance(given, torch.Tensor) or given.shape != embeds.shape[:2]):
                 shape = tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
                 raise ValueError(
-                    f"`{other}` has shape {shape}, but `memory_embeds` has {tuple(embeds.shape)}. Expected one "
-                    f"{'mask value' if other == 'memory_mask' else 'number'} for each memory, (batch, memories)."
+                    f"`{other}` has shape {shape}, but `memory_embeds` has {tuple(embeds.shape)}. Expected "
+                    f"{tuple(embeds.shape[:2])}: one {'mask value' if other == 'memory_mask' else 'number'} for each "
+                    "memory, (batch, memories)."
                 )
         name, rows, width = "memory_embeds", len(embeds), embeds.shape[1]
     if rows not in (1, batch_size):
@@ -436,10 +443,9 @@ def _ask_mask(given: torch.Tensor, mask: torch.Tensor, ask: dict[str, torch.Tens
     """Add what has to be known of a mask: the given one, and its part over the text's own columns `(B, T)`."""
     ask["wrong_mask"] = ((given != 0) & (given != 1)).any()
     ask["empty"] = (given == 0).all(1).any()
-    if given.shape == mask.shape:
-        starts = (mask[:, 1:] > 0) & (mask[:, :-1] == 0)
-        # Padding before the first token is no hole: nothing there predicts a token.
-        ask["holes"] = (starts & (mask.cumsum(1)[:, :-1] > 0)).any()
+    starts = (mask[:, 1:] > 0) & (mask[:, :-1] == 0)
+    # Padding before the first token is no hole: no column of this call predicts that token.
+    ask["holes"] = (starts & (mask.cumsum(1)[:, :-1] > 0)).any()
 
 
 def _ask_labels(
@@ -465,8 +471,12 @@ def _ask_memories(config: PreTrainedConfig, call: Call, ask: dict[str, torch.Ten
         ask["not_finite"] = (~torch.isfinite(call.memory_embeds).all(2) & (present != 0)).any()
         if mask is not None:
             ask["wrong_memory_mask"] = ((mask != 0) & (mask != 1)).any()
+        num_tokens = call.memory_num_tokens
+        if num_tokens is None and config.memory_positions == "source":
+            num_tokens = tokens_of_memories(config, present.shape[1], present.device)
+        if num_tokens is not None:
+            ask["num_positions"] = (num_tokens * (present != 0)).sum(1)
         if call.memory_num_tokens is not None:
-            ask["num_positions"] = (call.memory_num_tokens * (present != 0)).sum(1)
             ask["wrong_num_tokens"] = ((call.memory_num_tokens < 0) & (present != 0)).any()
     if call.context_input_ids is not None:
         ask_context(config, call.context_input_ids, call.context_attention_mask, call.context_num_memories, ask)
@@ -532,11 +542,7 @@ def _add_memories(config: PreTrainedConfig, call: Call, found: dict[str, list[in
     batch_size = len(facts.num_tokens)
     if call.memory_embeds is not None:
         facts.num_memories = found["num_memories"]
-        positions = found.get("num_positions")
-        if positions is None:  # what the memories of full chunks stand for, at most
-            positions = [
-                -(-number // config.memories_per_chunk) * config.chunk_length for number in facts.num_memories
-            ]
+        positions = found.get("num_positions", facts.num_memories)
     else:
         rows, num_chunks, chunk_length = call.context_input_ids.shape
         facts.present = found.get("present")
@@ -547,9 +553,9 @@ def _add_memories(config: PreTrainedConfig, call: Call, found: dict[str, list[in
             facts.num_memories = _memories_of_context(config, call, found)
     facts.num_memories = facts.num_memories * (batch_size // len(facts.num_memories))
     positions = positions * (batch_size // len(positions))
-    facts.end = 0
     for count, number, taken in zip(facts.num_tokens, facts.num_memories, positions, strict=True):
-        facts.end = max(facts.end, count - number + taken)
+        slots = 0 if call.text.input_ids is None else number  # embeddings have no columns for memories
+        facts.end = max(facts.end, count - slots + taken)
     sees = [number > 0 for number in facts.num_memories]
     facts.sees_memories = sees[0] if all(sees) or not any(sees) else None
     facts.first_slot = found.get("first_slot", [None])[0]
