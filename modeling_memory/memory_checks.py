@@ -101,6 +101,7 @@ def read_once(**tensors: torch.Tensor) -> dict[str, list[int]]:
     Returns:
         For each name a flat list.
     """
+    # One tensor for all answers: each list read from the device would wait for it anew.
     parts = [tensor.reshape(-1).long() for tensor in tensors.values()]
     numbers = torch.cat([part.to(parts[0].device) for part in parts]).tolist()
     found, start = {}, 0
@@ -157,6 +158,7 @@ def check_call(model: Any, call: Call, unknown: dict[str, Any]) -> tuple[Call, F
         check_memories(config, call)
     if call.labels is not None or call.shift_labels is not None or call.logits_to_keep is not None:
         _check_labels(call)
+        # Only after it was checked: a wrong number would fail inside torch.
         call.columns = _columns_of(call.logits_to_keep, tokens)
     past = 0 if cache is None else cache.get_seq_length()
     is_step = tokens.shape[1] == 1 and not call.has_memories and cache is not None
@@ -230,6 +232,7 @@ def check_text(text: Text, cache: Cache | None) -> None:
                     f"`attention_mask` has shape {tuple(mask.shape)}, but `{name}` has {batch_size} rows and "
                     f"{length} columns and the cache {past}. Expected ({batch_size}, {length + past})."
                 )
+    # A wrong batch would otherwise be found by a product deep in the decoder, if its shape does not happen to fit.
     rows = None if cache is None else _rows_of(cache)
     if rows is not None and rows != batch_size:
         raise ValueError(
@@ -399,6 +402,7 @@ def _read(config: PreTrainedConfig, call: Call) -> Facts:
     ask["num_tokens"] = mask.sum(1)
     slots = None
     if ids is not None and config.memory_token_id is not None:
+        # Padding included: a slot in it takes no memory, and so is one too many.
         slots = ids == config.memory_token_id  # (B, T)
         ask["num_slots"] = slots.sum(1)
     if ids is not None:
@@ -406,8 +410,10 @@ def _read(config: PreTrainedConfig, call: Call) -> Facts:
         ask["wrong_ids"] = (outside if slots is None else outside & ~slots).any()
     after = mask
     if slots is not None and call.has_memories:
+        # Counted from the end, so that one pass finds what stands after the last slot of every row.
         after = mask * (slots.flip(1).cumsum(1).flip(1) == 0)
         ask["num_after"] = after.sum(1)
+        # Asked only where a layer may not reach back to it.
         if smallest_attention_window(config.decoder) is not None:
             ask["first_slot"] = slots.any(0).long().argmax()
     if isinstance(call.logits_to_keep, torch.Tensor) and len(call.logits_to_keep):
@@ -468,6 +474,7 @@ def _ask_memories(config: PreTrainedConfig, call: Call, ask: dict[str, torch.Ten
         present = call.memory_embeds.new_ones(call.memory_embeds.shape[:2]) if mask is None else mask
         ask["num_memories"] = (present != 0).sum(1)
         # Absent ones are never read, whatever they hold.
+        # One NaN among the memories makes every logit of its row one, far from where it came from.
         ask["not_finite"] = (~torch.isfinite(call.memory_embeds).all(2) & (present != 0)).any()
         if mask is not None:
             ask["wrong_memory_mask"] = ((mask != 0) & (mask != 1)).any()
@@ -525,6 +532,7 @@ def budget_of(
     counts: list[int] = []
     for row in range(batch_size):
         own = present[row * num_chunks : (row + 1) * num_chunks]
+        # For each text by itself: the same budget is spread over as many chunks as that text has.
         shares = iter(allot_memories(num_memories, sum(map(bool, own)), config.memories_per_chunk))
         counts += [next(shares) if held else 0 for held in own]
     return torch.tensor(counts, device=ids.device).view(batch_size, num_chunks)
@@ -636,6 +644,7 @@ def _refuse_slots(config: PreTrainedConfig, call: Call, found: dict[str, list[in
         return
     memories = _memories_of_context(config, call, found) if call.memory_embeds is None else found["num_memories"]
     memories = memories * (len(slots) // len(memories))
+    # In each row, not in all together: memories would silently go to the slots of another text.
     for row, (number, present) in enumerate(zip(slots, memories, strict=True)):
         if number != present:
             raise ValueError(
@@ -714,6 +723,7 @@ def check_room(config: PreTrainedConfig, counts: list[int], before: list[int], e
         return None  # whatever layers slide
     capacity, most, columns = config.memory_capacity, max(sizes), 0
     for memories, tokens in zip(sizes, embedded, strict=True):
+        # Embedded tokens of a context stay in front, and so take columns beside the memories.
         columns = max(columns, tokens + (memories if capacity is None else min(memories, capacity)))
     if any(embedded):
         check_view(config, columns + config.window_length)

@@ -53,6 +53,7 @@ def remember_texts(
         except ValueError as error:
             raise ValueError(f"The text {text_id!r} cannot be remembered. {error}") from error
         cut[text_id] = (own.num_tokens, own.spans, own.num_unknown)
+        # Chunks of all texts in one list, so that short texts share batches.
         rows += own.chunks
     _warn_of_unknown({text_id: (unknown, sum(counts)) for text_id, (counts, _, unknown) in cut.items() if unknown})
     memories = encode_chunk_ids(model, rows, batch_size, progress)
@@ -61,6 +62,7 @@ def remember_texts(
         own, text = memories[first : first + len(counts)], texts[text_id]
         first += len(own)
         kept = text if keep_text else None
+        # The digest in any case: a text that is not kept can still be seen to have changed.
         stored.append(StoredText(text_id, own, counts, spans, kept, text_digest(text), unknown))
     return stored
 
@@ -107,8 +109,10 @@ def encode_chunk_ids(
         mask = (torch.arange(width) < lengths[:, None])[:, None]  # (n, 1, L)
         ids = torch.zeros(mask.shape, dtype=torch.long)
         ids[mask] = torch.tensor([token for number in numbers for token in rows[number]])
+        # Without a mask an encoder may take its faster attention.
         partial = None if bool(mask.all()) else mask.long().to(model.device)
         memory_embeds, _ = model.encode_memories(ids.to(model.device), partial)  # (n, K, D)
+        # Off the device at once: what is remembered may be larger than its memory.
         memories[numbers] = memory_embeds.float().cpu()
         if progress is not None:
             progress(len(numbers))
