@@ -101,7 +101,9 @@ def encode_chunks(
             )
         check_attention_mask("attention_mask", attention_mask, *input_ids.shape)
     if attention_mask is None:
-        real, visible = torch.ones_like(input_ids), None  # a mask of ones would be read to find that out
+        # A mask of ones would be read to find that out. Without one a Llama still looks once at the positions that it
+        # makes, for packed texts; only a cache of all its keys and values would keep it from that.
+        real, visible = torch.ones_like(input_ids), None
     else:
         real = (attention_mask != 0).long()
         order = torch.argsort(1 - real, dim=1, stable=True)
