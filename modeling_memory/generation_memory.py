@@ -21,7 +21,7 @@ from .memory_checks import (
     check_text,
     check_view,
 )
-from .memory_layout import Text
+from .memory_layout import Text, tokens_of_memories
 
 
 class MemoryGenerationMixin(GenerationMixin):
@@ -88,7 +88,9 @@ class MemoryGenerationMixin(GenerationMixin):
             check_padding_side(self.config, input_ids, kwargs.get("attention_mask"))
         check_generation_options(self.config, generation_config or self.generation_config, kwargs, input_ids, rolling)
         if has_ids and input_ids is not None:
+            # Read once here: later every step of the library would have to look at the prompt on the device again.
             kwargs["prompt_columns"] = columns_of_prompt(self.config, input_ids, call.has_memories)
+        # Called inside a training loop, as by callbacks that show samples.
         with without_checkpointing(self):
             return super().generate(inputs, generation_config, *args, rolling_memory=rolling, **kwargs)
 
@@ -131,12 +133,14 @@ class MemoryGenerationMixin(GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
+        # In every step, since an open window grows on or is compressed by it.
         model_inputs["rolling_memory"] = rolling_memory
         if memory_embeds is not None and (is_first_iteration or not use_cache):
             model_inputs.update(
                 memory_embeds=memory_embeds, memory_mask=memory_mask, memory_num_tokens=memory_num_tokens
             )
         mask = model_inputs.get("attention_mask")
+        # Those of the library count columns, and a memory is none of the text's.
         if mask is None or mask.dim() == 2:  # the model derives positions itself: they depend on memories
             model_inputs.pop("position_ids", None)
         if not is_first_iteration and use_cache and past_key_values is not None:
@@ -161,6 +165,7 @@ class MemoryGenerationMixin(GenerationMixin):
         )
         needs_own = needs_own_cache(self.config, has_memories, embeds is None, num_columns, rolling)
         if needs_own and dynamic and model_kwargs.get("past_key_values") is None:
+            # Made before the first step: the prompt's own call would give one only if the library had none.
             model_kwargs["past_key_values"] = MemoryCache(rolling=rolling)
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
@@ -170,6 +175,7 @@ class MemoryGenerationMixin(GenerationMixin):
         return attention_mask
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        # Around all others, since a penalty for repetition looks up the score of every id in the prompt.
         processors = super()._get_logits_processor(*args, **kwargs)
         if self.config.memory_token_id is None:
             return processors
@@ -286,6 +292,7 @@ def check_padding_side(config: PreTrainedConfig, input_ids: torch.Tensor, attent
         pad, eos = config.pad_token_id, config.eos_token_id
         if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
             return
+        # The library makes its own mask from pad ids where none is given.
         padded = input_ids[:, -1] == pad
     elif isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
         padded = attention_mask[:, -1] == 0
@@ -336,9 +343,11 @@ def check_room_to_come(model: Any, max_length: int, model_kwargs: dict[str, Any]
         end = config.text_start + (min(config.window_length, num_columns) if rolling else num_columns - num_context)
     elif config.memory_positions == "source" and memory_mask is not None:
         num_tokens = model_kwargs.get("memory_num_tokens")
-        taken = num_context * config.chunk_length // config.memories_per_chunk
-        taken = taken if num_tokens is None else int((num_tokens * memory_mask).sum(1).max())
-        end = num_columns - (num_context if embeds is None else 0) + taken
+        if num_tokens is None:
+            num_tokens = tokens_of_memories(config, memory_mask.shape[1], memory_mask.device)
+        more = num_tokens * memory_mask  # (B, M): what the memories take beyond their own columns
+        more = more.sum(1) if embeds is not None else (more - memory_mask).sum(1)
+        end = num_columns + int(more.max())
     check_positions(model.decoder, end)
     if not rolling and num_context and (slots or embeds is not None):
         check_view(config, num_columns + padding - slots[0] if slots else num_columns + num_context)
@@ -368,6 +377,7 @@ class SlotlessLogitsProcessors(LogitsProcessorList):
 
     def _without_slot(self, scores: torch.FloatTensor) -> torch.FloatTensor:
         if self.memory_token_id < scores.shape[-1]:
+            # A slot that was written would ask for a memory that nobody gave.
             scores = scores.index_fill(1, torch.tensor([self.memory_token_id], device=scores.device), -torch.inf)
         return scores
 

@@ -74,6 +74,7 @@ def inject_adapters(model: nn.Module, adapters: dict[str, dict[str, Any]]) -> No
         peft = importlib.import_module("peft")
     except ImportError as error:
         raise ImportError("This model has LoRA adapters, which need peft: `pip install peft`.") from error
+    # Noted first, since peft freezes all that it does not put in.
     trains = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
     for name, adapter in adapters.items():
         fields = {key: value for key, value in adapter.items() if key != "parts"}
@@ -132,6 +133,7 @@ class RowGate:
         finally:
             self.rows = before[0]
             for module, disabled in zip(self.modules, before[1], strict=True):
+                # As they were: someone may have switched them off around this call.
                 module._disable_adapters = disabled
 
 
@@ -151,6 +153,7 @@ def _choose_rows(gate: RowGate, kept: list[torch.Tensor], module: Any, inputs: A
             "so its adapter cannot be kept to the texts that see memories. Give `target_modules` without it."
         )
     # Some families lay rows and columns in one dimension.
+    # A decoder may be spread over devices, and each of its layers is asked where it is.
     rows = gate.rows.to(output.device).repeat_interleave(output.shape[0] // len(gate.rows))
     return torch.where(rows.view(-1, *[1] * (output.dim() - 1)), output, base)
 
@@ -219,10 +222,12 @@ def add_adapters(model: Any, parts: Sequence[str], adapter_name: str, fields: di
         )
     adapter = {"parts": list(parts), **fields}
     inject_adapters(model, {adapter_name: adapter})
+    # In the config, so that loading puts them in before it looks for their weights.
     model.config.adapters = {adapter_name: adapter}
     for part in adapter["parts"]:
         setattr(model.config, f"freeze_{part}", True)
         if part == "encoder":
+            # Adapters take the place of layers that train whole.
             model.config.encoder_trained_from = None
     dtype = model.decoder.dtype  # one model, one dtype
     for name, parameter in model.named_parameters():

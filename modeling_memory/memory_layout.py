@@ -234,6 +234,11 @@ def predicting_column(attention_mask: torch.Tensor) -> torch.Tensor:
     return (columns * attention_mask.bool()).cummax(1).values
 
 
+def _back_across_holes(mask: torch.Tensor) -> torch.Tensor:
+    """Return for each column `(B, T)` the flat number of the column that predicts what follows it."""
+    return torch.arange(len(mask), device=mask.device)[:, None] * mask.shape[1] + predicting_column(mask)
+
+
 def pack(mask: torch.Tensor) -> torch.Tensor:
     """Return the columns of `(B, M)` that are set, those of each row first and in order; then the others."""
     # Stable: tokens and memories keep the order that the text has them in.
@@ -262,8 +267,7 @@ def lay_plain(config: PreTrainedConfig, text: Text, facts: Any, past: int = 0) -
         layout.positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
     if facts is not None and facts.has_holes:
         # What predicts the token after a hole stands before the hole.
-        columns = predicting_column(mask)
-        layout.back = torch.arange(len(mask), device=mask.device)[:, None] * length + columns
+        layout.back = _back_across_holes(mask[:, -length:])
     return layout
 
 
@@ -429,7 +433,9 @@ def lay_front(
     counts = [length] * memories.batch_size if facts is None else facts.num_after
     lowest = None if facts is None else facts.lowest
     window = config.window_length if rolling else None
-    layout = lay_windows(config, text, after, front, counts, window, lowest, shared, room)
+    # Only compiled code knows no better than this.
+    end = max(counts) + front.num_tokens.shape[1] * config.chunk_length if facts is None else facts.end
+    layout = lay_windows(config, text, after, front, counts, window, lowest, shared, room, end)
     if not rolling:  # embeddings have no column for the memories before them
         first = -memories.mask.shape[1] if front.back is None else 0
         layout.mark = ReadMark(True, first if memories.mask.shape[1] else None)
@@ -446,6 +452,7 @@ def lay_windows(
     lowest: list[int] | None = None,
     shared: bool = True,
     room: int | None = None,
+    end: int | None = None,
 ) -> Layout:
     """Lay out texts by windows, each after its row's front and the memories of all windows before it.
 
@@ -464,6 +471,8 @@ def lay_windows(
             one in the front. Windows before it are not laid out. `None`: all are wanted.
         shared (`bool`): Whether rows may share the prefix.
         room (`int`, *optional*): How many memories fit where all do not, so that the oldest make room.
+        end (`int`, *optional*): With source positions, the bound of those of all tokens. Default: a text with nothing
+            in front has as many as tokens.
     """
     cut = _cut(text, mask, counts, window_length, lowest)
     if front is None:
@@ -495,7 +504,10 @@ def lay_windows(
     start = torch.full_like(num_seen, config.text_start) if fixed else num_seen
     if config.memory_positions == "source":  # a window starts after the tokens that stand before it in the source
         start = F.pad(takes.cumsum(1), (1, 0))[cut.row, num_visible]  # of (B, M + 1)
-    positions = start[:, None] + offset
+    positions = start[:, None] + offset  # (P, W)
+    if config.memory_positions == "source":
+        # Places after the last token of a text have no position; 0 is a row of every decoder's table.
+        positions = positions * cut.mask
     if config.window_positions:
         layout.places = _places_in_windows(config, text, front, cut, num_visible)
     if layout.shares_prefix:
@@ -516,10 +528,10 @@ def lay_windows(
         layout.back = torch.where(cut.rank < 0, in_prefix, len(counts) * num_entries + layout.back)
     _open_windows(config, layout, front, text, cut, start, window_length, num_entries)
     layout.end = num_entries + min(cut.window_length, max(counts))
-    if config.memory_positions != "contiguous":
-        # Positions that jump are bounded by the room kept for memories, or by all tokens that these stand for.
-        source = max(counts) + front.num_tokens.shape[1] * config.chunk_length
-        layout.end = config.text_start + cut.window_length if fixed else source
+    if fixed:
+        layout.end = config.text_start + cut.window_length
+    elif config.memory_positions == "source":
+        layout.end = max(counts) if end is None else end
     return layout
 
 
@@ -787,13 +799,14 @@ def text_of_window(text: Text, cache: MemoryCache) -> Text:
     return Text(ids, torch.cat([filled, mask], 1), tokens=ids)
 
 
-def lay_step(config: PreTrainedConfig, text: Text, cache: MemoryCache) -> Layout:
+def lay_step(config: PreTrainedConfig, text: Text, cache: MemoryCache, has_holes: bool = False) -> Layout:
     """Lay out the next tokens of texts that a memory cache holds, in their open windows.
 
     Args:
         config ([`MemoryEncoderDecoderConfig`]): The model's.
         text ([`Text`]): B texts of T columns.
         cache ([`MemoryCache`]): Their cache.
+        has_holes (`bool`): Whether padding stands between two of the tokens.
     """
     mask = text.mask()
     rank = mask.cumsum(1) - 1
@@ -802,6 +815,8 @@ def lay_step(config: PreTrainedConfig, text: Text, cache: MemoryCache) -> Layout
     # Where every column counts the decoder needs no mask, and would look at all its values.
     if cache.has_gaps or text.attention_mask is not None:
         layout.mask = torch.cat([cache.column_mask, mask.to(cache.column_mask)], 1)
+    if has_holes:
+        layout.back = _back_across_holes(mask)
     marked = None
     if config.window_positions and text.input_ids is not None:
         asked = cache.marked[:, None] | (find_markers(config, text.input_ids, mask).cumsum(1) > 0)

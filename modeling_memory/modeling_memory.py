@@ -697,7 +697,7 @@ def lay_out(model: Any, call: Call, memories: Memories | None, facts: Facts | No
     """Choose how a text is read, and lay it out; no part of the model runs."""
     config, text, cache = model.config, call.text, call.cache
     if call.continues:
-        return lay_on(config, call)
+        return lay_on(config, call, facts is not None and facts.has_holes)
     past = 0 if cache is None else int(cache.get_seq_length())
     if memories is not None:
         return lay_out_memories(config, call, memories, facts, past)
@@ -761,7 +761,7 @@ def lay_out_memories(
     return lay_front(config, text, memories, facts, rolls, not call.recomputes, room)
 
 
-def lay_on(config: PreTrainedConfig, call: Call) -> Layout:
+def lay_on(config: PreTrainedConfig, call: Call, has_holes: bool) -> Layout:
     """Lay out the next tokens of texts that a memory cache holds; full windows are compressed, each at its moment."""
     text, cache, length = call.text, call.cache, call.text.tokens.shape[1]
     check_flat_mask(text)
@@ -785,7 +785,7 @@ def lay_on(config: PreTrainedConfig, call: Call) -> Layout:
             front = front_of_memories(cache.memories, known["held"], cache.asked)
             layout = lay_windows(
                 config, opened, opened.attention_mask, front, known["fill"], config.window_length, known["lowest"],
-                room=room,
+                room=room, end=cache.end + length,
             )  # fmt: skip
             assert layout.back is not None
             return replace(layout, back=layout.back[:, width:])  # the window's own columns were read before
@@ -794,7 +794,7 @@ def lay_on(config: PreTrainedConfig, call: Call) -> Layout:
         check_view(config, cache.num_columns + length - cache.first_memory)
     elif not cache.rolling and cache.memories.mask.shape[1]:
         check_view(config, cache.column_mask.shape[1] + length)
-    return lay_step(config, text, cache)
+    return lay_step(config, text, cache, has_holes)
 
 
 def empty_memories(model: Any, text: Text) -> Memories:
@@ -1185,7 +1185,8 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
         Args:
             input_ids (`torch.LongTensor` of shape `(B, T)`): Decoder token ids, with slots if memories are given.
             attention_mask (`torch.LongTensor` of shape `(B, T)` or, with a cache, `(B, past + T)`, *optional*): 1 for
-                tokens and slots, 0 for padding, which may stand anywhere and is skipped.
+                tokens and slots, 0 for padding, which may stand anywhere and is skipped. Between tokens it has the
+                logits of the token before it, if that is in the same call.
             context_input_ids (`torch.LongTensor` of shape `(B, C, L)`, *optional*): Chunks of encoder token ids.
             context_attention_mask (`torch.LongTensor` of shape `(B, C, L)`, *optional*): 1 for tokens, 0 for padding;
                 a chunk of zeros only is absent and takes no slots.
@@ -1210,7 +1211,8 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
             context_num_memories (`torch.LongTensor` of shape `(B, C)`, *optional*): Memories of each chunk, as
                 [`encode_memories`] takes them. Default: `memories_per_chunk`.
             memory_num_tokens (`torch.LongTensor` of shape `(B, M)`, *optional*): How many tokens each of the ready
-                memories stands for; read with `memory_positions="source"`. Default: those of full chunks.
+                memories stands for; read with `memory_positions="source"`. Default: those of full chunks, without
+                special tokens of the encoder's own, which [`encode_memories`] and a store count.
             rolling_memory (`bool`, *optional*): Whether, after the last slot of a text with memories, full windows
                 become memories as those of plain text do. Default: that text is read in full.
             kwargs: Passed to the loss: `num_items_in_batch`, the global number of targets to divide by, and

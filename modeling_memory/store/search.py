@@ -46,9 +46,11 @@ class BlockSearch:
 
     def add(self, memories: torch.Tensor, rows: Sequence[int]) -> None:
         """Take the next block of memories `(n, K, D)` and the numbers that they go by."""
+        # The nearest of a chunk's memories: their mean would be near to nothing that one of them says.
         scores = torch.einsum("qd,nkd->qnk", self.queries, normalize(memories)).amax(-1)  # (Q, n)
         numbers = torch.tensor(rows).expand(len(self.queries), -1)
         scores, numbers = torch.cat([self.scores, scores], 1), torch.cat([self.numbers, numbers], 1)
+        # Stable, so that what was found does not depend on the size of the blocks.
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         self.scores, self.numbers = scores[:, : self.k], numbers.gather(1, order[:, : self.k])
 
