@@ -15,6 +15,7 @@ from transformers.configuration_utils import PreTrainedConfig
 Fields = Sequence[tuple[str, Callable[[Any], bool], str]]
 Rules = Sequence[tuple[Callable[[Any], bool], str]]
 
+SHORT_CHUNKS = ("pad", "repeat", "end")
 POOLINGS = ("last", "mean", "first", "queries", "pooled_queries")
 COUNTING_FROM_PADDING = (
     "roberta",

@@ -66,6 +66,7 @@ from .memory_checks import (
     is_compiling,
     read_once,
 )
+from .memory_embeds import prompt_embeds
 from .memory_encoder import MemoryProjector, build_encoder, build_pooling, encode_chunks, initialize_leaf
 from .memory_layout import (
     Layout,
@@ -544,7 +545,7 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         for part in groups:
             mask = None if chunk_mask is None else chunk_mask[part]
             number = None if num_memories is None else num_memories[part]
-            parts.append(encode_chunks(self.encoder, self.pooling, chunk_ids[part], mask, number, checked=True))
+            parts.append(encode_chunks(self.encoder, self.pooling, chunk_ids[part], mask, number, True, self.config))
         return self.projector(torch.cat(parts).to(self.decoder.dtype))
 
     def forward(
@@ -1127,6 +1128,14 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
         # put in the place of `forward` is this model's.
         vars(body).update({name: value for name, value in vars(self).items() if name != "forward"})
         return body
+
+    def prompt_embeds(self, **inputs: Any) -> list[torch.Tensor]:
+        """Return what the decoder reads of prompts, for servers that run it alone: see [`prompt_embeds`].
+
+        Args:
+            inputs: What `forward` takes.
+        """
+        return prompt_embeds(self, **inputs)
 
     def forward(
         self,

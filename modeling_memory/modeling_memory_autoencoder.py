@@ -282,7 +282,7 @@ class MemoryAutoencoder(PreTrainedModel):
             ValueError: If a row has no token, an id is outside the vocabulary, or a chunk is longer than the encoder
                 takes.
         """
-        memories = encode_chunks(self.encoder, self.pooling, input_ids, attention_mask)
+        memories = encode_chunks(self.encoder, self.pooling, input_ids, attention_mask, config=self.config)
         if attention_mask is not None and not torch.compiler.is_compiling():
             empty = (attention_mask == 0).all(1)
             if bool(empty.any()):

@@ -28,10 +28,12 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForTextEncoding, PreTrainedModel
 
 from modeling_memory.memory_parts import load_encoder
-from training.command_line import Parser, positive_number, run_command
-from training.data.objectives import SpecialTokens
-from training.recipes.recipe import Recipe, StageRecipe, load_recipe
-from training.train.build import build_stage_model, child_config
+
+from .command_line import Parser, positive_number, run_command
+from .data.objectives import SpecialTokens
+from .places import program
+from .recipes.recipe import Recipe, StageRecipe, load_recipe
+from .train.build import build_stage_model, child_config
 
 RATE = 1.0e14
 FLOAT, HALF = 4, 2
@@ -144,8 +146,7 @@ def estimate_stage(stage: StageRecipe, model: PreTrainedModel) -> Estimate:
     read = tokens * (len(stage.objectives) or 1)
     activations = operations = 0.0
     encoder: Any = getattr(model, "encoder", None)
-    parts = (model,) if encoder is None else (encoder, model.decoder)
-    for part in parts:
+    for part in (model,) if encoder is None else (encoder, model.decoder):
         # A frozen encoder keeps nothing for a backward pass, and none of its operations if it reads once.
         live = part is not encoder or any(parameter.requires_grad for parameter in part.parameters())
         weights, moved = _used_weights(part), _used_weights(part, trained=True)
@@ -187,7 +188,7 @@ def _activation_bytes(part: PreTrainedModel, tokens: int, bf16: bool, checkpoint
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
     parser = Parser(
-        prog="python -m training.estimate",
+        prog=program("estimate"),
         description="Estimate memory and time of a recipe from its configuration; nothing is downloaded or measured.",
     )
     parser.add_argument("recipe", help="YAML file, or the name of one in configuration/recipes")

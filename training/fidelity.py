@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from training.measure.metrics import bootstrap_interval, wilson_interval
-from training.measure.suites import Evaluation, evaluate_suite, write_freely
+from .measure.metrics import bootstrap_interval, wilson_interval
+from .measure.suites import Evaluation, evaluate_suite, write_freely
 
 MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
 DETAILS = {

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from training.command_line import Parser, run_command
-from training.data.pairs import evaluate_pairs
-from training.measure.suites import Evaluation, default_length, evaluate_suite, results_table, spread_rows
-from training.publish import verify_hub_folder, write_hub_folder
-from training.recipes.recipe import Recipe, StageRecipe, load_recipe
-from training.records.figures import write_figures
-from training.records.record import (
+from .command_line import Parser, run_command
+from .data.pairs import evaluate_pairs
+from .measure.suites import Evaluation, default_length, evaluate_suite, results_table, spread_rows
+from .places import program
+from .publish import verify_hub_folder, write_hub_folder
+from .recipes.recipe import Recipe, StageRecipe, load_recipe
+from .records.figures import write_figures
+from .records.record import (
     data_digest,
     describe_code,
     describe_hardware,
@@ -35,11 +36,11 @@ from training.records.record import (
     write_json,
     write_record,
 )
-from training.records.sample import regenerate, sample_lines
-from training.records.summary import write_summary
-from training.train.inputs import Inputs, prepare_inputs
-from training.train.stages import StageRunner, chunk_counts, processor_for
-from training.train.stopping import stop_at_once
+from .records.sample import regenerate, sample_lines
+from .records.summary import write_summary
+from .train.inputs import Inputs, prepare_inputs
+from .train.stages import StageRunner, chunk_counts, processor_for
+from .train.stopping import stop_at_once
 
 PAIR_SUITES = {"clm": "causal", "copy": "copy"}
 
@@ -283,9 +284,9 @@ def _without_series(stages: dict[str, Any]) -> dict[str, Any]:
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
     parser = Parser(
-        prog="python -m training.run",
+        prog=program("run"),
         description="Run a recipe from text to a verified Hub folder. A second call resumes or says that all is done.",
-        epilog="example: python -m training.run quickstart seed=1 stages.autoencoder.training.max_steps=200",
+        epilog="example: %(prog)s quickstart seed=1 stages.autoencoder.training.max_steps=200",
     )
     parser.add_argument("recipe", help="YAML file, or the name of one in configuration/recipes")
     parser.add_argument(
@@ -297,11 +298,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(options: argparse.Namespace, command: str) -> None:
-    """Run a recipe."""
+def run(options: argparse.Namespace, command: str) -> tuple[int, dict[str, Any]]:
+    """Run a recipe; returns its status and record."""
     before = signal.signal(signal.SIGTERM, stop_at_once)
     try:
-        Run(load_recipe(options.recipe, options.overrides), command).run()
+        return 0, Run(load_recipe(options.recipe, options.overrides), command).run()
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM
 from modeling_memory.memory_encoder import encode_chunks
-from training.records.record import data_digest
+
+from ..records.record import data_digest
 
 CHUNKS_AT_ONCE = 512
 

@@ -28,13 +28,14 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM, MemoryProcessor
-from training.data.encoded import keep_states
-from training.data.objectives import IGNORED, BatchSpec, ReadyContext, build_batch, keep_columns, without_targets
-from training.data.questions import Questions, ask, split_questions
-from training.data.rows import REMEMBERED, TokenRows, draw_budget, draw_starts
-from training.data.tokenizer import tokenizer_checksum
-from training.measure.metrics import bootstrap_interval, token_results
-from training.measure.suites import spread_rows
+
+from ..measure.metrics import bootstrap_interval, token_results
+from ..measure.suites import spread_rows
+from .encoded import keep_states
+from .objectives import IGNORED, BatchSpec, ReadyContext, build_batch, keep_columns, without_targets
+from .questions import Questions, ask, split_questions
+from .rows import REMEMBERED, TokenRows, draw_budget, draw_starts
+from .tokenizer import tokenizer_checksum
 
 WITH_MEMORY = ("memory", "wrong_memory")
 

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from modeling_memory.memory_encoder import LastPooling, encode_chunks
 from modeling_memory.modeling_memory_autoencoder import Bottleneck
-from training.measure.metrics import token_results
-from training.measure.suites import Scores
+
+from .metrics import token_results
+from .suites import Scores
 
 QUANTISATIONS = ("int8", "float8_e4m3fn", "float8_e5m2")
 

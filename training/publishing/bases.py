@@ -20,7 +20,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from modeling_memory.memory_parts import PACKAGE, locate, package_version
 from modeling_memory.memory_saving import PARTS
-from training.publishing.push import PushError, explained
+
+from .push import PushError, explained
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # No pickles: whoever loads the model should read none. The card says which licence the weights have.

@@ -17,9 +17,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import modeling_memory
 from modeling_memory.memory_saving import TRAINED
 from modeling_memory.processing_memory import MemoryProcessor
-from training.places import REPOSITORY
-from training.publishing.bases import Base, places_of
-from training.publishing.cards import CARDS, card_licence, licence_file, render_card
+
+from ..places import REPOSITORY, licence_text
+from .bases import Base, places_of
+from .cards import CARDS, card_licence, licence_file, render_card
 
 CODE = Path(modeling_memory.__file__).resolve().parent
 MAX_SHARD_SIZE = "4GB"
@@ -243,7 +244,7 @@ def _describe(
     render_card(model, record, said).save(folder / "README.md")
     for name in ("LICENSE", "LICENSE.code"):
         (folder / name).unlink(missing_ok=True)
-    shutil.copyfile(REPOSITORY / "LICENSE", folder / licence_file(card_licence(model, record, said)))
+    (folder / licence_file(card_licence(model, record, said))).write_text(licence_text(), encoding="utf-8")
 
 
 def check_files(folder: Path) -> None:

@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from modeling_memory.processing_memory import MemoryProcessor
-from training.publishing import clean_process
-from training.publishing.bases import Base, places_of
-from training.publishing.hub_folder import (
+
+from . import clean_process
+from .bases import Base, places_of
+from .hub_folder import (
     REPOSITORY,
     PublishError,
     auto_map_of,

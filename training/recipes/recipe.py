@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from training.data.sources import HUB, Documents, HubDataset
-from training.places import REPOSITORY, portable_paths
-from training.recipes.strict_yaml import apply_override, from_mapping, nearest, parse_yaml, yaml_names
+from ..data.sources import HUB, Documents, HubDataset
+from ..places import REPOSITORY, portable_paths
+from .strict_yaml import apply_override, from_mapping, nearest, parse_yaml, yaml_names
 
 StageKind = Literal["autoencoder", "causal_lm", "memory"]
 Suite = Literal["retention", "copy", "blank_copy", "clm"]
@@ -40,6 +40,9 @@ class DataRecipe:
     With `streaming` the train split is tokenised as far as it is read and never held in memory; rows are shuffled
     within blocks of `shuffle_rows`. `cache_dir` keeps tokens and the states of frozen encoders (`encode_once`) where
     several runs find them; default: the run's own folder.
+
+    `folded` is the share of training documents that are written with the characters of a plain keyboard, and `typed`
+    is how many characters of made-up lists, code, numbers and addresses are read beside them.
     """
 
     train: list[str]
@@ -50,6 +53,8 @@ class DataRecipe:
     streaming: bool = False
     shuffle_rows: int = 4096
     cache_dir: str | None = None
+    folded: float = 0.0
+    typed: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,8 @@ class RowsRecipe:
     `vary_source` the rows of a batch take one window, two, ... up to it in turn.
     `shortened` is the share of an autoencoder's chunks, and in the slots layout of the copies' sources, that are cut
     to a random length; a cut copy learns to write the end token after its last. Validation reads them whole.
+    `random_tokens` is the share of these rows in which tokens, from one to all, become random ones: what a memory must
+    hold is then not guessed from its neighbours, and no token of the vocabulary stays unlearnt. Validation has none.
     `window_length` is for `causal_lm` only: the decoder then reads each window of the row by itself, which
     makes it the no-memory baseline of a memory model with that window; default is the whole row.
     Stages with equal `seed` (default: the recipe's) and lengths read the same rows in the same order.
@@ -148,6 +155,7 @@ class RowsRecipe:
     source_length: int | None = None
     vary_source: bool = False
     shortened: float = 0.0
+    random_tokens: float = 0.0
     window_length: int | None = None
     layout: Literal["self", "slots"] = "self"
     marker: Literal["token", "none"] = "token"
@@ -406,6 +414,12 @@ def check_recipe(recipe: Recipe) -> None:
         raise ValueError("stages is empty; a recipe needs at least one stage")
     _check_counts(recipe, RECIPE_COUNTS, "")
     _check_positive(recipe.threads, "threads")
+    if not 0 <= recipe.data.folded <= 1:
+        raise ValueError(f"data.folded is {recipe.data.folded}; it is a share: expected 0 to 1")
+    if recipe.data.typed < 0:
+        raise ValueError(f"data.typed is {recipe.data.typed}, expected 0 or more characters")
+    if recipe.data.streaming and (recipe.data.folded or recipe.data.typed):
+        raise ValueError("data.folded and data.typed change a text that is held in memory; leave data.streaming out")
     if recipe.data.streaming and recipe.tokenizer.path is None and recipe.tokenizer.max_train_bytes is None:
         raise ValueError(
             "data.streaming reads text only as far as it is needed, so tokenizer.max_train_bytes must say on how much "
@@ -663,16 +677,22 @@ def _check_documents(stage: StageRecipe, path: str, *, streaming: bool) -> None:
 
 def _check_shortened(stage: StageRecipe, recipe: Recipe, path: str) -> None:
     rows = stage.data
-    if not 0 <= rows.shortened <= 1:
-        raise ValueError(f"{path}.data.shortened is {rows.shortened}; it is a share: expected 0 to 1")
-    if not rows.shortened:
-        return
+    for name in ("shortened", "random_tokens"):
+        share = getattr(rows, name)
+        if not 0 <= share <= 1:
+            raise ValueError(f"{path}.data.{name} is {share}; it is a share: expected 0 to 1")
+        if share:
+            _check_changed(stage, recipe, f"{path}.data.{name}")
+
+
+def _check_changed(stage: StageRecipe, recipe: Recipe, path: str) -> None:
+    """Refuse rows that are cut or have random tokens where that cannot be."""
+    rows = stage.data
     copies = {"copy", "blank_copy"} & set(stage.objectives)
     in_slots = stage.kind == "memory" and rows.layout == "slots" and rows.marker == "token" and copies
     if stage.kind != "autoencoder" and not in_slots:
         raise ValueError(
-            f"{path}.data.shortened is for autoencoder stages and for copies with a marker in data.layout: slots; "
-            "leave it out"
+            f"{path} is for autoencoder stages and for copies with a marker in data.layout: slots; leave it out"
         )
     others = {
         "data.documents": rows.documents,
@@ -682,7 +702,7 @@ def _check_shortened(stage: StageRecipe, recipe: Recipe, path: str) -> None:
     }
     wrong = [name for name, is_set in others.items() if is_set]
     if wrong:
-        raise ValueError(f"{path}.data.shortened does not go together with {' and '.join(wrong)}; leave one out")
+        raise ValueError(f"{path} does not go together with {' and '.join(wrong)}; leave one out")
 
 
 def _check_positive(value: int | None, path: str) -> None:

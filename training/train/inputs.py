@@ -9,20 +9,21 @@ import torch
 from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from training.data.objectives import SpecialTokens
-from training.data.sources import take_bytes
-from training.data.texts import check_splits, tokenise_documents
-from training.data.token_stream import TokenStream, source_checksums
-from training.data.tokenizer import (
+from ..data.objectives import SpecialTokens
+from ..data.sources import take_bytes
+from ..data.texts import check_splits, tokenise_documents
+from ..data.token_stream import TokenStream, source_checksums
+from ..data.tokenizer import (
     complete_tokenizer,
     special_tokens_of,
     token_byte_lengths,
     tokenizer_checksum,
     train_tokenizer,
 )
-from training.recipes.recipe import PretrainedRecipe, Recipe, resolve_documents
-from training.records.record import data_digest, read_json, write_json
-from training.train.checkpoints import check_same, replace_folder
+from ..data.typed import with_typed_text
+from ..recipes.recipe import PretrainedRecipe, Recipe, resolve_documents
+from ..records.record import data_digest, read_json, write_json
+from .checkpoints import check_same, replace_folder
 
 SPLITS = ("train", "validation", "test")
 
@@ -72,6 +73,8 @@ def prepare_inputs(recipe: Recipe, folder: Path, state: PartialState) -> Inputs:
     with state.main_process_first():
         texts = {split: list(sources[split].read()) for split in whole}
         check_splits(texts.get("train", []), texts["validation"], texts["test"])
+        if data.folded or data.typed:
+            texts["train"] = with_typed_text(texts["train"], data.folded, data.typed, recipe.seed)
         checksums = {split: source_checksums(source) for split, source in sources.items()}
         sample = texts["train"] if "train" in texts else sources["train"].read()
         tokenizer = _tokenizer(recipe, folder / "tokenizer", sample, checksums["train"])
@@ -88,6 +91,7 @@ def prepare_inputs(recipe: Recipe, folder: Path, state: PartialState) -> Inputs:
         **_counts(tokens, streams),
         "tokenizer": {"entries": len(tokenizer), "checksum": tokenizer_checksum(tokenizer)},
         **({} if stream is None else {"stream": stream.identity}),
+        **({"folded": data.folded, "typed": data.typed} if data.folded or data.typed else {}),
     }
     return Inputs(
         tokenizer,

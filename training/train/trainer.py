@@ -31,13 +31,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from training.data.documents import DocumentRows
-from training.data.objectives import IGNORED, combine_losses, distillation_loss, states_loss, targets_of
-from training.data.rows import TokenRows
-from training.data.token_stream import StreamedRows
-from training.recipes.recipe import TrainingRecipe
-from training.records.record import peak_memory_bytes
-from training.train.checkpoints import (
+from ..data.documents import DocumentRows
+from ..data.objectives import IGNORED, combine_losses, distillation_loss, states_loss, targets_of
+from ..data.rows import TokenRows
+from ..data.token_stream import StreamedRows
+from ..recipes.recipe import TrainingRecipe
+from ..records.record import peak_memory_bytes
+from .checkpoints import (
     PART,
     WRITE_ERRORS,
     commit,
@@ -46,9 +46,9 @@ from training.train.checkpoints import (
     rotate,
     save_split,
 )
-from training.train.chunked_loss import check_head, chunked_cross_entropy, without_head
-from training.train.optimizer import build_optimizer
-from training.train.stopping import StopSignal
+from .chunked_loss import check_head, chunked_cross_entropy, without_head
+from .optimizer import build_optimizer
+from .stopping import StopSignal
 
 SCHEDULES = {
     "warmup_stable_decay": "warmup_stable_decay",

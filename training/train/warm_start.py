@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM
 from modeling_memory.memory_encoder import encode_chunks
-from training.recipes.recipe import WarmStartRecipe
+
+from ..recipes.recipe import WarmStartRecipe
 
 FITTED_CHUNKS = 8192
 RIDGE = 0.1
