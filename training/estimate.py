@@ -146,8 +146,7 @@ def estimate_stage(stage: StageRecipe, model: PreTrainedModel) -> Estimate:
     read = tokens * (len(stage.objectives) or 1)
     activations = operations = 0.0
     encoder: Any = getattr(model, "encoder", None)
-    parts = (model,) if encoder is None else (encoder, model.decoder)
-    for part in parts:
+    for part in (model,) if encoder is None else (encoder, model.decoder):
         # A frozen encoder keeps nothing for a backward pass, and none of its operations if it reads once.
         live = part is not encoder or any(parameter.requires_grad for parameter in part.parameters())
         weights, moved = _used_weights(part), _used_weights(part, trained=True)

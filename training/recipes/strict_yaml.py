@@ -126,12 +126,12 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     return _convert_scalar(hint, value, path)
 
 
-def _convert_all(kind: Any, hint: Any, value: Any, path: str) -> Any:
+def _convert_all(kind: type[list] | type[dict], hint: Any, value: Any, path: str) -> Any:
     """Check a list or a mapping, and each of its elements against a type hint."""
-    if type(value) is not kind:
+    if not isinstance(value, kind):
         expected = f"a list: write [{value}]" if kind is list else "a mapping"
         raise ValueError(f"{path} is {value!r}, expected {expected}")
-    if kind is list:
+    if isinstance(value, list):
         return [_convert(hint, element, _join(path, _label(i, element))) for i, element in enumerate(value)]
     return {str(key): _convert(hint, element, f"{path}.{key}") for key, element in value.items()}
 
