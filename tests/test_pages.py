@@ -5,6 +5,7 @@ A block runs unless the line before it is `<!-- not run: REASON -->` (it is then
 """
 
 import ast
+import importlib
 import os
 import re
 import shlex
@@ -29,6 +30,8 @@ PAGES = sorted(
     for page in ROOT.glob(pattern)
 )
 CORPORA = sorted(ROOT.glob("training/**/corpora/*/README.md"))
+LANGUAGES = ("python", "bash", "shell")
+COMMAND = re.compile(r"^\s*(?:accelerate launch .*?-m|python -m) ((?:training|benchmarks)\.\w+)(?: (.*))?$", re.M)
 FENCE = re.compile(r"^(?:<!-- (?P<marker>[^\n]*?) -->\s*\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 
 
@@ -74,19 +77,13 @@ def run(command: list[str], folder: Path) -> None:
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(page, marks=() if page.parent == ROOT or "warm_starts" in page.parts else pytest.mark.slow)
-        for page in PAGES
-    ],
-    ids=name_of,
-)
+@pytest.mark.parametrize("page", [page for page in PAGES if any(block.runs for block in blocks_of(page, *LANGUAGES))],
+                         ids=name_of)  # fmt: skip
 def test_the_blocks_of_a_page_run_in_order(page: Path, checkout: Path) -> None:
     session: list[str] = []  # the reader's Python session so far
     # A card names its model as the Hub does, by the name of its folder.
     here = checkout / "model_cards" if (ROOT / "model_cards") in page.parents else checkout
-    for block in blocks_of(page, "python", "bash", "shell"):
+    for block in blocks_of(page, *LANGUAGES):
         if not block.runs:
             continue
         if block.language == "python":
@@ -99,11 +96,14 @@ def test_the_blocks_of_a_page_run_in_order(page: Path, checkout: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_blocks_that_are_not_run_can_be_parsed(page: Path) -> None:
-    for block in blocks_of(page, "python", "bash", "shell"):
+    for block in blocks_of(page, *LANGUAGES):
         if block.language == "python":
             ast.parse(block.code, f"{name_of(page)}:{block.line}")
-        else:
-            subprocess.run(["bash", "-n", "-c", block.code], check=True)
+            continue
+        subprocess.run(["bash", "-n", "-c", block.code], check=True)
+        for module, words in COMMAND.findall(block.code.replace("\\\n", " ").replace("&&", "\n")):
+            if hasattr(command := importlib.import_module(module), "build_parser"):
+                command.build_parser().parse_args(shlex.split(words, comments=True))
 
 
 def commands_after(marker: str) -> list[str]:
