@@ -635,6 +635,21 @@ def test_without_text_a_search_is_by_memories(model, processor, tmp_path):
         bare.search_text("dog")
 
 
+def test_a_search_by_memories_finds_scraps_only_for_what_is_as_short(model, processor, tmp_path):
+    """The last chunks of query and texts are one letter, and equal; so their memories are, whatever is asked."""
+    bare = MemoryStore.open(tmp_path, model, processor, create=True)
+    bare.append({word: f"over the {word}s" for word in ("cat", "sea", "mat", "dog", "ring")})
+    query = "over the hats"
+    assert processor.cut_context(query).num_tokens == [CHUNK, CHUNK, 1]
+    assert {chunk.num_tokens for chunk in bare.chunks()} == {CHUNK, 1}
+    end = bare.memories(bare.chunks("cat")[-1:])[0]
+    assert all(chunk.num_tokens == 1 for chunk, _ in bare.nearest(end, 4)[0])
+    found = bare.search(query, 4)
+    assert len(found) == 4 and all(passage.chunks[0].num_tokens == CHUNK for passage, _ in found)
+    (passage, score), *_ = bare.search("s", 4)
+    assert passage.chunks[0].num_tokens == 1 and score == pytest.approx(1.0, abs=1e-2)
+
+
 def test_unknown_tokens_are_counted_and_told(tmp_path, caplog):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

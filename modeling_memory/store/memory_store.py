@@ -499,6 +499,9 @@ class MemoryStore(Tables):
     ) -> list[list[tuple[Chunk, float]]]:
         """Return the chunks nearest to each query: exactly, by the cosine to a chunk's nearest memory.
 
+        A question is no memory of its answer, and the memory of a chunk of few tokens is near to many: this finds what
+        was remembered in the same words. For questions there is [`search`].
+
         Args:
             queries (`torch.FloatTensor` of shape `(Q, D)`): Memories to look for.
             k (`int`): Chunks for each query; fewer if the store has fewer.
@@ -603,17 +606,21 @@ class MemoryStore(Tables):
             if not found:
                 return []
             asked, *vectors = normalize(embed([query, *(passage.text for passage, _ in found)]))
-            near = torch.stack(vectors) @ asked  # (passages,)
-            fused = fuse([range(len(found)), near.argsort(descending=True).tolist()])
+            cosines = torch.stack(vectors) @ asked  # (passages,)
+            fused = fuse([range(len(found)), cosines.argsort(descending=True).tolist()])
             return [(found[place][0], score) for place, score in fused[:k]]
         if self.keeps_text:
             return self.search_text(query, k, text_ids=text_ids)
         (text,) = remember_texts(self._model(), self.processor, {"query": query}, batch_size=256, keep_text=False)
         best: dict[Chunk, float] = {}
-        for pairs in self.nearest(text.memories.flatten(0, 1), k, text_ids=text_ids):
-            for chunk, score in pairs:
+        # The short chunk at a text's end is near to anything: it stands for less than half of what is looked for.
+        sizes = [tokens for tokens in text.counts for _ in range(self._shape[0])]
+        near = self.nearest(text.memories.flatten(0, 1), 4 * k + 16, text_ids=text_ids)
+        for tokens, pairs in zip(sizes, near, strict=True):
+            for chunk, score in pairs if 2 * tokens >= max(sizes) else ():
                 # A question may be several memories; a chunk that answers one of them well is an answer.
-                best[chunk] = max(score, best.get(chunk, -1.0))
+                if 2 * chunk.num_tokens >= tokens:
+                    best[chunk] = max(score, best.get(chunk, -1.0))
         order = sorted(best, key=lambda chunk: -best[chunk])[:k]
         return [(Passage(chunk.text_id, (chunk,), ""), best[chunk]) for chunk in order]
 
