@@ -65,7 +65,7 @@ def test_parts_run_as_their_files_come_and_leave_records(
         assert record["run"]["status"] == "success" and not record["failures"], record["failures"]
         assert record["toy"] and record["hardware"]["device"] == "cpu"
     weights = MemoryEncoderDecoderForCausalLM.from_pretrained(tmp_path / "gpu" / "weights" / "pair")
-    assert weights.dtype == torch.bfloat16
+    assert weights.config.references["decoder"]["id"] == "package:tiny_chat"
     assert main(["--to", str(tmp_path / "gpu"), "--toy", "--cpu"]) == 0
     assert "a done; b done; c done; d done; e done" in capsys.readouterr().out
 

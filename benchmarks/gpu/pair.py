@@ -5,6 +5,7 @@ Part d goes on from the first weights in `training/warm_starts/smollm2` with the
 last one can have, so that its rates fall to zero when the time ends.
 """
 
+import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -24,15 +25,15 @@ from modeling_memory.memory_adapters import adapters_on
 from training.data.tokenizer import complete_tokenizer, special_tokens_of
 from training.recipes.recipe import PretrainedRecipe, Recipe, find_recipe, load_recipe
 from training.recipes.strict_yaml import parse_yaml
-from training.records.record import data_digest, write_json
+from training.records.record import data_digest, read_json, write_json
 from training.train.inputs import Inputs, byte_lengths_of
 from training.train.stages import StageRunner
 
 RATE = 16
 LENGTHS = (16384, 65536)
-FIRST_STEPS = 60
+FIRST_STEPS = 40
 # Loading, validation and saving, seconds beside the steps themselves.
-BESIDE = 45.0
+BESIDE = 35.0
 
 
 def pair_recipe(job: Job, steps: dict[str, int], base: dict[str, Any]) -> Recipe:
@@ -100,15 +101,20 @@ def train_pair(job: Job) -> Numbers:
     PartialState(cpu=job.device.type == "cpu")
     first = run(recipe, "sixteen")
     free_memory(job.device)
-    if not job.toy:
-        each = first["seconds"] / FIRST_STEPS * 1.1  # the stage with questions reads more
-        steps["questions"] = max(20, int((job.left() - BESIDE) / each))
+    last_folder, kept = job.folder / "pair" / "stages" / "questions", job.folder / "pair" / "steps.json"
+    if (last_folder / "stage.json").is_file():
+        steps = read_json(kept)
+    else:
+        shutil.rmtree(last_folder, ignore_errors=True)  # begun for another number of steps, and no checkpoint is kept
+        if not job.toy:
+            each = first["seconds"] / FIRST_STEPS * 1.1  # the stage with questions reads more
+            steps["questions"] = max(20, int((job.left() - BESIDE) / each))
+        write_json(kept, steps)
     last = run(pair_recipe(job, steps, base), "questions")
     folder = job.folder / "weights" / "pair"
-    model = MemoryEncoderDecoderForCausalLM.from_pretrained(
-        job.folder / "pair" / "stages" / "questions" / "model", dtype=torch.bfloat16
-    )
-    model.save_pretrained(folder, by_reference=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of a try that was cut short
+    # By reference already; loading and saving it again would read the whole decoder twice more.
+    shutil.copytree(last_folder / "model", folder)
     ends = [log for log in last["series"] if "eval_copy_loss" in log][-1:]
     speed = {name: done["text_tokens_per_second"] for name, done in (("sixteen", first), ("questions", last))}
     return {"steps": steps, "tokens_per_second": speed, "validation": ends, "peak_gib": peak_gib(job.device)}
