@@ -1,7 +1,7 @@
 """What one GPU makes of this package: parts a to e, most valuable first, each with its own time and record.
 
 ```bash
-python -m benchmarks.gpu --to runs/gpu --toy                       # does it run? seconds, on any machine
+python -m benchmarks.gpu --to runs/gpu_toy --toy --parts a,b      # does it run? on any machine
 python -m benchmarks.gpu --to runs/gpu --payload runs/gpu_bundle/call1 --ship OUT
 ```
 
