@@ -92,12 +92,16 @@ def tar_of(files: Iterator[tuple[Path, str]]) -> bytes:
     return buffer.getvalue()
 
 
-def package_files(distributions: Sequence[str]) -> Iterator[tuple[Path, str]]:
-    """Yield the files of installed packages with their places among the installed ones."""
-    for name in distributions:
-        for file in importlib.metadata.files(name) or ():
-            if ".." not in file.parts and file.suffix != ".pyc" and Path(str(file.locate())).is_file():
-                yield Path(str(file.locate())), file.as_posix()
+def package_files(modules: Sequence[str]) -> Iterator[tuple[Path, str]]:
+    """Yield the files of installed packages, and of what `pip` knows of them, with their places beside each other."""
+    owners = importlib.metadata.packages_distributions()
+    for module in modules:
+        found = importlib.metadata.distribution(owners[module][0])
+        place = Path(str(found.locate_file("")))
+        told = place.glob(f"{found.name.replace('-', '_')}-*.dist-info/**/*")
+        for file in [*(place / module).rglob("*"), *told]:
+            if file.is_file() and file.suffix != ".pyc":
+                yield file, file.relative_to(place).as_posix()
 
 
 def text_of(options: argparse.Namespace) -> dict[str, list[str]]:
@@ -141,8 +145,7 @@ def make_payload(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for name, split, count in (("questions", "train", options.questions), ("validation_questions", "validation", 64)):
         save_questions(make_cloze(texts[split], count), folder / f"{name}.jsonl")
     packages = (base["path"].removeprefix("package:").partition("/")[0], *(["gguf"] if base["gguf_file"] else []))
-    owners = importlib.metadata.packages_distributions()
-    (folder / "site.tar").write_bytes(tar_of(package_files([owners[package][0] for package in packages])))
+    (folder / "site.tar").write_bytes(tar_of(package_files(packages)))
     warm = Path(options.warm)
     (folder / "warm.tar").write_bytes(tar_of((file, file.name) for file in warm.iterdir() if file.is_file()))
     (folder / "tokenizer.tar").write_bytes(tar_of((file, file.name) for file in (folder / "tokenizer").iterdir()))

@@ -9,12 +9,13 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from benchmarks.gpu.bundle import packed, read_tokens
@@ -86,12 +87,10 @@ def train_pair(job: Job) -> Numbers:
     """Run both stages; returns their entries for the record, and leaves the adapters in `weights/pair`."""
     base = packed(job.payload)["base"]
     steps = {"sixteen": 2, "questions": 2} if job.toy else {"sixteen": FIRST_STEPS, "questions": 100}
-    # Stages are saved by reference to the package; that a recipe's source be one is what a folder cannot answer.
     recipe = pair_recipe(job, steps, base)
     inputs = pair_inputs(job, recipe)
 
     def run(recipe: Recipe, name: str) -> Numbers:
-        recipe = replace(recipe, publish=replace(recipe.publish, by_reference=True))
         runner = StageRunner(recipe, job.folder / "pair" / "stages", inputs)
         stage = recipe.stage(name)
         done = runner.finished(stage) or runner.run(stage)
@@ -111,13 +110,28 @@ def train_pair(job: Job) -> Numbers:
             steps["questions"] = max(20, int((job.left() - BESIDE) / each))
         write_json(kept, steps)
     last = run(pair_recipe(job, steps, base), "questions")
-    folder = job.folder / "weights" / "pair"
-    shutil.rmtree(folder, ignore_errors=True)  # of a try that was cut short
-    # By reference already; loading and saving it again would read the whole decoder twice more.
-    shutil.copytree(last_folder / "model", folder)
+    keep_trained(job.payload / "warm", last_folder / "model", job.folder / "weights" / "pair")
     ends = [log for log in last["series"] if "eval_copy_loss" in log][-1:]
     speed = {name: done["text_tokens_per_second"] for name, done in (("sixteen", first), ("questions", last))}
     return {"steps": steps, "tokens_per_second": speed, "validation": ends, "peak_gib": peak_gib(job.device)}
+
+
+def keep_trained(warm: Path, stage: Path, folder: Path) -> None:
+    """Write what was trained, in bfloat16, as the folder by reference that it began as.
+
+    Args:
+        warm (`Path`): The first weights: their config names the package, their tensors are what is trained.
+        stage (`Path`): A stage's model, whole.
+        folder (`Path`): Where it goes.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with safe_open(warm / "trained.safetensors", framework="pt") as first:
+        names = list(first.keys())
+    with safe_open(stage / "model.safetensors", framework="pt") as whole:
+        tensors = {name: whole.get_tensor(name).to(torch.bfloat16) for name in names}
+    save_file(tensors, folder / "trained.safetensors", metadata={"format": "pt"})
+    shutil.copyfile(warm / "config.json", folder / "config.json")
 
 
 def train(job: Job) -> None:
