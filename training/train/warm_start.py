@@ -120,6 +120,7 @@ def fit_projector(model: MemoryEncoderDecoderForCausalLM, chunks: torch.LongTens
     projector.out.bias.copy_(mean - center @ weight)
 
 
+@torch.enable_grad()
 def make_readable(
     model: MemoryEncoderDecoderForCausalLM, chunks: torch.LongTensor, *, steps: int = 1000, tokens: int = 2048
 ) -> dict[int, float]:
