@@ -113,7 +113,7 @@ def complexity(function: ast.AST) -> int:
 
 
 def body_lines(function: ast.FunctionDef) -> int:
-    """Return the lines of a function without signature and docstring: a list of keywords is no step to read."""
+    """Return the lines of a body, without signature and docstring: a list of keywords is no step to read."""
     body = function.body[1:] if ast.get_docstring(function) is not None else function.body
     return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
 

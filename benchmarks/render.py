@@ -73,17 +73,9 @@ TABLES: dict[str, Entry] = {
         quality_tables.quickstart_stages,
         quality_tables.quickstart_sample,
     ),
-    **_entries("use", "python -m benchmarks.snippet use", quality_tables.use),
     **_entries("starters", "python -m benchmarks.starters", quality_tables.starters, quality_tables.works),
-    "reproduced": Entry(
-        ("quickstart", "starters", "fidelity_curve", "rolling"), quality_tables.reproduced, _QUICKSTART
-    ),
-    **_entries("fidelity_curve", "python -m benchmarks.fidelity_curve", quality_tables.fidelity_curve),
-    **_entries("pairs", "python -m benchmarks.pairs", quality_tables.pairs),
-    **_entries("decoder_sizes", "python -m benchmarks.pairs", quality_tables.decoder_sizes),
+    "reproduced": Entry(("quickstart", "starters", "rolling"), quality_tables.reproduced, _QUICKSTART),
     **_entries("probe", "python -m training.probe", quality_tables.probe),
-    **_entries("ceiling", "python -m training.ceiling runs/quickstart/hub", quality_tables.ceiling),
-    **_entries("capacity", "python -m training.ceiling", quality_tables.capacity),
     **_entries("fidelity", "python -m training.evaluate runs/quickstart/hub", quality_tables.fidelity),
     **_entries(
         "smollm2",
@@ -104,7 +96,6 @@ TABLES: dict[str, Entry] = {
         cost_tables.rolling_generation,
         cost_tables.rolling_folding,
         cost_tables.rolling_reading,
-        quality_tables.rolling_quality,
     ),
 }
 

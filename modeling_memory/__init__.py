@@ -11,6 +11,7 @@ from .configuration_masked_mixer import MaskedMixerConfig
 from .configuration_memory import MemoryEncoderDecoderConfig
 from .configuration_memory_autoencoder import MemoryAutoencoderConfig
 from .memory_cache import MemoryCache
+from .memory_embeds import embeds_to_base64, prompt_embeds
 from .modeling_masked_mixer import MaskedMixerForCausalLM, MaskedMixerModel
 from .modeling_memory import (
     MemoryCausalLMOutputWithPast,
@@ -43,6 +44,8 @@ __all__ = [
     "Passage",
     "RememberedContexts",
     "StoredText",
+    "embeds_to_base64",
+    "prompt_embeds",
     "quantization_report",
 ]
 

@@ -8,11 +8,13 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .configuration_checks import (
     POOLINGS,
+    SHORT_CHUNKS,
     Fields,
     Rules,
     at_least,
     build_child_config,
     check_children,
+    check_dtype,
     check_fields,
     check_rules,
     encoder_limit,
@@ -134,6 +136,9 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         initializer_range (`float`): Root mean square of a fresh projector's outputs for inputs of unit scale.
         adapters (`dict`, *optional*): Low-rank adapters by name: `parts` and fields of peft's `LoraConfig`. See
             [`MemoryEncoderDecoderModel.add_adapters`].
+        short_chunks (`str`): How the encoder reads a chunk that is not full: `"pad"`: as it is; `"repeat"`: its tokens
+            again and again until it is full, for encoders that give back whole chunks best; `"end"`: with end tokens
+            after it, which a model must have been trained on.
         references (`dict`, *optional*): Of a folder saved by reference: where encoder and decoder are found, and their
             hashes.
         format_version (`int`): Version of the saved layout.
@@ -179,6 +184,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         freeze_decoder: bool = False,
         encoder_trained_from: int | None = None,
         initializer_range: float = 0.02,
+        short_chunks: str = "pad",
         adapters: dict[str, dict[str, Any]] | None = None,
         references: dict[str, dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
@@ -202,6 +208,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         self.self_memory, self.window_positions = self_memory, window_positions
         self.freeze_encoder, self.freeze_decoder = freeze_encoder, freeze_decoder
         self.encoder_trained_from, self.initializer_range = encoder_trained_from, initializer_range
+        self.short_chunks = short_chunks
         self.adapters = {} if adapters is None else adapters
         self.references = {} if references is None else references
         self.format_version = format_version
@@ -211,6 +218,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
                 kwargs[name] = getattr(self.decoder, name, None)
         # Tied tables, if any, are tied inside the decoder, which declares them itself.
         kwargs["tie_word_embeddings"] = False
+        check_dtype(kwargs)
         super().__init__(**kwargs)
         # Also on loading: a config that was edited by hand is as wrong as one that was given.
         self._validate()
@@ -451,6 +459,7 @@ FIELDS: Fields = (
     ("memory_positions", *one_of(MEMORY_POSITIONS)),
     ("absent_memories", *one_of(ABSENT_MEMORIES)),
     ("memory_policy", *one_of(MEMORY_POLICIES)),
+    ("short_chunks", *one_of(SHORT_CHUNKS)),
     ("projector_norm window_positions self_memory freeze_encoder freeze_decoder", is_bool, "True or False"),
     ("max_memories encoder_layers encoder_trained_from", at_least(0, or_none=True), "an integer from 0 on, or None"),
     ("projector_hidden_size max_group", at_least(1, or_none=True), "an integer from 1 on, or None"),
@@ -536,6 +545,10 @@ RULES: Rules = (
     (
         lambda c: c.memory_positions not in ("fixed", "spread") or c.max_memories is not None,
         "`memory_positions={c.memory_positions!r}` reserves room for `max_memories`, which is not set. Set it.",
+    ),
+    (
+        lambda c: c.short_chunks != "end" or c.eos_token_id is not None,
+        "`short_chunks='end'` fills chunks with the end token, but `eos_token_id` is not set. Set it or use 'repeat'.",
     ),
     (
         _reads_the_same_ids,

@@ -17,6 +17,7 @@ import copy
 import hashlib
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, has_file
 
 from .memory_adapters import PARTS, base_state, is_adapter
-from .memory_checkpoint import TRAINED, list_names
+from .memory_checkpoint import TRAINED, list_names, undo_killed_saves
 from .memory_parts import HUB_OPTIONS, PACKAGE, first_layers, load_decoder, load_encoder, load_parts, package_version
 
 BASE_OPTIONS: tuple[str, ...] = ("token", "cache_dir", "local_files_only", "device_map", "attn_implementation")
@@ -289,6 +290,7 @@ def load_by_reference(
     hub = {
         name: kwargs[name] for name in (*HUB_OPTIONS, "subfolder") if name in kwargs and name != "trust_remote_code"
     }
+    undo_killed_saves(Path(source, kwargs.get("subfolder") or ""))
     # What is small and local first: a damaged folder must not cost a download of two bases.
     trained = _read_trained(source, hub)
     _check_trained(model_class, source, config, trained)  # before bases are fetched and memory is taken

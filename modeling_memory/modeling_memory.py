@@ -75,6 +75,7 @@ from .memory_checks import (
     is_compiling,
     read_once,
 )
+from .memory_embeds import prompt_embeds
 from .memory_encoder import MemoryProjector, build_encoder, build_pooling, encode_chunks, initialize_leaf
 from .memory_layout import (
     Layout,
@@ -664,7 +665,7 @@ def project_chunks(
     for part in groups:
         mask = None if chunk_mask is None else chunk_mask[part]
         number = None if num_memories is None else num_memories[part]
-        parts.append(encode_chunks(model.encoder, model.pooling, chunk_ids[part], mask, number, checked=True))
+        parts.append(encode_chunks(model.encoder, model.pooling, chunk_ids[part], mask, number, True, model.config))
     return model.projector(torch.cat(parts).to(model.decoder.dtype))
 
 
@@ -1148,6 +1149,14 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
         # put in the place of `forward` is this model's.
         vars(body).update({name: value for name, value in vars(self).items() if name != "forward"})
         return body
+
+    def prompt_embeds(self, **inputs: Any) -> list[torch.Tensor]:
+        """Return what the decoder reads of prompts, for servers that run it alone: see [`prompt_embeds`].
+
+        Args:
+            inputs: What `forward` takes.
+        """
+        return prompt_embeds(self, **inputs)
 
     def forward(
         self,

@@ -289,7 +289,7 @@ class MemoryAutoencoder(PreTrainedModel):
                 takes.
         """
         # Encoded first, so that ids and shapes are checked before the values of the mask are read.
-        memories = encode_chunks(self.encoder, self.pooling, input_ids, attention_mask)
+        memories = encode_chunks(self.encoder, self.pooling, input_ids, attention_mask, config=self.config)
         if attention_mask is not None and not torch.compiler.is_compiling():
             empty = (attention_mask == 0).all(1)
             if bool(empty.any()):

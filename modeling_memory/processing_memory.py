@@ -185,17 +185,18 @@ class MemoryProcessor(ProcessorMixin):
             self._control_ids[own] = tokenizer, len(tokenizer), control
         return control
 
-    def cut_context(self, context: str) -> CutText:
+    def cut_context(self, context: str, lengths: Sequence[int] | None = None) -> CutText:
         """Cut a context into chunks; the text is data, whatever it writes.
 
         Args:
             context (`str`): The text to be remembered.
+            lengths (`Sequence[int]`, *optional*): Tokens of each chunk, together all. Default: full chunks and a rest.
 
         Returns:
             [`CutText`]: Ids, number of text tokens and characters of each chunk, and how many tokens are unknown.
 
         Raises:
-            ValueError: If the context is no string or empty.
+            ValueError: If the context is no string or empty, or the lengths are not those of its chunks.
         """
         if not isinstance(context, str):
             raise ValueError(
@@ -208,7 +209,14 @@ class MemoryProcessor(ProcessorMixin):
             raise ValueError(
                 "A context is empty; expected text of one token or more. Give `None` for a row without a context."
             )
-        return cut_pieces(context, pieces, self.chunk_length, self._frame, tokenizer.unk_token_id)
+        if lengths is not None and (
+            sum(lengths) != len(pieces.ids) or not all(1 <= n <= self.chunk_length for n in lengths)
+        ):
+            raise ValueError(
+                f"`lengths` are {len(lengths)} numbers, {sum(lengths)} tokens together; expected 1 to "
+                f"{self.chunk_length} for each chunk, and together the {len(pieces.ids)} tokens of the context."
+            )
+        return cut_pieces(context, pieces, self.chunk_length, self._frame, tokenizer.unk_token_id, lengths)
 
     def split_context(self, context: str) -> list[list[int]]:
         """Cut a context into chunks of token ids, special tokens of the encoder tokenizer included.

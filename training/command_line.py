@@ -8,16 +8,19 @@
 | SIGTERM, Ctrl-C | 143, 130 | one line |
 | a fault of this package | 1 | a traceback |
 
+With `--json` standard output holds one JSON object and nothing else: the result, or `error` and `status`.
 `--traceback`, or `MODELING_MEMORY_TRACEBACK=1` in the environment, shows where any of them came from.
 """
 
 import argparse
 import errno
+import json
 import math
 import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,12 +28,20 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from training.places import portable_word
+from .places import portable_word
 
 INTERRUPTED = 130
 MISTAKE = 2
 TRACEBACK = "MODELING_MEMORY_TRACEBACK"
 OWN_CODE = ("training", "modeling_memory", "benchmarks")
+# Which extra of the package brings a module that may be missing.
+EXTRAS = {
+    "train": ("accelerate", "datasets", "matplotlib", "peft", "pyarrow", "sacrebleu"),
+    "eval": ("lm_eval", "immutabledict", "langdetect", "nltk"),
+    "serve": ("fastapi", "starlette", "uvicorn"),
+    "app": ("gradio",),
+    "gguf": ("gguf",),
+}
 # What can be done about an operating system's refusal; the rest speak for themselves.
 REMEDIES = {
     errno.ENOENT: "correct the path",
@@ -143,24 +154,32 @@ def run_command(
     An option `--threads` is obeyed here as well.
 
     Args:
-        parser (`argparse.ArgumentParser`): Its `prog` is the command, `python -m ...`; gets the option `--traceback`.
+        parser (`argparse.ArgumentParser`): Its `prog` is the command; gets `--json` and `--traceback`.
         run (`Callable`): Does the work, from the options and the command line as the record shall name it. A whole
-            number that it returns is the exit status.
+            number that it returns is the exit status, a mapping is the result that `--json` prints, a pair both.
         arguments (`Sequence[str]`, *optional*): The words after the command; default: those of the process.
 
     Returns:
         `int`: The exit status, as the table above has it.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object, all else on stderr")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    as_json = "--json" in words
     show = "--traceback" in words or bool(os.environ.get(TRACEBACK))
     transformers.utils.logging.disable_progress_bar()
     try:
-        options = parser.parse_args(words)
-        if getattr(options, "threads", None):
-            torch.set_num_threads(options.threads)
-        recorded = [portable_word(word) for word in words if word != "--traceback"]
-        result = run(options, f"{parser.prog} {shlex.join(recorded)}".rstrip())
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            options = parser.parse_args(words)
+            if getattr(options, "threads", None):
+                torch.set_num_threads(options.threads)
+            recorded = [portable_word(word) for word in words if word not in ("--json", "--traceback")]
+            ended = run(options, f"{parser.prog} {shlex.join(recorded)}".rstrip())
+        status, result = ended if isinstance(ended, tuple) else (ended if type(ended) is int else 0, ended)
+        if as_json:
+            print(json.dumps(result, ensure_ascii=False, default=str))
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:  # the reader of a pipe has had enough: no error, and no complaint at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -170,8 +189,9 @@ def run_command(
             raise
         line, status = explained
         print(line, file=sys.stderr)
+        if as_json:
+            print(json.dumps({"error": line.strip().removeprefix("error: "), "status": status}, ensure_ascii=False))
         return status
-    return result if type(result) is int else 0
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
@@ -194,7 +214,9 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, (ValueError, OSError, SafetensorError)):
         return f"error: {text}", MISTAKE
     if isinstance(error, ImportError) and not str(error.name).startswith(OWN_CODE):
-        return f"error: {text}; install what is missing with pip", MISTAKE
+        extra = next((name for name, modules in EXTRAS.items() if str(error.name).partition(".")[0] in modules), None)
+        named = "what is missing with pip" if extra is None else f'it with: pip install "modeling-memory[{extra}]"'
+        return f"error: {text}; install {named}", MISTAKE
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in text:
         return f"error: memory ran out ({text}); take a smaller batch, shorter rows or a smaller model", 1
     # Errors of our own classes are written for a reader; any other is a bug, and its traceback is wanted.

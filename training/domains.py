@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from training.command_line import Parser, check_place, named_file, run_command, whole_number
-from training.data.objectives import next_tokens
-from training.data.texts import file_checksums, load_texts, tokenise_documents
-from training.data.tokenizer import special_tokens_of
-from training.evaluate import load_model, measure_suites
-from training.measure.suites import (
+from .command_line import Parser, check_place, named_file, run_command, whole_number
+from .data.objectives import next_tokens
+from .data.texts import file_checksums, load_texts, tokenise_documents
+from .data.tokenizer import special_tokens_of
+from .evaluate import load_model, measure_suites
+from .measure.suites import (
     Evaluation,
     Scores,
     default_length,
@@ -33,9 +33,9 @@ from training.measure.suites import (
     spread_rows,
     summarise_scores,
 )
-from training.places import portable_path
-from training.recipes.recipe import resolve_files
-from training.records.record import Measurement, write_record
+from .places import portable_path, program
+from .recipes.recipe import resolve_files
+from .records.record import Measurement, write_record
 
 LETTERS = string.ascii_letters + string.digits + string.punctuation
 CAUSAL_LENGTH = 256
@@ -198,7 +198,7 @@ def next_token(
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
     parser = Parser(
-        prog="python -m training.domains", description="Measure what a model holds of text unlike its training text."
+        prog=program("domains"), description="Measure what a model holds of text unlike its training text."
     )
     parser.add_argument(
         "model", help="folder of a memory autoencoder, a memory model or a causal LM, or a Hub repository"

@@ -28,12 +28,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from training.command_line import Parser, check_place, named_file, run_command, whole_number
-from training.data.texts import file_checksums, load_texts, tokenise_documents
-from training.data.tokenizer import special_tokens_of, tokenizer_checksum
-from training.fidelity import evaluate_fidelity, text_lines
-from training.measure.benchmarks import benchmark_lines, measure_benchmarks, task_names
-from training.measure.suites import (
+from .command_line import Parser, check_place, named_file, run_command, whole_number
+from .data.texts import file_checksums, load_texts, tokenise_documents
+from .data.tokenizer import special_tokens_of, tokenizer_checksum
+from .fidelity import evaluate_fidelity, text_lines
+from .measure.benchmarks import benchmark_lines, measure_benchmarks, task_names
+from .measure.suites import (
     FIDELITY,
     SUITES,
     Evaluation,
@@ -43,12 +43,12 @@ from training.measure.suites import (
     results_table,
     spread_rows,
 )
-from training.places import portable_path
-from training.publishing.hub_folder import check_complete, load_checkpoint, load_processor
-from training.recipes.recipe import resolve_files
-from training.records.record import Measurement, read_json, write_record
-from training.train.build import count_parameters
-from training.train.inputs import byte_lengths_of
+from .places import REPOSITORY, portable_path, program
+from .publishing.hub_folder import check_complete, load_checkpoint, load_processor
+from .recipes.recipe import resolve_files
+from .records.record import Measurement, read_json, write_record
+from .train.build import count_parameters
+from .train.inputs import byte_lengths_of
 
 BENCHMARKS = "benchmarks"
 
@@ -114,12 +114,15 @@ def measure_suites(
 
 
 def find_model(name: str) -> Path:
-    """Return the folder of a model: the one named, or what the Hub has under that name.
+    """Return the folder of a model: the one named, the shipped starter, or what the Hub has under that name.
 
     Raises:
         ValueError: If there is neither.
     """
     folder = Path(name).expanduser()
+    shipped = REPOSITORY / "model_cards" / name
+    if not folder.is_dir() and "/" not in name and (shipped / "config.json").is_file():
+        return shipped
     if not folder.is_dir():
         try:
             folder = Path(snapshot_download(name))
@@ -183,7 +186,7 @@ def model_config(name: str, option: str = "MODEL") -> PreTrainedConfig:
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
     parser = Parser(
-        prog="python -m training.evaluate",
+        prog=program("evaluate"),
         description="Measure a trained model with controls: other texts' memories, no memory.",
     )
     add = parser.add_argument

@@ -30,11 +30,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from training.command_line import Parser, check_place, run_command
-from training.data.texts import file_checksums
-from training.measure.metrics import bootstrap_interval, wilson_interval
-from training.measure.suites import Evaluation, evaluate_suite, write_freely
-from training.records.record import Measurement, write_record
+from .command_line import Parser, check_place, run_command
+from .data.texts import file_checksums
+from .measure.metrics import bootstrap_interval, wilson_interval
+from .measure.suites import Evaluation, evaluate_suite, write_freely
+from .places import program
+from .records.record import Measurement, write_record
 
 MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
 DETAILS = {
@@ -222,7 +223,7 @@ def read_pairs(file: Path) -> tuple[list[str], list[str]]:
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
     parser = Parser(
-        prog="python -m training.fidelity",
+        prog=program("fidelity"),
         description="How faithfully were texts written back? Pairs from any system.",
     )
     parser.add_argument("pairs", help="JSON Lines file with the fields reference and written")

@@ -1,11 +1,42 @@
-"""Where this repository is, and how a path is written where others read it."""
+"""Where this repository, or the installed copy of it, is, and how a path is written where others read it."""
 
 import re
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+"""The checkout; installed, the folder of the package, where recipes, texts and cards lie as in a checkout."""
+PACKAGE = __package__ or "training"
+"""`training` from a checkout, `modeling_memory.training` where installed."""
+INSTALLED = {  # what the command offers, and what it says of each
+    "ask": "Answer a prompt from a store.",
+    "remember": "Keep texts as memories in a store.",
+    "probe": "Measure how much of its input an embedding holds.",
+    "evaluate": "Measure a model on held-out text, with controls.",
+    "publish": "Write, check and push a model's Hub folder.",
+    "run": "Run a recipe: train, evaluate, publish.",
+    "serve": "Answer requests of OpenAI clients, with contexts.",
+    "app": "Open a page to try a model in the browser.",
+}
+COMMAND = "modeling-memory"
 ABSOLUTE = re.compile(r"(?<=[=\[,'\" ])/[^\[\],'\"]+")
+
+
+def program(verb: str) -> str:
+    """Return the words that a command is called by.
+
+    >>> program("ask")
+    'python -m training.ask'
+    """
+    return f"python -m {PACKAGE}.{verb}" if PACKAGE == "training" or verb not in INSTALLED else f"{COMMAND} {verb}"
+
+
+def licence_text() -> str:
+    """Return the licence of this code; an installed package keeps it with its metadata."""
+    file = REPOSITORY / "LICENSE"
+    kept = None if file.is_file() else metadata.distribution(COMMAND).read_text("licenses/LICENSE")
+    return file.read_text("utf-8") if kept is None else kept
 
 
 def portable_path(path: str | Path) -> str:

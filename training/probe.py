@@ -27,15 +27,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from training.command_line import Parser, check_place, positive_number, run_command, whole_number
-from training.data.texts import file_checksums, load_texts
-from training.measure.frozen import POSITIONS, UNTRAINED, FrozenEncoder, TextRows, cut_rows, load_encoder, read_all
-from training.measure.inversion import DecoderSize, invert
-from training.places import portable_path
-from training.recipes.recipe import resolve_files
-from training.records.figures import write_probe_figure
-from training.records.record import Measurement, data_digest, read_json, write_json, write_record
-from training.train.fit import Budget
+from .command_line import Parser, check_place, positive_number, run_command, whole_number
+from .data.texts import file_checksums, load_texts
+from .measure.frozen import POSITIONS, UNTRAINED, FrozenEncoder, TextRows, cut_rows, load_encoder, read_all
+from .measure.inversion import DecoderSize, invert
+from .places import portable_path, program
+from .recipes.recipe import resolve_files
+from .records.figures import write_probe_figure
+from .records.record import Measurement, data_digest, read_json, write_json, write_record
+from .train.fit import Budget
 
 CONDITIONS = ("embedding", "untrained", "shuffled")
 TABLES = ("frozen", "replaced")
@@ -311,9 +311,9 @@ def names(text: str) -> tuple[str, ...]:
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
     parser = Parser(
-        prog="python -m training.probe",
+        prog=program("probe"),
         description="How much of its input does a model's embedding hold? Freeze it, train a decoder, count tokens.",
-        epilog="example: python -m training.probe mine=some/model@mean --text notes.txt --lengths 16,64",
+        epilog="example: %(prog)s mine=some/model@mean --text notes.txt --lengths 16,64",
     )
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="folder or Hub id; NAME=MODEL names it in the table, "

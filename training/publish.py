@@ -18,10 +18,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from training.command_line import Parser, run_command
-from training.publishing.bases import Base, check_bases_on_hub, find_bases
-from training.publishing.cards import card_licence, stage_record
-from training.publishing.hub_folder import (
+from .command_line import Parser, run_command
+from .places import program
+from .publishing.bases import Base, check_bases_on_hub, find_bases
+from .publishing.cards import card_licence, stage_record
+from .publishing.hub_folder import (
     ALLOWED_FILES,
     PublishError,
     check_complete,
@@ -30,10 +31,10 @@ from training.publishing.hub_folder import (
     refresh_hub_folder,
     write_hub_folder,
 )
-from training.publishing.provenance import NOTHING_RECORDED
-from training.publishing.push import check_target, push_folder
-from training.publishing.verification import verify_hub_folder
-from training.records.record import read_json
+from .publishing.provenance import NOTHING_RECORDED
+from .publishing.push import check_target, push_folder
+from .publishing.verification import verify_hub_folder
+from .records.record import read_json
 
 __all__ = ["PublishError", "load_checkpoint", "main", "verify_hub_folder", "write_hub_folder"]
 
@@ -41,7 +42,7 @@ __all__ = ["PublishError", "load_checkpoint", "main", "verify_hub_folder", "writ
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
     parser = Parser(
-        prog="python -m training.publish",
+        prog=program("publish"),
         description="Write a checkpoint as a Hub folder, load it back in clean processes, and push it.",
         epilog="Without --push nothing leaves this machine. The token is that of `hf auth login` or HF_TOKEN.",
     )
@@ -72,7 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="PART=ID[@REVISION]",
-        help="what encoder or decoder comes from (default: what the checkpoint says); a part not named goes by value",
+        help="what encoder or decoder comes from, a Hub id or package:NAME (default: what the checkpoint says); a "
+        "part not named goes by value",
     )
     reference.add_argument(
         "--base-folder", action="append", default=[], metavar="PART=FOLDER", help="a copy of it, against a download"
@@ -107,8 +109,8 @@ def _add_card_options(parser: argparse.ArgumentParser) -> None:
     card.add_argument("--project", metavar="URL", help="address of the project that made it")
 
 
-def publish(options: argparse.Namespace, command: str) -> None:
-    """Write, verify and push, as the command line says."""
+def publish(options: argparse.Namespace, command: str) -> dict[str, Any]:
+    """Write, verify and push, as the command line says; returns what was written and pushed."""
     target = {name: getattr(options, name) for name in ("private", "revision", "branch", "pull_request")}
     if options.push:
         check_target(options.push, **target)
@@ -129,6 +131,7 @@ def publish(options: argparse.Namespace, command: str) -> None:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{options.to or checkpoint}: {size / 1e6:.1f} MB, loads bit for bit as folder and as repository")
     print(f"checked: {', '.join(report['hub']['loaded'])}, forward and generation")
+    result = {"folder": str(options.to or checkpoint), "bytes": size, "verified": report}
     if options.push:
         print(f"pushing to {options.push} ...", flush=True)
         pushed = push_folder(
@@ -142,6 +145,8 @@ def publish(options: argparse.Namespace, command: str) -> None:
             print(f"deleted there: {name}")
         print(f"published: {pushed.url}")
         print(f'from_pretrained("{pushed.repo_id}", revision="{pushed.revision}", trust_remote_code=True)')
+        result |= {"url": pushed.url, "revision": pushed.revision}
+    return result
 
 
 def _write(

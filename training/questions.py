@@ -21,10 +21,11 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
-from training.command_line import Parser, check_place, device, run_command, whole_number
-from training.data.making import KINDS, make_cloze, passages, save_questions, write_questions
-from training.data.texts import load_texts
-from training.recipes.recipe import PretrainedRecipe, resolve_files
+from .command_line import Parser, check_place, device, run_command, whole_number
+from .data.making import KINDS, make_cloze, passages, save_questions, write_questions
+from .data.texts import load_texts
+from .places import program
+from .recipes.recipe import PretrainedRecipe, resolve_files
 
 BATCH = 8
 TRIES = 20
@@ -32,7 +33,7 @@ TRIES = 20
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
-    parser = Parser(prog="python -m training.questions", description="Make questions from texts, for training.")
+    parser = Parser(prog=program("questions"), description="Make questions from texts, for training.")
     add = parser.add_argument
     add("texts", nargs="+", metavar="TEXT", help="training text: .parquet, .jsonl, .txt, glob patterns")
     add("--to", required=True, metavar="FILE", help="the .jsonl to write")

@@ -3,8 +3,8 @@
 | table | a row | holds |
 |---|---|---|
 | `settings` | `store`, `state` | what never changes (fingerprint, number format); counts, which every change updates |
-| `texts` | a text | id, digest, and `places`: a chunk's first character, the one after its last, its tokens |
-| `chunks` | a chunk | its memories as one blob; `row` is the text's key * 2**24 + the chunk's number |
+| `texts` | a text | id, digest, and where its chunks stand, and whether they come back (`places`) |
+| `chunks` | a chunk | memories as one blob, the text if it is lost else; `row`: text's key * 2**24 + chunk's number |
 | `passages` | about 256 tokens | the kept text, cut between chunks; `row` is that of the first chunk |
 | `words` | a passage | the full-text index (FTS5), which holds no text of its own |
 
@@ -34,12 +34,16 @@ SCHEMA = (
     "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL, checksum BLOB NOT NULL)",
     "CREATE TABLE texts (key INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, digest TEXT, unknown INTEGER NOT NULL, "
     "passages INTEGER NOT NULL, places BLOB NOT NULL, checksum BLOB NOT NULL)",
-    "CREATE TABLE chunks (row INTEGER PRIMARY KEY, memory BLOB NOT NULL, checksum BLOB NOT NULL)",
+    "CREATE TABLE chunks (row INTEGER PRIMARY KEY, memory BLOB NOT NULL, original TEXT, checksum BLOB NOT NULL)",
     "CREATE TABLE passages (row INTEGER PRIMARY KEY, content TEXT NOT NULL, checksum BLOB NOT NULL)",
     "CREATE VIRTUAL TABLE words USING fts5(content, content='', tokenize='porter unicode61 remove_diacritics 2')",
 )
-STATE = {"generation": 1, "next": 1, "texts": 0, "chunks": 0, "tokens": 0, "unknown": 0, "stale": 0, "repairing": 0}
-"""Counts of what is stored; the key of the next text; the chunks deleted since the last vacuum."""
+STATE = {"generation": 1, "next": 1, "texts": 0, "chunks": 0, "tokens": 0, "unknown": 0, "checked": 0, "lost": 0}
+STATE |= {"stale": 0, "marked": 0, "repairing": 0}
+"""Counts of what is stored; the key of the next text; the chunks deleted since the last vacuum, and the
+passages of them whose words are only marked as deleted."""
+WORDS_CAN_LEAVE = sqlite3.sqlite_version_info >= (3, 42)
+"""Whether this SQLite takes words out of the index; before, they are marked until the index is written anew."""
 
 
 class MemoryStoreError(ValueError):
@@ -77,6 +81,11 @@ def explain(path: Path, error: sqlite3.Error) -> Exception:
         )
     if "closed" in words:
         return MemoryStoreError(f"The store {name} was closed. Open it again.")
+    if "fts5 file format" in words:
+        return MemoryStoreError(
+            f"The words of {name} were indexed by a newer SQLite than this Python's {sqlite3.sqlite_version}. Use a "
+            "Python with SQLite 3.42 or later."
+        )
     if "fts5" in words and "module" in words:
         return MemoryStoreError("This Python's SQLite has no full-text search (FTS5). Use another build of Python.")
     return damaged(path, words)

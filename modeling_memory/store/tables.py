@@ -11,9 +11,12 @@ from typing import Any
 import torch
 
 from .codec import check_dtype, code_sizes, decode_vectors
-from .database import FILE, SHIFT, Database, MemoryStoreError, checksum, damaged
+from .database import FILE, SHIFT, WORDS_CAN_LEAVE, Database, MemoryStoreError, checksum, damaged
 from .fingerprint import check_fingerprint
 from .texts import (
+    LOST,
+    UNCHECKED,
+    WHOLE,
     Chunk,
     Entry,
     Passage,
@@ -117,25 +120,26 @@ class Tables:
     def _entry(self, row: tuple) -> tuple[int, Entry]:
         key, text_id, digest, unknown, passages, places, stored = row
         # Types first: SQLite keeps any type in any column, and the checksum reads them.
-        is_sound = is_writable(text_id) and isinstance(places, bytes) and places and len(places) % 12 == 0
+        is_sound = is_writable(text_id) and isinstance(places, bytes) and places and len(places) % 16 == 0
         is_sound = is_sound and isinstance(passages, int) and isinstance(unknown, int)
         if not is_sound or stored != _text_checksum(key, text_id, digest, unknown, passages, places):
             raise damaged(self.folder / FILE, f"the row of the text {text_id!r:.60} does not agree with its checksum")
         return key, Entry(text_id, digest, unknown, passages, tuple(unpack_places(places)))
 
-    def _blobs(self, rows: range) -> list[tuple[int, bytes]]:
-        """Memories of rows that follow each other, as they are stored."""
+    def _blobs(self, rows: range) -> list[tuple[bytes, str | None]]:
+        """Memories of rows that follow each other, as they are stored, beside the text of those that have one."""
         found = self._read("SELECT * FROM chunks WHERE row BETWEEN ? AND ?", rows.start, rows.stop - 1)
         # Compared as a whole, so that a missing row, a foreign one and a wrong order are all found.
-        if [row for row, _, _ in found] != list(rows):
-            missing = sorted(set(rows) - {row for row, _, _ in found})
+        if [row[0] for row in found] != list(rows):
+            missing = sorted(set(rows) - {row[0] for row in found})
             raise damaged(self.folder / FILE, f"{self._name((missing or rows)[0])} is gone or out of order")
-        return [(row, self._checked_blob(row, blob, stored)) for row, blob, stored in found]
+        return [self._checked_chunk(*row) for row in found]
 
-    def _checked_blob(self, row: int, blob: Any, stored: Any) -> bytes:
-        if not isinstance(blob, bytes) or stored != checksum(blob, row) or len(blob) != self._blob_size:
+    def _checked_chunk(self, row: int, blob: Any, original: Any, stored: Any) -> tuple[bytes, str | None]:
+        is_sound = isinstance(blob, bytes) and (original is None or isinstance(original, str))
+        if not is_sound or stored != _chunk_checksum(row, blob, original) or len(blob) != self._blob_size:
             raise damaged(self.folder / FILE, f"{self._name(row)} does not agree with its checksum")
-        return blob
+        return blob, original
 
     @property
     def _blob_size(self) -> int:
@@ -153,7 +157,7 @@ class Tables:
             self._in_order(row, found)
             if not is_checked:
                 for one in found:
-                    self._checked_blob(*one)
+                    self._checked_chunk(*one)
             row, seen = found[-1][0], seen + len(found)
             yield [one[0] for one in found], [one[1] for one in found]
         stored = self._database.state["chunks"]
@@ -199,7 +203,7 @@ class Tables:
     def _whole(self, key: int, entry: Entry) -> Record:
         """All of a text, every row compared with its checksum."""
         first = key << SHIFT
-        blobs = [blob for _, blob in self._blobs(range(first, first + len(entry.places)))]
+        blobs = self._blobs(range(first, first + len(entry.places)))
         text = "".join(content for _, content in self._passages(key, entry)) if entry.passages else None
         return Record(entry.text_id, entry.digest, entry.unknown, list(entry.places), blobs, text)
 
@@ -216,8 +220,9 @@ class Tables:
         fields = (key, record.text_id, record.digest, record.num_unknown, len(kept), places)
         database.execute("INSERT INTO texts VALUES (?, ?, ?, ?, ?, ?, ?)", (*fields, _text_checksum(*fields)))
         first = key << SHIFT
-        chunks = ((first + i, blob, checksum(blob, first + i)) for i, blob in enumerate(record.memories))
-        database.executemany("INSERT INTO chunks VALUES (?, ?, ?)", chunks)
+        rows = ((first + i, blob, None if kept else original) for i, (blob, original) in enumerate(record.memories))
+        chunks = ((*row, _chunk_checksum(*row)) for row in rows)
+        database.executemany("INSERT INTO chunks VALUES (?, ?, ?, ?)", chunks)
         passages = ((first + i, content, checksum(content, first + i)) for i, content in kept)
         database.executemany("INSERT INTO passages VALUES (?, ?, ?)", passages)
         # The index keeps words only, not the text: that is there once, in `passages`.
@@ -227,13 +232,17 @@ class Tables:
         state["next"] += 1
         self._count(record.places, record.num_unknown, 1)
 
-    def _drop(self, database: sqlite3.Connection, text_id: str) -> None:
-        """Delete a text; its words leave the index by being named again."""
+    def _drop(self, database: sqlite3.Connection, text_id: str, few: bool = False) -> None:
+        """Delete a text; its words leave the index by being named again, at once where few texts are deleted."""
         key, entry = self._find(text_id)
         first = key << SHIFT
         if entry.passages:
             # The index can take out only words that it is given again, since it has not kept the text.
             words = [(first + number, content) for number, content in self._passages(key, entry)]
+            at_once = few and WORDS_CAN_LEAVE
+            if WORDS_CAN_LEAVE:
+                database.execute("INSERT INTO words(words, rank) VALUES ('secure-delete', ?)", (at_once,))
+            self._database.state["marked"] += 0 if at_once else entry.passages
             database.executemany("INSERT INTO words(words, rowid, content) VALUES ('delete', ?, ?)", words)
         for table in ("passages", "chunks"):
             rows = (first, first + (1 << SHIFT) - 1)
@@ -249,15 +258,30 @@ class Tables:
         state["chunks"] += sign * len(places)
         state["tokens"] += sign * sum(place[2] for place in places)
         state["unknown"] += sign * unknown
+        state["checked"] += sign * sum(place[3] != UNCHECKED for place in places)
+        state["lost"] += sign * sum(place[3] == LOST for place in places)
 
 
 def _text_checksum(key: int, *fields: Any) -> bytes:
     return checksum(repr(fields), key)
 
 
+def _chunk_checksum(row: int, blob: bytes, original: str | None) -> bytes:
+    return (
+        checksum(blob, row) if original is None else checksum(blob + original.encode("utf-8", "surrogatepass"), row, 1)
+    )
+
+
 def chunks_of(entry: Entry) -> list[Chunk]:
     """Return the chunks of a text, in reading order."""
     return [
-        Chunk(entry.text_id, number, start if start >= 0 else None, end if start >= 0 else None, tokens)
-        for number, (start, end, tokens) in enumerate(entry.places)
+        Chunk(
+            entry.text_id,
+            number,
+            start if start >= 0 else None,
+            end if start >= 0 else None,
+            tokens,
+            None if known == UNCHECKED else known == WHOLE,
+        )
+        for number, (start, end, tokens, known) in enumerate(entry.places)
     ]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from training.data.questions import Question
+from .questions import Question
 
 KINDS = ("cloze", "written")
 CHARACTERS = 200, 600

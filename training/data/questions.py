@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_memory import MemoryProcessor
 from modeling_memory.pipeline_memory import BETWEEN
-from training.data.objectives import BatchSpec, ReadyContext, Turns, build_batch, keep_columns, without_targets
+
+from .objectives import BatchSpec, ReadyContext, Turns, build_batch, keep_columns, without_targets
 
 FIELDS = ("context", "question", "answer")
 

@@ -7,6 +7,7 @@ any document.
 import gzip
 import io
 import json
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,13 +15,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
-
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 SUFFIXES = (".parquet", *(f"{kind}{end}" for kind in (".jsonl", ".txt", ".md") for end in ("", *COMPRESSIONS)))
 HUB = "hub:"
-READ_ERRORS = (OSError, EOFError, zlib.error, UnicodeDecodeError, pyarrow.ArrowInvalid)
+READ_ERRORS = (OSError, EOFError, zlib.error, UnicodeDecodeError)
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ def read_file(file: Path, text_column: str = "text", skip: Callable[[str], None]
             if text.strip():
                 found = True
                 yield text
-    except READ_ERRORS as error:
+    except _read_errors() as error:
         raise ValueError(
             f"{file} cannot be read as UTF-8 text in its format: {error}. Replace the damaged file."
         ) from error
@@ -152,6 +150,11 @@ def take_bytes(documents: Iterable[str], max_bytes: int) -> list[str]:
         if size >= max_bytes:
             break
     return taken
+
+
+def _read_errors() -> tuple[type[BaseException], ...]:
+    pyarrow = sys.modules.get("pyarrow")  # plain files are read without it; where it is not loaded it raised nothing
+    return READ_ERRORS if pyarrow is None else (*READ_ERRORS, pyarrow.ArrowInvalid)
 
 
 def _read(file: Path, text_column: str) -> Iterator[tuple[str, Any]]:
@@ -176,11 +179,15 @@ def _open(file: Path, compression: str | None) -> Any:
     if compression == "gzip":
         raw = gzip.GzipFile(fileobj=raw)
     elif compression == "zstd":
+        import pyarrow
+
         raw = io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
     return io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n")
 
 
 def _read_parquet(file: Path, text_column: str) -> Iterator[tuple[str, Any]]:
+    import pyarrow.parquet
+
     parquet = pyarrow.parquet.ParquetFile(file)
     columns = parquet.schema_arrow.names
     if text_column not in columns:

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from training.data.sources import read_file
-from training.data.tokenizer import tokenizer_checksum
+from .sources import read_file
+from .tokenizer import tokenizer_checksum
 
 logger = logging.get_logger(__name__)
 

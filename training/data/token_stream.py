@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from training.data.sources import Documents, HubDataset, take_bytes
-from training.data.texts import file_checksums, shared_pieces, tokenise_documents
-from training.data.tokenizer import tokenizer_checksum
+from .sources import Documents, HubDataset, take_bytes
+from .texts import file_checksums, shared_pieces, tokenise_documents
+from .tokenizer import tokenizer_checksum
 
 STREAM_FORMAT = 1
 SEGMENT_BYTES = 16_000_000

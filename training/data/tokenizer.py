@@ -11,7 +11,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from modeling_memory.store.fingerprint import tokenizer_checksum as tokenizer_checksum
-from training.data.objectives import SpecialTokens
+
+from .objectives import SpecialTokens
 
 PAD, BOS, EOS, COPY, BLANK, MEMORY = "<pad>", "<bos>", "<eos>", "<copy>", "<blank>", "<memory>"
 TABLE_SPECIALS = (PAD, BOS, EOS, COPY, BLANK)

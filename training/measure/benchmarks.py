@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from training.measure.metrics import bootstrap_interval
+from .metrics import bootstrap_interval
 
 MODES = ("full", "memory", "truncated", "none")
 LIBRARY = "lm_eval"

@@ -29,11 +29,12 @@ from torch import nn
 from modeling_memory import MaskedMixerConfig
 from modeling_memory.memory_encoder import build_encoder
 from modeling_memory.modeling_memory_autoencoder import RepeatExpansion, UnrollExpansion
-from training.measure.frozen import FrozenEncoder, TextRows, read_all
-from training.measure.metrics import bits_per_byte, token_results
-from training.measure.suites import Scores, summarise_scores
-from training.train.build import child_config
-from training.train.fit import Budget, Order, fit
+
+from ..train.build import child_config
+from ..train.fit import Budget, Order, fit
+from .frozen import FrozenEncoder, TextRows, read_all
+from .metrics import bits_per_byte, token_results
+from .suites import Scores, summarise_scores
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from training.data.objectives import IGNORED, BatchSpec, SpecialTokens, build_batch, targets_of
-from training.measure.metrics import (
+from ..data.objectives import IGNORED, BatchSpec, SpecialTokens, build_batch, targets_of
+from .metrics import (
     bits_per_byte,
     bootstrap_interval,
     exact_match,
@@ -299,7 +300,8 @@ def _over_batches(evaluation: Evaluation, rows: torch.Tensor, conditions: Any) -
 
 
 def _batches(batch_size: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    yield from zip(*(tensor.split(batch_size) for tensor in tensors), strict=True)
+    parts = [tensor.split(batch_size) for tensor in tensors]
+    yield from tqdm(zip(*parts, strict=True), desc="batches", total=len(parts[0]), disable=None, leave=False)
 
 
 @torch.no_grad()

@@ -11,8 +11,9 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from training.places import REPOSITORY
-from training.publishing.provenance import (
+from ..places import REPOSITORY
+from ..train.build import count_parameters
+from .provenance import (
     OWN,
     Licence,
     is_hub_id,
@@ -22,7 +23,6 @@ from training.publishing.provenance import (
     stage_sources,
     training_sources,
 )
-from training.train.build import count_parameters
 
 CARDS = REPOSITORY / "model_cards"
 TEMPLATE = CARDS / "template.md"

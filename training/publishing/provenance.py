@@ -16,11 +16,11 @@ import yaml
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.file_download import repo_folder_name
 
-from training.data.sources import HUB, HubDataset
-from training.places import REPOSITORY
-from training.recipes.recipe import PACKAGE, PretrainedRecipe
-from training.recipes.strict_yaml import parse_yaml
-from training.records.record import read_json
+from ..data.sources import HUB, HubDataset
+from ..places import REPOSITORY
+from ..recipes.recipe import PACKAGE, PretrainedRecipe
+from ..recipes.strict_yaml import parse_yaml
+from ..records.record import read_json
 
 LICENCES = REPOSITORY / "model_cards" / "licences.yaml"
 SOURCES = REPOSITORY / "model_cards" / "sources.yaml"

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from training.places import REPOSITORY, portable_paths
+from ..places import REPOSITORY, portable_paths
 
 FORMAT_VERSION = 1
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "datasets", "numpy")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from training.data.objectives import BatchSpec, SpecialTokens, build_batch
+from ..data.objectives import BatchSpec, SpecialTokens, build_batch
 
 SHOWN_NUMBERS = 4
 RED, PLAIN = "\x1b[31m", "\x1b[0m"

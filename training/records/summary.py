@@ -6,8 +6,8 @@ from typing import Any
 
 import jinja2
 
-from training.measure.suites import results_table
-from training.records.sample import sample_lines
+from ..measure.suites import results_table
+from .sample import sample_lines
 
 FIGURES = ("loss.png", "token_accuracy.png", "accuracy_by_position.png")
 # Autoescape: names and texts of a run may hold what looks like HTML.

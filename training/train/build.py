@@ -17,10 +17,11 @@ from modeling_memory import (
     MemoryEncoderDecoderForCausalLM,
 )
 from modeling_memory.memory_adapters import is_adapter
-from training.data.objectives import SpecialTokens
-from training.recipes.recipe import PretrainedRecipe, StageRecipe
-from training.recipes.strict_yaml import nearest
-from training.train.warm_start import copy_tables
+
+from ..data.objectives import SpecialTokens
+from ..recipes.recipe import PretrainedRecipe, StageRecipe
+from ..recipes.strict_yaml import nearest
+from .warm_start import copy_tables
 
 Loader = Callable[[str], Any]
 

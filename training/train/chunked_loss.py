@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from training.data.objectives import IGNORED
+from ..data.objectives import IGNORED
 
 
 def chunked_cross_entropy(

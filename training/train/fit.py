@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from training.train.optimizer import build_optimizer
+from .optimizer import build_optimizer
 
 
 @dataclass(frozen=True)

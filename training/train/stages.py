@@ -28,23 +28,24 @@ from transformers import (
 )
 
 from modeling_memory import MemoryAutoencoder, MemoryEncoderDecoderForCausalLM, MemoryProcessor
-from training.data.documents import DocumentRows
-from training.data.encoded import encode_once
-from training.data.making import make_cloze, save_questions
-from training.data.objectives import IGNORED, BatchSpec, targets_of
-from training.data.pairs import PairCollator, PairedRows, PairedText, cached_pairs, encode_pairs
-from training.data.questions import Question, Questions, RowsWithQuestions, read_questions
-from training.data.rows import ObjectiveCollator, TokenRows
-from training.data.token_stream import StreamedRows
-from training.recipes.recipe import STAGE_OBJECTIVES, Recipe, StageRecipe, resolve_documents, resolve_files
-from training.records.record import data_digest, peak_memory_bytes, read_json, write_json
-from training.train.build import build_stage_model, check_described, count_parameters, parameter_report, report_lines
-from training.train.checkpoints import check_same, last_complete_checkpoint, replace_folder
-from training.train.inputs import Inputs
-from training.train.stopping import StoppedError
-from training.train.trainer import MemoryTrainer, training_arguments
-from training.train.warm_start import FITTED_CHUNKS, start_projector
-from training.train.watching import WatchMemories
+
+from ..data.documents import DocumentRows
+from ..data.encoded import encode_once
+from ..data.making import make_cloze, save_questions
+from ..data.objectives import IGNORED, BatchSpec, targets_of
+from ..data.pairs import PairCollator, PairedRows, PairedText, cached_pairs, encode_pairs
+from ..data.questions import Question, Questions, RowsWithQuestions, read_questions
+from ..data.rows import ObjectiveCollator, TokenRows
+from ..data.token_stream import StreamedRows
+from ..recipes.recipe import STAGE_OBJECTIVES, Recipe, StageRecipe, resolve_documents, resolve_files
+from ..records.record import data_digest, peak_memory_bytes, read_json, write_json
+from .build import build_stage_model, check_described, count_parameters, parameter_report, report_lines
+from .checkpoints import check_same, last_complete_checkpoint, replace_folder
+from .inputs import Inputs
+from .stopping import StoppedError
+from .trainer import MemoryTrainer, training_arguments
+from .warm_start import FITTED_CHUNKS, start_projector
+from .watching import WatchMemories
 
 WATCHED_TEXTS = 16
 CLOZE = "cloze:"
@@ -245,11 +246,11 @@ class StageRunner:
         """Let a fresh projector start where the recipe says."""
         where = f"stages.{stage.name}.warm_start"
         sample: list[tuple[Any, ...]] = []
-        if stage.warm_start.projector == "last_token":
+        if stage.warm_start.projector in ("last_token", "readable"):
             if isinstance(collator, PairCollator):
                 raise ValueError(
-                    f"{where}.projector is last_token, but the encoder has a tokenizer of its own, whose last "
-                    "token is none of the decoder's; use default"
+                    f"{where}.projector is {stage.warm_start.projector}, but the encoder has a tokenizer of its own, "
+                    "whose tokens are none of the decoder's; use default"
                 )
             number = -(-FITTED_CHUNKS * model.config.chunk_length // stage.data.row_length)
             fitted = self._train_rows(stage, model, number, self._order(stage))
@@ -326,6 +327,8 @@ class StageRunner:
             source_length=rows.source_length,
             vary_source=rows.vary_source,
             shortened=rows.shortened,
+            random_tokens=rows.random_tokens,
+            vocab_size=len(self.inputs.tokenizer),
             documents=rows.documents,
             split_windows=rows.window_length is not None,
             every=rows.every,

@@ -1,0 +1,79 @@
+"""The page, clicked in the system's chromium, and called as its API is."""
+
+import re
+import shutil
+
+import gradio_client
+import pytest
+
+from modeling_memory.serving.page import EXAMPLE, page, remember
+from training.remember import load_memory_model
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def address():
+    blocks = page(*load_memory_model("starter-tiny"))
+    _, local, _ = blocks.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    yield local
+    blocks.close()
+
+
+def test_a_visitor_remembers_quotes_and_asks(address, tmp_path):
+    client = gradio_client.Client(address, verbose=False)
+    with pytest.raises(Exception, match="Nothing is remembered yet"):
+        client.predict(api_name="/write_back")
+    with pytest.raises(Exception, match="There is no text"):
+        client.predict(" ", api_name="/remember")
+    costs, chunks, *_ = client.predict(EXAMPLE, api_name="/remember")
+    positions = re.search(r"positions that the decoder reads \| (\d+) \| (\d+)", costs)
+    assert int(positions[1]) > int(positions[2]) == chunks.count("<tr>") - 1
+    assert client.predict(api_name="/quote")[0] == EXAMPLE
+    written, lost = client.predict(api_name="/write_back")
+    assert re.sub("<[^>]+>", "", written) == EXAMPLE and "Nothing was lost" in lost
+    reply, used = client.predict("The sign", "a text to go on with", api_name="/ask")
+    assert reply and used == f"Read from {positions[2]} of {positions[2]} chunks."
+    other = gradio_client.Client(address, verbose=False)  # another visitor has another document
+    other.predict("<b>Él</b> 漢字 wrote: qqxzj!", api_name="/remember")
+    written, lost = other.predict(api_name="/write_back")
+    assert "<b>" not in written and "<mark" in written and "lost something" in lost  # wrong tokens are marked
+    assert client.predict(api_name="/quote")[0] == EXAMPLE
+    (tmp_path / "a.txt").write_text("A letter came.")
+    assert client.predict(gradio_client.handle_file(tmp_path / "a.txt"), api_name="/upload") == "A letter came."
+
+
+def test_a_new_document_takes_the_place_of_the_one_before():
+    from modeling_memory.serving import Engine
+
+    engine = Engine(*load_memory_model("starter-tiny"))
+    first = remember(engine, EXAMPLE, None)
+    second = remember(engine, "A letter came.", first)
+    assert not first["folder"].exists() and second["store"].text_ids == ["document"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs a chromium of the system")
+def test_the_page_is_clicked_in_a_browser(address, pytestconfig):
+    from playwright.sync_api import expect, sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        view = browser.new_page(viewport={"width": 1100, "height": 1300})
+        view.goto(address)
+        view.locator("#document textarea").fill(EXAMPLE + " Él wrote.")
+        view.click("#remember")
+        expect(view.locator("#chunks tr")).not_to_have_count(0, timeout=30_000)
+        expect(view.locator("#costs")).to_contain_text("positions saved")
+        view.click("#back")
+        expect(view.locator("#written")).to_contain_text("The sign was newly painted", timeout=30_000)
+        expect(view.locator("#lost")).to_contain_text("tokens came back")
+        view.click("#quote")
+        expect(view.locator("#answer textarea")).to_have_value(
+            re.compile("The sign was newly painted"), timeout=30_000
+        )
+        view.locator("#prompt textarea").fill("<copy>")
+        view.click("#ask")
+        expect(view.locator("#used")).to_contain_text("chunks", timeout=30_000)
+        if pytestconfig.getoption("basetemp"):  # where a caller wants to look at it
+            view.screenshot(path=f"{pytestconfig.getoption('basetemp')}.png", full_page=True)
+        browser.close()
