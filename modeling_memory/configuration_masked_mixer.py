@@ -66,10 +66,12 @@ class MaskedMixerConfig(PreTrainedConfig):
         self.kernel_size = kernel_size
         self.max_position_embeddings = max_position_embeddings
         self.causal = causal
+        # The paper's width, and that of most transformers.
         self.intermediate_size = 4 * hidden_size if intermediate_size is None else intermediate_size
         self.layer_norm_eps = layer_norm_eps
         self.initializer_range = initializer_range
         self.use_cache = use_cache
+        # Before the library's own part, which would fail on a nonsensical field with a message of its own.
         self._validate()
         super().__init__(
             pad_token_id=pad_token_id,

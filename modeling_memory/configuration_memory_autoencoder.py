@@ -94,12 +94,14 @@ class MemoryAutoencoderConfig(PreTrainedConfig):
         self.bottleneck_size = bottleneck_size
         self.bottleneck_noise = bottleneck_noise
         self.short_chunks = short_chunks
+        # A chunk is written in the tokens that it was read in, unless the head is to speak another vocabulary.
         self.vocab_size = getattr(self.encoder, "vocab_size", None) if vocab_size is None else vocab_size
         self.freeze_encoder = freeze_encoder
         self.initializer_range = initializer_range
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if kwargs.get(name) is None:
                 kwargs[name] = getattr(self.encoder, name, None)
+        # The decoder reads vectors and has no table that a head could be tied to.
         kwargs["tie_word_embeddings"] = False
         check_dtype(kwargs)
         super().__init__(**kwargs)
@@ -115,6 +117,7 @@ class MemoryAutoencoderConfig(PreTrainedConfig):
         check_children(self, (("encoder", "hidden_size"), ("decoder", "hidden_size")))
         check_rules(self, RULES)
         for name in ("encoder", "decoder"):
+            # The decoder, too: it writes all positions of a chunk in one pass.
             limit = encoder_limit(getattr(self, name))
             if limit is not None and self.chunk_length > limit:
                 raise ValueError(

@@ -37,6 +37,7 @@ class RenderedChat:
 
 def as_batch(conversation: Any) -> tuple[list[Any], bool]:
     """Return one conversation or several as a list, and whether they were several."""
+    # By the first entry: a message is a dictionary, a conversation is a list of them.
     first = conversation[0] if isinstance(conversation, (list, tuple)) and conversation else None
     batched = isinstance(first, (list, tuple)) or hasattr(first, "messages")
     return (list(conversation), True) if batched else ([conversation], False)
@@ -107,12 +108,14 @@ def render_chats(
             "which begins another one, nor with `return_assistant_tokens_mask`. Give one of them."
         )
     turns = [_messages(chat, row) for row, chat in enumerate(chats)]
+    # A character that nobody wrote: what is found beside it after rendering was put there by this function.
     mark = _free_character([template, *_strings([turns, kwargs])])
     mark_text = _marker(mark, control)
 
     def is_data(message: Mapping) -> bool:
         return message.get("role") not in TRUSTED_ROLES if split_special_tokens is None else split_special_tokens
 
+    # The template is tried only where the answer matters: rendering takes time.
     has_parts = any(not isinstance(message.get("content", ""), str) for chat in turns for message in chat)
     in_parts = has_parts and _takes_parts(tokenizer, template)
     turns = [

@@ -275,6 +275,7 @@ def open_plain(layout: Layout, text: Text, facts: Any, memories: Memories, rolli
     """Say what a cache has to know after a text of one window, or of any length that is not compressed."""
     mask = text.mask()
     fill, (batch_size, length) = mask.sum(1), mask.shape
+    # Known on the host, so that a window without padding costs no sorting.
     full = layout.mask is None or (facts is not None and facts.is_full)
     window = None
     if rolling:  # tokens that may be compressed, padding last
@@ -305,6 +306,7 @@ def lay_slots(
     sees = memories.mask.bool().any(1)
     layout.sees_memories = sees if facts is None or facts.sees_memories is None else facts.sees_memories
     mask = text.mask()
+    # Slots are no tokens of the window, whose places count what is written there.
     words = mask * ~slots
     marked = None
     if config.window_positions:
@@ -325,6 +327,7 @@ def lay_slots(
         None, words.sum(1), next_position, mask.shape[1], mask, None, marked, gaps, False, layout.sees_memories
     )
     layout.memories = memories
+    # Elsewhere the next position is the number of columns, which any cache knows.
     layout.needs_own_cache = config.window_positions or config.memory_positions == "source"
     first = None if facts is None or layout.sees_memories is False else facts.first_slot
     first = None if first is None else past + first
@@ -782,6 +785,7 @@ def _open_windows(
     front_is_full = layout.has_filler or (layout.shares_prefix and visible == {own_entries})
     known = layout.shares_prefix and (min(visible) > 0) == (max(visible) > 0)
     assert isinstance(layout.sees_memories, torch.Tensor)
+    # Only where no row masks an entry of the prefix may the mask be left out.
     layout.is_full = layout.shares_prefix and cut.is_full and max(layout.widths) == 0
     layout.opening = Opening(
         cut.columns[last][:, :most] if window_length is not None and text.input_ids is not None else None,

@@ -583,6 +583,7 @@ class MemoryEncoderDecoderModel(MemoryPreTrainedModel):
             if self.training and torch.is_grad_enabled():
                 features = touch(self, features)
             cache = open_cache(call, layout, kept, decoded) if call.use_cache and decoded.cache is not None else None
+            # What a caller gave is given back as it was; of plain text, what its windows became.
             shown = memories if layout.row is None or call.has_memories else kept
             output = MemoryModelOutput(
                 features, cache, decoded.hidden_states, decoded.attentions,
@@ -811,6 +812,8 @@ def read_apart(model: Any, call: Call, full: list[int]) -> MemoryModelOutput:
     outputs: list[Any] = []
     for numbers in (full, others):
         rows = torch.tensor(numbers, device=text.tokens.device)
+        # A cache of its own for each part: they go on at different lengths, and are one rectangle again only
+        # afterwards.
         part = cache.select(rows)
         mask = None if text.attention_mask is None else text.attention_mask[rows]
         outputs.append(
@@ -1022,6 +1025,7 @@ def run(
         outputs = read(**inputs, **({} if unread else call.options))
     features = outputs.logits if head else outputs.last_hidden_state
     if keep is not None:
+        # A number for windows, whose rows begin with entries; columns for texts as they stand.
         features = features[:, -keep:] if isinstance(keep, int) else features[:, keep]
     return features, outputs
 
@@ -1035,6 +1039,7 @@ def group_of(layout: Layout, part: slice, shared: Cache | None, num_entries: int
     # Early windows see few entries: what none of a group sees would only cost time.
     width = max(layout.widths[part])
     rows.mask = torch.cat([rows.mask[:, :width], rows.mask[:, num_entries:]], 1)
+    # By copying, since the decoder appends to what it is given, and the next group needs the prefix alone.
     return rows, share_columns(shared, width, rows.row)
 
 

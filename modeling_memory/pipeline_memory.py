@@ -100,6 +100,7 @@ class MemoryQuestionAnswering(Pipeline):
             )
         given = isinstance(context, RememberedContexts)
         remembered: Any = context if given else self.remember(context, memories_per_chunk)
+        # Greedy unless asked otherwise: an answer from a text should be the same tomorrow.
         settings = {"max_new_tokens": 64, "do_sample": False, **self._forward_params, **options}
         answers: list[str] = []
         for start in range(0, len(questions), batch_size):
@@ -123,7 +124,9 @@ class MemoryQuestionAnswering(Pipeline):
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             raise ValueError(f"`context` is {context!r:.60}; expected a text, or a list of texts.")
         per_chunk = self.processor.memories_per_chunk if memories_per_chunk is None else memories_per_chunk
+        # Counted before encoding, since the batch of chunks no longer says which context each belongs to.
         counts = [len(self.processor.split_context(text)) for text in texts]
+        # All contexts in one row: every question sees all of them.
         inputs = self.processor(context=[texts], context_num_memories=memories_per_chunk, return_tensors="pt")
         inputs = inputs.to(self.model.device)
         embeds, _, num_tokens = self.model.encode_memories(
@@ -146,6 +149,7 @@ class MemoryQuestionAnswering(Pipeline):
         Raises:
             ValueError: As a call.
         """
+        # By the tokenizer itself: only the processor knows slots, and those stand in the prompt, which is skipped.
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failed: list[BaseException] = []
 
@@ -172,9 +176,11 @@ class MemoryQuestionAnswering(Pipeline):
             num_memories=[memories.num_memories] * len(chats),
             tokenize=True,
             add_generation_prompt=True,
+            # Whatever the tokenizer's own side is: on the right the first token would be drawn from padding.
             padding_side="left",
             return_tensors="pt",
         )
+        # A view: a hundred questions share the memories of their context.
         ready = {"memory_embeds": memories.memory_embeds.expand(len(chats), -1, -1)}  # (B, M, D)
         if memories.memory_num_tokens is not None:
             ready["memory_num_tokens"] = memories.memory_num_tokens.expand(len(chats), -1)

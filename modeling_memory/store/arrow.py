@@ -92,6 +92,7 @@ def _batch(pa: Any, schema: Any, rows: list[tuple]) -> Any:
         width = field.type.list_size * field.type.value_type.bit_width // 8
         content = b"".join([blob[split : split + width] for blob in blobs])
         count = len(blobs) * field.type.list_size
+        # From the stored bytes as they are: a way through Python's numbers would take a hundred times as long.
         values = pa.Array.from_buffers(field.type.value_type, count, [None, pa.py_buffer(content)])
         arrays.append(pa.FixedSizeListArray.from_arrays(values, field.type.list_size))
         split += width
@@ -139,11 +140,13 @@ def read_records(reader: Any, settings: dict[str, Any]) -> Iterator[Record]:
     rows: list[dict[str, Any]] = []
     for batch in reader:
         columns = {name: batch.column(batch.schema.get_field_index(name)) for name in names}
+        # Formats without scales have no such column.
         lists = [_blobs(columns.pop(name)) for name in ("codes", "scales") if name in columns]
         blobs = [b"".join(parts) for parts in zip(*lists, strict=True)]
         plain = {name: column.to_pylist() for name, column in columns.items()}
         for place, blob in enumerate(blobs):
             row = {name: values[place] for name, values in plain.items()} | {"blob": blob}
+            # A text may reach over two batches, and is a record only when its last row has come.
             if rows and row["text_id"] != rows[-1]["text_id"]:
                 yield _record(rows)
                 rows = []
@@ -157,12 +160,14 @@ def _blobs(column: Any) -> list[bytes]:
         raise MemoryStoreError("An Arrow row has no memories (null). Leave such rows out.")
     values, width = column.flatten(), column.type.list_size * column.type.value_type.bit_width // 8
     start = values.offset * values.type.bit_width // 8
+    # A slice of a table shares its buffers, so the bytes wanted may begin anywhere in them.
     content = memoryview(values.buffers()[1])[start : start + len(column) * width].tobytes()
     return [content[place : place + width] for place in range(0, len(content), width)]
 
 
 def _record(rows: list[dict[str, Any]]) -> Record:
     first = rows[0]
+    # Arrow data comes from elsewhere, and may have been filtered, sorted or joined since.
     check_id(first["text_id"])
     if [row["number"] for row in rows] != list(range(first["chunks"] or 0)):
         raise MemoryStoreError(
