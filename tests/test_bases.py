@@ -84,10 +84,9 @@ def answers(model):
         return model(input_ids).logits, model.generate(input_ids, max_new_tokens=9, do_sample=False)
 
 
-def test_a_folder_by_reference_is_small_and_loads_in_clean_processes(
-    checkpoint, decoder, model, tmp_path, capsys, monkeypatch
-):
-    """One process is given the base as a folder, the other finds it in the Hub's cache by the id and commit named."""
+def test_a_folder_by_reference_is_small_and_names_its_base(checkpoint, decoder, model, tmp_path, capsys, monkeypatch):
+    # It is loaded in clean processes below, where the base is on a hub.
+    monkeypatch.setattr(publish, "verify_hub_folder", lambda *_, **__: {"hub": {"loaded": ["AutoModel"]}})
     assert publish.main(arguments(checkpoint, tmp_path / "hub", decoder)) == 0
     assert "loads bit for bit" in capsys.readouterr().out
     trained = load_file(tmp_path / "hub" / "trained.safetensors")
@@ -98,7 +97,6 @@ def test_a_folder_by_reference_is_small_and_loads_in_clean_processes(
     assert (reference["id"], reference["revision"]) == ("me/base", COMMIT)
     check_card_of_base(tmp_path / "hub", str(decoder))
     # What was published by reference is published again, by reference and by value, without naming the base.
-    monkeypatch.setattr(publish, "verify_hub_folder", lambda *_, **__: {"hub": {"loaded": ["AutoModel"]}})
     again = [str(tmp_path / "hub"), "--licence", "mit", "--base-folder", f"decoder={decoder}"]
     assert publish.main([*again, "--to", str(tmp_path / "again"), "--by-reference"]) == 0
     assert json.loads((tmp_path / "again" / "config.json").read_text())["references"] == config["references"]
@@ -203,7 +201,10 @@ def run(words, folder, environment):
 
 
 def test_from_the_checkpoint_to_a_user_whose_base_is_on_the_hub_too(checkpoint, decoder, model, tmp_path):
-    """Publish, load and run the card's snippet; then with a base that is another one now, each refused by name."""
+    """Publish, load and run the card's snippet; then with a base that is another one now, each refused by name.
+
+    Before the push, one clean process is given the base as a folder, the other finds it in the Hub's cache.
+    """
     torch.save(random_ids(2, 29), tmp_path / "inputs.pt")
     with LoopbackHub() as hub:
         hub.repositories["me/base"] = Repository()
@@ -220,16 +221,15 @@ def test_from_the_checkpoint_to_a_user_whose_base_is_on_the_hub_too(checkpoint, 
         revision = hub.repositories["me/model"].refs["main"]
         assert "trained.safetensors" in hub.repositories["me/model"].files()
 
-        user = ["-P", "-c", USER, revision, str(tmp_path / "inputs.pt"), str(tmp_path / "outputs.pt")]
-        done = run(user, tmp_path, hub.environment(tmp_path / "user"))
-        assert done.returncode == 0, done.stderr
-        for found, wanted in zip(torch.load(tmp_path / "outputs.pt"), answers(model), strict=True):
-            assert torch.equal(found, wanted)
         card = hub.repositories["me/model"].files()["README.md"].decode()
         assert "Weights: mit, that of me/base." in card
         snippet = re.search(r"^```python\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
-        done = run(["-P", "-c", snippet[1]], tmp_path, hub.environment(tmp_path / "user"))
+        places = [revision, str(tmp_path / "inputs.pt"), str(tmp_path / "outputs.pt")]
+        user = ["-P", "-c", USER + snippet[1], *places]
+        done = run(user, tmp_path, hub.environment(tmp_path / "user"))
         assert (done.returncode, done.stdout.strip() != "") == (0, True), done.stderr
+        for found, wanted in zip(torch.load(tmp_path / "outputs.pt"), answers(model), strict=True):
+            assert torch.equal(found, wanted)
 
         # A folder that is no copy of what the Hub has at that commit is never pushed.
         other = changed(decoder, tmp_path / "other")
