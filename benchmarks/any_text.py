@@ -79,9 +79,7 @@ def measure_autoencoder(model: Any, rows: Sequence[Sequence[int]]) -> dict[str, 
 
 @torch.no_grad()
 def measure_memory(model: Any, processor: Any, rows: Sequence[Sequence[int]], folder: Path) -> dict[str, Any]:
-    """Texts through a store: written back in one pass, and quoted after the self-check; and, where the model has room
-    for their memories, copied teacher-forced and free-running.
-    """
+    """Texts through a store: written back in one pass, and quoted after the self-check."""
     tokenizer, config = processor.tokenizer, model.config
     texts = {f"text {place}": tokenizer.decode(row) for place, row in enumerate(rows)}
     found: dict[str, Any] = {}
@@ -97,6 +95,13 @@ def measure_memory(model: Any, processor: Any, rows: Sequence[Sequence[int]], fo
             found[f"quoted, {on_loss}"] = shares(quoted)
         found[f"lost chunks, {on_loss}"] = store.num_lost / store.num_chunks
         found[f"chunks, {on_loss}"] = store.num_chunks / chunks
+    return found
+
+
+@torch.no_grad()
+def measure_copies(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Texts copied teacher-forced and free-running, if the model has room for all of their memories."""
+    config, found = model.config, {}
     ids = special_tokens_of(tokenizer)
     evaluation = Evaluation(model, ids, config.chunk_length, config.window_length)
     length = len(rows[0])
@@ -109,8 +114,8 @@ def measure_memory(model: Any, processor: Any, rows: Sequence[Sequence[int]], fo
         targets = batch["shift_labels"]
         right = (forced == targets) | (targets == -100)
         found["copied, teacher-forced"] = shares(right.all(1).tolist())
-        prompt = {name: t if name.startswith("context") else t[:, : t.shape[1] - length] for name, t in inputs.items()}
-        start = prompt["input_ids"].shape[1]
+        start = int((inputs["input_ids"][0] == ids.copy).nonzero()[0]) + 1
+        prompt = {name: t if name.startswith("context") else t[:, :start] for name, t in inputs.items()}
         copy = model.generate(**prompt, max_new_tokens=length + 1, do_sample=False)[:, start:]
         copy = torch.nn.functional.pad(copy, (0, length + 1 - copy.shape[1]), value=ids.pad)
         found["copied, free-running"] = shares((copy == wanted).all(1).tolist())
@@ -162,6 +167,9 @@ def measure(
                 work = partial(measure_memory, model, processor, rows, Path(place))
                 work = partial(measure_autoencoder, model, rows) if is_autoencoder else work
                 cell = once(f"{folder.name}, {kind}, {length}", work)
+            if not is_autoencoder:
+                copies = partial(measure_copies, model, tokenizer, rows)
+                cell = {**cell, **once(f"{folder.name}, {kind}, {length}, copies", copies)}
             found["kinds"].setdefault(kind, {})[str(length)] = cell
             shown = {name: round(one["share"], 3) for name, one in cell.items() if isinstance(one, dict)}
             print(folder.name, kind, length, shown, flush=True)

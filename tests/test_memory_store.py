@@ -678,7 +678,7 @@ def test_senseless_arguments_are_refused(store, model, processor):
         lambda: store.nearest(query, True), lambda: store.nearest(query, 1, block_size=0),
         lambda: store.nearest(query, 1, block_size=-1), lambda: store.nearest([1.0], 1),
         lambda: store.nearest(None, 1),
-        lambda: lambda: store.search_text("cat", 0),
+        lambda: store.search_text("cat", 0), lambda: store.quote("z"), lambda: store.regenerate("cat2"),
         lambda: list(store.iterate(batch_size=0)), lambda: store.append([]), lambda: store.append("cat"),
         lambda: store.append({"x": None}), lambda: store.append({"x": b"y"}), lambda: store.append({"x": "a\ud800b"}),
         lambda: store.append({3: "y"}), lambda: store.append({"x": "y"}, batch_size=0),
@@ -701,7 +701,7 @@ def test_every_block_of_the_page_runs_on_a_starter(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model_cards").symlink_to(root / "model_cards")
     scope: dict = {}
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(block, scope)
     assert scope["passage"].text_id == "first" and scope["copy"].text_ids == ["first"]

@@ -49,7 +49,7 @@ def test_texts_of_any_length_are_measured_and_a_run_goes_on(tmp_path, capsys, mo
     measured = len(read_json(notes))
     monkeypatch.undo()
     monkeypatch.setattr(any_text, "measure_memory", lambda *_: pytest.fail("measured twice"))
-    assert measured == 6 and any_text.main(command) == 0
+    assert measured == 12 and any_text.main(command) == 0
     record = read_json(out)
     cell = record["metrics"]["starter-tiny"]["kinds"]["prose"]["40"]
     assert cell["quoted, keep_text"]["share"] == cell["quoted, split"]["share"] == 1.0

@@ -261,6 +261,8 @@ def test_a_received_folder_reaches_nothing_outside(tmp_path):
 FORGERIES = {
     "a memory of another length": ("UPDATE chunks SET memory = x'00'",),
     "a memory that is text": ("UPDATE chunks SET memory = 'text'",),
+    "a chunk's text where none was kept": ("UPDATE chunks SET original = 'text'",),
+    "a chunk's text of bytes": ("UPDATE chunks SET original = x'ff'",),
     "a checksum that is a number": ("UPDATE chunks SET checksum = 7",),
     "a checksum of null": ("UPDATE texts SET checksum = x''",),
     "places of no whole chunks": ("UPDATE texts SET places = x'000102'",),
@@ -275,7 +277,7 @@ FORGERIES = {
     "a passage that is gone": ("DELETE FROM passages WHERE row > ?", (1 << SHIFT,)),
     "a chunk that is gone": ("DELETE FROM chunks WHERE row > ?", (1 << SHIFT,)),
     "a text that is gone": ("DELETE FROM texts WHERE key = 2",),
-    "a chunk that belongs to none": ("INSERT INTO chunks SELECT row + 9000, memory, checksum FROM chunks",),
+    "a chunk that belongs to none": ("INSERT INTO chunks SELECT row + 9000, memory, original, checksum FROM chunks",),
     "a row that changed places": ("UPDATE chunks SET row = row + 1 WHERE row = (SELECT max(row) FROM chunks)",),
 }
 
