@@ -12,7 +12,8 @@ of what people type. Intervals resample documents.
 import argparse
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from training.data.typed import fold_to_ascii, typed_documents
 from training.measure.metrics import bootstrap_interval
 from training.measure.suites import Evaluation
 from training.publishing.hub_folder import load_checkpoint, load_processor
+from training.records.record import read_json, write_json
 
 SEED = 1
 """Of the made-up lines: training has 0."""
@@ -134,8 +136,18 @@ def measure_formats(model: Any, processor: Any, documents: Sequence[str]) -> dic
     return found
 
 
-def measure(folder: Path, texts: Mapping[str, Sequence[str]], lengths: Sequence[int], number: int) -> dict[str, Any]:
-    """Measure one starter."""
+def measure(
+    folder: Path, texts: Mapping[str, Sequence[str]], lengths: Sequence[int], number: int, notes: Path
+) -> dict[str, Any]:
+    """Measure one starter; what an earlier try left in the notes is not measured again."""
+    known = read_json(notes) or {}
+
+    def once(name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        if name not in known:
+            known[name] = work()
+            write_json(notes, known)
+        return known[name]
+
     model, _ = load_checkpoint(folder)
     processor = load_processor(folder)
     tokenizer, model = getattr(processor, "tokenizer", processor), model.eval()
@@ -147,16 +159,15 @@ def measure(folder: Path, texts: Mapping[str, Sequence[str]], lengths: Sequence[
             if not rows or (is_autoencoder and length > model.config.chunk_length):
                 continue
             with tempfile.TemporaryDirectory() as place:
-                cell = (
-                    measure_autoencoder(model, rows)
-                    if is_autoencoder
-                    else measure_memory(model, processor, rows, Path(place))
-                )
+                work = partial(measure_memory, model, processor, rows, Path(place))
+                work = partial(measure_autoencoder, model, rows) if is_autoencoder else work
+                cell = once(f"{folder.name}, {kind}, {length}", work)
             found["kinds"].setdefault(kind, {})[str(length)] = cell
             shown = {name: round(one["share"], 3) for name, one in cell.items() if isinstance(one, dict)}
             print(folder.name, kind, length, shown, flush=True)
     if not is_autoencoder:
-        found["formats"] = measure_formats(model, processor, next(iter(texts.values()))[:number])
+        documents = next(iter(texts.values()))[:number]
+        found["formats"] = once(f"{folder.name}, formats", partial(measure_formats, model, processor, documents))
     return found
 
 
@@ -170,6 +181,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--text", action="append", type=named_file, required=True, metavar="NAME=FILE", help="documents of a kind")
     add("--lengths", type=int, nargs="+", default=[5, 12, 40, 120, 500], metavar="N", help="tokens of the texts")
     add("--documents", type=int, default=40, metavar="N", help="documents of each kind (40)")
+    add("--notes", default="any_text.part.json", metavar="FILE", help="where a run that is cut off goes on")
     add("--out", help="file of the record; default: benchmarks/results/any_text.json")
     return parser
 
@@ -182,11 +194,13 @@ def main(argv: list[str] | None = None) -> int:
     named = " ".join(f"--text '{name}={Path(file).name}'" for name, file in options.text)
     command = f"python -m benchmarks.any_text {' '.join(options.starters)} {named} --documents {options.documents}"
     record = describe_run("any_text", command, {})
+    notes = Path(options.notes)
     record["inputs"] = {"files": {name: file_checksums([file]) for name, file in options.text}}
     record["metrics"] = {
-        Path(folder).name: measure(Path(folder), texts, options.lengths, options.documents)
+        Path(folder).name: measure(Path(folder), texts, options.lengths, options.documents, notes)
         for folder in options.starters
     }
+    notes.unlink(missing_ok=True)
     print(f"record: {save_record(record, 'any_text', options.out).name}")
     return 0
 

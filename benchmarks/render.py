@@ -25,7 +25,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import training.records.figures
-from benchmarks import cost_tables, drawings, quality_tables, smollm2_tables
+from benchmarks import cost_tables, drawings, quality_tables, smollm2_tables, store_tables
 from benchmarks.drawings import DRAWINGS
 from benchmarks.table import Record, Table, print_table, source
 from training.places import REPOSITORY
@@ -87,6 +87,18 @@ TABLES: dict[str, Entry] = {
         smollm2_tables.smollm2_first_token,
     ),
     **_entries("scores", "python -m training.evaluate MODEL --suite benchmarks --data FOLDER", quality_tables.scores),
+    **_entries(
+        "retrieval",
+        "python -m benchmarks.retrieval model_cards/starter-tiny xquad_en.jsonl.gz",
+        store_tables.retrieval,
+    ),
+    **_entries(
+        "any_text",
+        "python -m benchmarks.any_text model_cards/starter-tiny model_cards/starter-autoencoder-64",
+        store_tables.any_text,
+        store_tables.short_chunks,
+        store_tables.formats,
+    ),
     **_entries("speed", "python -m benchmarks.speed", cost_tables.speed),
     **_entries(
         "rolling",

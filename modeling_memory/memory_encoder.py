@@ -105,7 +105,9 @@ def encode_chunks(
     if config is not None and config.short_chunks != "pad":
         input_ids, attention_mask = fill_short_chunks(input_ids, attention_mask, config)
     if attention_mask is None:
-        real, visible = torch.ones_like(input_ids), None  # a mask of ones would be read to find that out
+        # A mask of ones would be read to find that out. Without one a Llama still looks once at the positions that it
+        # makes, for packed texts; only a cache of all its keys and values would keep it from that.
+        real, visible = torch.ones_like(input_ids), None
     else:
         real = (attention_mask != 0).long()
         order = torch.argsort(1 - real, dim=1, stable=True)

@@ -51,7 +51,7 @@ def command(error: BaseException | None = None, result: Any = None) -> Any:
         (PermissionError(13, "Permission denied", "/x"), 2,
          "error: /x: Permission denied; choose a place that you may read and write"),
         (ImportError("No module named 'gguf'", name="gguf"), 2,
-         "error: No module named 'gguf'; install what is missing with pip"),
+         "error: No module named 'gguf'; install it with: pip install \"modeling-memory[gguf]\""),
         (NonFiniteLossError("the loss is nan"), 1, "error: the loss is nan"),
         (StoppedError("stopped by SIGTERM"), 143, "error: stopped by SIGTERM"),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), 1, "error: memory ran out"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,10 +43,13 @@ def packed(site: Path, tmp_path_factory: pytest.TempPathFactory):  # noqa: F811
             "--questions", "12", "--room", "90000", "--toy", "--no-branch",
         ]  # fmt: skip
         assert bundle.main(words) == 0
-        yield place / "bundle"
+    return place / "bundle"  # from here on the package is only where it has travelled to
 
 
-def test_parts_run_as_their_files_come_and_leave_records(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_parts_run_as_their_files_come_and_leave_records(
+    packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "path", [*sys.path])
     sent = json.loads((packed / "calls.json").read_text())
     assert len(sent) > 2, "the bundle is cut into several calls"
     assert "".join(word for one in sent for word in one["command"].split("--parts ")[1].split(",")) == "abcde"
@@ -61,7 +65,7 @@ def test_parts_run_as_their_files_come_and_leave_records(packed: Path, tmp_path:
         assert record["run"]["status"] == "success" and not record["failures"], record["failures"]
         assert record["toy"] and record["hardware"]["device"] == "cpu"
     weights = MemoryEncoderDecoderForCausalLM.from_pretrained(tmp_path / "gpu" / "weights" / "pair")
-    assert weights.dtype == torch.bfloat16
+    assert weights.config.references["decoder"]["id"] == "package:tiny_chat"
     assert main(["--to", str(tmp_path / "gpu"), "--toy", "--cpu"]) == 0
     assert "a done; b done; c done; d done; e done" in capsys.readouterr().out
 

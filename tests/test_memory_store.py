@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import re
-import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from modeling_memory import (
     StoredText,
     quantization_report,
 )
+from modeling_memory.store import database
 from modeling_memory.store.codec import DTYPES, decode_vectors, encode_vectors
 from modeling_memory.store.fingerprint import fingerprint
 from modeling_memory.store.texts import text_digest
@@ -194,32 +193,6 @@ def test_a_chunk_is_nearest_to_itself(store):
     for chunk in store.chunks():
         (found,) = store.nearest(store.memories([chunk])[0, :1], 1)
         assert found[0][1] == pytest.approx(1.0, abs=1e-5)
-
-
-def test_faiss_finds_what_torch_finds(store, monkeypatch):
-    """Against a stand-in with the calls of `faiss.IndexFlatIP` that are used: the library is no test dependency."""
-
-    class IndexFlatIP:
-        def __init__(self, width):
-            self.vectors = torch.empty(0, width)
-
-        ntotal = property(lambda self: len(self.vectors))
-
-        def add(self, vectors):
-            self.vectors = torch.cat([self.vectors, torch.from_numpy(vectors)])
-
-        def search(self, queries, k):
-            best = (torch.from_numpy(queries) @ self.vectors.T).topk(k)
-            return best.values.numpy(), best.indices.numpy()
-
-    queries = torch.randn(4, 32)
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(ValueError, match=r"modeling-memory\[faiss\]"):
-        store.nearest(queries, 3, backend="faiss")
-    monkeypatch.setitem(sys.modules, "faiss", types.SimpleNamespace(IndexFlatIP=IndexFlatIP))
-    for row, other in zip(store.nearest(queries, 4), store.nearest(queries, 4, backend="faiss"), strict=True):
-        assert [score for _, score in row] == pytest.approx([score for _, score in other], abs=1e-5)
-        assert {chunk for chunk, score in row if score > row[-1][1] + 1e-5} <= {chunk for chunk, _ in other}
 
 
 def test_append_replace_skip_and_delete(store):
@@ -599,6 +572,48 @@ def test_search_text_takes_a_question_as_data(store):
             store.search_text(wrong)
 
 
+def test_a_sentence_encoder_orders_anew_what_was_found_by_words(store):
+    store.append({"hill": "the hills, the sea and the end of it all", "ring": "he saw the ring in the end"})
+    asked = "the end of the ring"
+    by_words = [passage.text_id for passage, _ in store.search_text(asked, 10)]
+    calls = []
+
+    def embed(texts: list[str]) -> torch.Tensor:
+        calls.append(texts)
+        return torch.tensor([[1.0, 0.1 * ("dog" in text)] for text in texts])  # all alike: the order by words stays
+
+    found = store.search(asked, 3, embed=embed)
+    assert [passage.text_id for passage, _ in found] == by_words[:3] and calls[0][0] == asked
+    assert [score for _, score in found] == pytest.approx([2 / (61 + place) for place in range(3)])
+
+    def prefers_the_last(texts: list[str]) -> torch.Tensor:
+        places = torch.arange(len(texts)) / 10
+        return torch.stack([torch.cos(places.flip(0)), torch.sin(places.flip(0))], 1)[[-1, *range(1, len(texts))]]
+
+    last = store.search(asked, 10, embed=prefers_the_last)
+    assert {passage.text_id for passage, _ in last} == set(by_words) and last[0][1] >= last[-1][1]
+    assert store.search("xylophone", embed=embed) == []
+
+
+def test_words_of_deleted_texts_are_on_the_disk_no_more_after_a_vacuum(store):
+    """Taken out at once where few are deleted and SQLite can, else marked until the index is written anew."""
+    store.append({f"many {place}": f"walnut{place} here and there" for place in range(12)})
+    store.append({"one": "a hazelnut here"})
+
+    def on_disk(word: str) -> bool:
+        # An index shares the beginnings of words that follow each other, so the end is looked for.
+        return any(word.encode() in path.read_bytes() for path in store.folder.iterdir())
+
+    assert on_disk("hazelnut")
+    store.delete("one")
+    assert store._database.state["marked"] == (0 if database.WORDS_CAN_LEAVE else 1)
+    store.delete([f"many {place}" for place in range(12)])
+    assert store._database.state["marked"] >= 12 and store.search_text("walnut3 hazelnut") == []
+    store.vacuum()
+    assert store._database.state["marked"] == 0 and not on_disk("hazelnut") and not on_disk("alnut11")
+    assert store.verify() == []
+
+
 def test_a_long_text_is_cut_into_passages_without_a_scrap(model, processor, tmp_path):
     store = MemoryStore.open(tmp_path, model, processor, create=True, keep_text=True)
     text = "the cat sat on the mat, and there it stayed. " * 40 + "a zebra"
@@ -618,6 +633,21 @@ def test_without_text_a_search_is_by_memories(model, processor, tmp_path):
     assert passage.text_id == "dog" and score == pytest.approx(1.0, abs=1e-2)
     with pytest.raises(MemoryStoreError, match="keeps no texts"):
         bare.search_text("dog")
+
+
+def test_a_search_by_memories_finds_scraps_only_for_what_is_as_short(model, processor, tmp_path):
+    """The last chunks of query and texts are one letter, and equal; so their memories are, whatever is asked."""
+    bare = MemoryStore.open(tmp_path, model, processor, create=True)
+    bare.append({word: f"over the {word}s" for word in ("cat", "sea", "mat", "dog", "ring")})
+    query = "over the hats"
+    assert processor.cut_context(query).num_tokens == [CHUNK, CHUNK, 1]
+    assert {chunk.num_tokens for chunk in bare.chunks()} == {CHUNK, 1}
+    end = bare.memories(bare.chunks("cat")[-1:])[0]
+    assert all(chunk.num_tokens == 1 for chunk, _ in bare.nearest(end, 4)[0])
+    found = bare.search(query, 4)
+    assert len(found) == 4 and all(passage.chunks[0].num_tokens == CHUNK for passage, _ in found)
+    (passage, score), *_ = bare.search("s", 4)
+    assert passage.chunks[0].num_tokens == 1 and score == pytest.approx(1.0, abs=1e-2)
 
 
 def test_unknown_tokens_are_counted_and_told(tmp_path, caplog):
@@ -648,7 +678,7 @@ def test_senseless_arguments_are_refused(store, model, processor):
         lambda: store.nearest(query, True), lambda: store.nearest(query, 1, block_size=0),
         lambda: store.nearest(query, 1, block_size=-1), lambda: store.nearest([1.0], 1),
         lambda: store.nearest(None, 1),
-        lambda: store.nearest(query, 1, backend="magic"), lambda: store.search_text("cat", 0),
+        lambda: lambda: store.search_text("cat", 0),
         lambda: list(store.iterate(batch_size=0)), lambda: store.append([]), lambda: store.append("cat"),
         lambda: store.append({"x": None}), lambda: store.append({"x": b"y"}), lambda: store.append({"x": "a\ud800b"}),
         lambda: store.append({3: "y"}), lambda: store.append({"x": "y"}, batch_size=0),

@@ -26,19 +26,20 @@ def test_a_visitor_remembers_quotes_and_asks(address, tmp_path):
         client.predict(api_name="/write_back")
     with pytest.raises(Exception, match="There is no text"):
         client.predict(" ", api_name="/remember")
-    costs, chunks, *_ = client.predict(EXAMPLE, api_name="/remember")
+    text = EXAMPLE + " The cost was £5."  # a character of two tokens
+    costs, chunks, *_ = client.predict(text, api_name="/remember")
     positions = re.search(r"positions that the decoder reads \| (\d+) \| (\d+)", costs)
     assert int(positions[1]) > int(positions[2]) == chunks.count("<tr>") - 1
-    assert client.predict(api_name="/quote")[0] == EXAMPLE
+    assert client.predict(api_name="/quote")[0].startswith(EXAMPLE)
     written, lost = client.predict(api_name="/write_back")
-    assert re.sub("<[^>]+>", "", written) == EXAMPLE and "Nothing was lost" in lost
+    assert re.sub("<mark.*?</mark>|<[^>]+>", "", written).startswith(EXAMPLE) and "tokens came back" in lost
     reply, used = client.predict("The sign", "a text to go on with", api_name="/ask")
     assert reply and used == f"Read from {positions[2]} of {positions[2]} chunks."
     other = gradio_client.Client(address, verbose=False)  # another visitor has another document
     other.predict("<b>Él</b> 漢字 wrote: qqxzj!", api_name="/remember")
     written, lost = other.predict(api_name="/write_back")
     assert "<b>" not in written and "<mark" in written and "lost something" in lost  # wrong tokens are marked
-    assert client.predict(api_name="/quote")[0] == EXAMPLE
+    assert client.predict(api_name="/quote")[0].startswith(EXAMPLE)
     (tmp_path / "a.txt").write_text("A letter came.")
     assert client.predict(gradio_client.handle_file(tmp_path / "a.txt"), api_name="/upload") == "A letter came."
 

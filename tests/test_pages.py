@@ -5,6 +5,7 @@ A block runs unless the line before it is `<!-- not run: REASON -->` (it is then
 """
 
 import ast
+import importlib
 import os
 import re
 import shlex
@@ -29,6 +30,8 @@ PAGES = sorted(
     for page in ROOT.glob(pattern)
 )
 CORPORA = sorted(ROOT.glob("training/**/corpora/*/README.md"))
+LANGUAGES = ("python", "bash", "shell")
+COMMAND = re.compile(r"^\s*(?:accelerate launch .*?-m|python -m) ((?:training|benchmarks)\.\w+)(?: (.*))?$", re.M)
 FENCE = re.compile(r"^(?:<!-- (?P<marker>[^\n]*?) -->\s*\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 
 
@@ -67,43 +70,46 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(command: list[str], folder: Path) -> None:
+def run(command: list[str], folder: Path) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(page, marks=() if page.parent == ROOT or "warm_starts" in page.parts else pytest.mark.slow)
-        for page in PAGES
-    ],
-    ids=name_of,
-)
-def test_the_blocks_of_a_page_run_in_order(page: Path, checkout: Path) -> None:
+# Snippets of cards are run by tests/test_starters.py, where this package cannot be imported.
+RUN = [page for page in PAGES if (ROOT / "model_cards") not in page.parents]
+RUN = [page for page in RUN if any(block.runs for block in blocks_of(page, *LANGUAGES))]
+
+
+@pytest.mark.parametrize("page", RUN, ids=name_of)
+def test_the_blocks_of_a_page_run_in_order_and_print_what_it_shows(page: Path, checkout: Path) -> None:
     session: list[str] = []  # the reader's Python session so far
-    # A card names its model as the Hub does, by the name of its folder.
-    here = checkout / "model_cards" if (ROOT / "model_cards") in page.parents else checkout
-    for block in blocks_of(page, "python", "bash", "shell"):
-        if not block.runs:
-            continue
-        if block.language == "python":
+    shown, before = [], ""  # what the page says that it prints, right after the code
+    for block in blocks_of(page, *LANGUAGES, "text"):
+        if block.language == "text":
+            shown += [block.code] * (before == "python")
+        elif block.runs and block.language == "python":
             session.append(f"\n# {name_of(page)}, line {block.line}\n{block.code}")
-            continue
-        run(["bash", "-euo", "pipefail", "-c", block.code], here)
-    if session:
-        run([sys.executable, "-c", "".join(session)], here)
+        elif block.runs:
+            run(["bash", "-euo", "pipefail", "-c", block.code], checkout)
+        before = block.language
+    printed = run([sys.executable, "-c", "".join(session)], checkout) if session else ""
+    for text in shown:
+        assert text in printed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_blocks_that_are_not_run_can_be_parsed(page: Path) -> None:
-    for block in blocks_of(page, "python", "bash", "shell"):
+    for block in blocks_of(page, *LANGUAGES):
         if block.language == "python":
             ast.parse(block.code, f"{name_of(page)}:{block.line}")
-        else:
-            subprocess.run(["bash", "-n", "-c", block.code], check=True)
+            continue
+        subprocess.run(["bash", "-n", "-c", block.code], check=True)
+        for module, words in COMMAND.findall(block.code.replace("\\\n", " ").replace("&&", "\n")):
+            if hasattr(command := importlib.import_module(module), "build_parser"):
+                command.build_parser().parse_args(shlex.split(words, comments=True))
 
 
 def commands_after(marker: str) -> list[str]:

@@ -10,11 +10,12 @@ import pyarrow.parquet
 import pytest
 import torch
 
+import modeling_memory
 from modeling_memory import MemoryProcessor, MemoryStore
 from tests.conftest import build_tiny_tokenizer
 from tests.memory_models import BLANK, CHUNK, WINDOW, build_model
-from training import ask, remember
-from training.places import REPOSITORY
+from training import ask, cli, remember
+from training.places import INSTALLED, REPOSITORY
 
 LETTERS = {"a.txt": "the cat sat on the mat.", "deep/b.txt": "over the hills and over the sea.", "c.rst": "no text"}
 ROWS = ["in the end", "another ring here", "here and there"]
@@ -215,6 +216,31 @@ def test_sampling_is_repeatable(saved, filled, capsys):
         assert ask.main([saved, "store", *arguments]) == 0
         written.append(capsys.readouterr().out)
     assert written[0] == written[1] != written[2]
+
+
+def test_with_json_standard_output_is_one_object(saved, letters, capsys):
+    def told(status, *words):
+        assert cli.main([*words, "--json"]) == status
+        return json.loads(capsys.readouterr().out)
+
+    kept = told(0, "remember", saved, "letters", "--to", "store", "--keep-text")
+    assert (kept["remembered"]["stored"], kept["store"]["texts"], kept["refused"]) == (2, 2, [])
+    answered = told(0, "ask", saved, "store", "the sea", "--nearest", "2", "--regenerate", "--max-new-tokens", "2")
+    assert [one["chunk"]["text_id"] for one in answered["used"]] == ["letters/deep/b.txt"] * 2
+    assert answered["answer"] and all(one["regenerated"] for one in answered["used"])
+    assert told(2, "ask", saved, "nowhere", "x")["status"] == 2
+    assert "give the prompt" in told(2, "ask", saved, "store")["error"]
+    (letters / "bad.jsonl").write_text('{"text": 5}\n{"text": "in the end"}\n')
+    assert "line 1" in told(2, "remember", saved, "bad.jsonl", "--to", "store")["refused"][0]
+
+
+def test_the_command_names_its_verbs_and_its_version(capsys):
+    assert cli.main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(verb in shown for verb in INSTALLED)
+    assert cli.main(["--version"]) == 0 and capsys.readouterr().out.strip() == modeling_memory.__version__
+    assert cli.main(["asks"]) == 2 and cli.main(["ask", "--nope"]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
 
 
 def test_user_mistakes_end_with_one_line(saved, filled, letters, capsys):

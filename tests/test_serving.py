@@ -13,7 +13,7 @@ import torch
 import uvicorn
 from transformers import AutoModelForCausalLM
 
-from modeling_memory import MemoryStore, embeds_to_base64, prompt_embeds
+from modeling_memory import MemoryProcessor, MemoryQuestionAnswering, MemoryStore, embeds_to_base64, prompt_embeds
 from modeling_memory.serving import Engine, Limits, RefusedError
 from modeling_memory.serving.api import build_app
 from tests.conftest import build_tiny_tokenizer
@@ -23,7 +23,6 @@ from training.remember import load_memory_model
 
 INN = "The sign was newly painted; the windows had neat red curtains; the floor was cleanly sanded."
 SEA = "He lived in a small white house by the sea, and every evening he walked along the shore."
-CHAT = [{"role": "user", "content": "Who came?"}]
 
 
 @pytest.fixture(scope="module")
@@ -215,21 +214,23 @@ def test_a_chat_without_a_template_is_read_line_by_line(engine, client):
 
 
 def test_with_a_template_memories_stand_in_the_users_turn(engine):
-    from modeling_memory import MemoryProcessor, MemoryQuestionAnswering
-
     template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
-    processor = MemoryProcessor(engine.processor.tokenizer, chunk_length=8, window_length=64, chat_template=template)
-    own = Engine(engine.model, processor)
-    own.enter()
-    written = "".join(own.write(CHAT, own.memories([INN, SEA[:20]]), max_new_tokens=8))
-    pipeline = MemoryQuestionAnswering(model=engine.model, processor=processor)
-    asked = pipeline(context=[INN, SEA[:20]], question="Who came?", max_new_tokens=8)
-    assert written.strip() == asked["answer"]
+    lengths = {"chunk_length": CHUNK, "window_length": WINDOW}
+    model, processor = build_model(), MemoryProcessor(build_tiny_tokenizer(), **lengths, chat_template=template)
+    chat, contexts = [{"role": "user", "content": "who came"}], ["the sea", "over the hills"]
+
+    def written(own):
+        own.enter()
+        return "".join(own.write(chat, own.memories(contexts), max_new_tokens=8)).strip()
+
+    pipeline = MemoryQuestionAnswering(model=model, processor=processor)
+    asked = pipeline(context=contexts, question="who came", max_new_tokens=8)
+    assert written(Engine(model, processor)) == asked["answer"]
+    front = MemoryProcessor(engine.processor.tokenizer, chunk_length=8, window_length=64, chat_template=template)
+    assert written(Engine(engine.model, front))  # whose memories stand in front of all
 
 
 def test_prompt_embeds_are_what_vllm_documents_and_the_decoder_alone_goes_on_as_the_model_does():
-    from modeling_memory import MemoryProcessor
-
     model = build_model()
     processor = MemoryProcessor(build_tiny_tokenizer(), chunk_length=CHUNK, window_length=WINDOW)
     texts, contexts = ["the cat sat", "over the hills and"], ["the sea", "in the end"]

@@ -5,10 +5,8 @@ In a checkout their code files are links to the package: they are never stale, a
 
 import json
 import os
-import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +51,7 @@ def one_step(name: str, folder: str) -> list[str]:
         "tokenizer.max_train_bytes=200000",
         "evaluation.num_rows=2",
         "evaluation.num_generated_rows=1",
+        "publish.verify=false",  # the folders that ship are verified above
         "threads=1",
     ]
     for stage in recipe.stages:
@@ -199,10 +198,3 @@ def test_the_autoencoder_reaches_what_its_card_says():
     assert type(model).__name__ == MemoryAutoencoder.__name__
     stated = json.loads((folder / "record.json").read_text())["domains"]["books"]["metrics"]
     assert abs(accuracy - next(iter(stated.values()))["memory"]["token_accuracy"]) < 0.05
-
-
-def test_the_readmes_first_lines_print_what_the_page_says():
-    page = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    code, shown = re.search(r"^```python\n(.*?)^```\n.*?^```text\n(.*?)^```$", page, re.M | re.S).groups()
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert done.stdout == shown

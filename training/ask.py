@@ -129,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace, command: str, ask: Callable[[str], str] = input) -> dict[str, Any] | None:
     """Do what the command line says; returns what was answered if one prompt was given."""
-    if options.prompt is None and options.json:
+    if options.prompt is None and getattr(options, "json", False):
         raise ValueError("--json prints one answer; give the prompt on the command line")
     model, processor = load_memory_model(options.model, options.device)
     store = MemoryStore(options.store, model, processor)
@@ -152,7 +152,7 @@ def run(options: argparse.Namespace, command: str, ask: Callable[[str], str] = i
             print("\n".join(used_lines(store, used, regenerated)))
         written = answer(store, prompt, used, options.question, **writing)
         print(written, flush=True)
-        texts: list[str | None] = [*regenerated] if regenerated else [None] * len(used)
+        texts: Sequence[str | None] = regenerated or [None] * len(used)
         told = [{**asdict(one), "regenerated": text} for one, text in zip(used, texts, strict=True)]
         return {"prompt": prompt, "answer": written, "used": told}
 

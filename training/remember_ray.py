@@ -8,6 +8,7 @@ several machines the folder of the files must be one that all of them see.
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -116,7 +117,15 @@ def remember_by_ray(
     if rows:
         started_here = not ray.is_initialized()
         if started_here:
-            ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            # Workers find what this process finds, also in a checkout that is not installed.
+            paths = os.pathsep.join(str(Path(place or ".").resolve()) for place in sys.path)
+            ray.init(
+                num_cpus=workers,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                runtime_env={"env_vars": {"PYTHONPATH": paths}},
+            )
         try:
             ray.data.DataContext.get_current().enable_progress_bars = False
             encoded = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // TEXTS)).map_batches(

@@ -1,7 +1,7 @@
 """What one GPU makes of this package: parts a to e, most valuable first, each with its own time and record.
 
 ```bash
-python -m benchmarks.gpu --to runs/gpu --toy                       # does it run? seconds, on any machine
+python -m benchmarks.gpu --to runs/gpu_toy --toy --parts a,b      # does it run? on any machine
 python -m benchmarks.gpu --to runs/gpu --payload runs/gpu_bundle/call1 --ship OUT
 ```
 
@@ -36,19 +36,18 @@ WEIGHTS = ("pair", "autoencoder")  # the smaller first
 
 def run_part(name: str, options: argparse.Namespace, command: str, job_of: Callable[[float, Path, Any], Job]) -> str:
     """Run one part and write its record; returns how it ended: success, failed, out of time, waiting or done."""
-    part, path = PARTS[name], options.to / f"gpu_{name}.json"
+    part, path, payload = PARTS[name], options.to / f"gpu_{name}.json", options.to / "payload"
+    seconds = options.limit.get(name, part.seconds)
+    record = describe_run("gpu", command, {"weights": 0})
+    job = job_of(seconds, path, record)
     before = read_json(path)
-    if before is not None and before["run"]["status"] == "success":
+    if before is not None and before["run"]["status"] == "success" and before["toy"] == job.toy:
         return "done"
-    payload = options.to / "payload"
     if part.missing(payload):
         print(f"  waits for {', '.join(part.missing(payload))}", flush=True)
         return "waiting"
-    seconds = options.limit.get(name, part.seconds)
-    record = describe_run("gpu", command, {"weights": 0})
     record |= {"part": name, "asks": part.asks, "limit_seconds": seconds, "metrics": {}, "failures": []}
     record["run"]["status"] = "unfinished"
-    job = job_of(seconds, path, record)
     if job.toy:  # a trial asks whether all runs, on whatever machine: not how fast
         seconds = job.seconds = 20 * seconds
     record |= {"toy": job.toy, "hardware": describe_hardware(job.device)}

@@ -71,7 +71,7 @@ class Training:
             self.optimizer.load_state_dict(before["optimizer"])
             self.steps, self.spent, self.curve = before["steps"], before["spent"], before["curve"]
         if not job.toy:
-            compile_blocks(self.model)
+            compile_blocks(self.model, dynamic=False)
 
     def step(self, rows: torch.Tensor, share: float) -> None:
         """One step on rows `(B, L)`, after a share of the time."""

@@ -15,6 +15,7 @@ import importlib.metadata
 import io
 import json
 import os
+import random
 import shlex
 import shutil
 import subprocess
@@ -32,6 +33,7 @@ from transformers import AutoTokenizer
 from benchmarks.gpu.parts import PARTS
 from training.command_line import Parser, run_command, whole_number
 from training.data.making import make_cloze, save_questions
+from training.data.sources import take_bytes
 from training.data.texts import check_splits, load_texts, tokenise_documents
 from training.data.tokenizer import complete_tokenizer, train_tokenizer
 from training.places import REPOSITORY
@@ -43,7 +45,7 @@ from training.train.checkpoints import replace_folder
 FOLDER = "runs/gpu_bundle"
 BRANCH = "gpu-travel"
 MANIFEST = "manifest.json"
-CALL_BYTES = 60 * 2**20  # 64 MiB a call, less the code
+CALL_BYTES = 58 * 2**20  # 64 MiB a call, less the code
 # Of a checkout, what no part of the benchmark reads.
 LEFT_BEHIND = (
     "docs",
@@ -66,7 +68,7 @@ def squeeze(tokens: torch.Tensor) -> bytes:
     if len(tokens) and int(tokens.max()) >= 2**16:
         raise ValueError(f"a token is {int(tokens.max())}; expected ids below 65536, two bytes each")
     content = tokens.to(torch.uint16).numpy().astype("<u2").tobytes()
-    codec = pyarrow.Codec("zstd", compression_level=19)
+    codec = pyarrow.Codec("zstd", compression_level=12)
     return len(content).to_bytes(8, "little") + codec.compress(content, asbytes=True)
 
 
@@ -90,12 +92,16 @@ def tar_of(files: Iterator[tuple[Path, str]]) -> bytes:
     return buffer.getvalue()
 
 
-def package_files(distributions: Sequence[str]) -> Iterator[tuple[Path, str]]:
-    """Yield the files of installed packages with their places among the installed ones."""
-    for name in distributions:
-        for file in importlib.metadata.files(name) or ():
-            if ".." not in file.parts and file.suffix != ".pyc" and Path(str(file.locate())).is_file():
-                yield Path(str(file.locate())), file.as_posix()
+def package_files(modules: Sequence[str]) -> Iterator[tuple[Path, str]]:
+    """Yield the files of installed packages, and of what `pip` knows of them, with their places beside each other."""
+    owners = importlib.metadata.packages_distributions()
+    for module in modules:
+        found = importlib.metadata.distribution(owners[module][0])
+        place = Path(str(found.locate_file("")))
+        told = place.glob(f"{found.name.replace('-', '_')}-*.dist-info/**/*")
+        for file in [*(place / module).rglob("*"), *told]:
+            if file.is_file() and file.suffix != ".pyc":
+                yield file, file.relative_to(place).as_posix()
 
 
 def text_of(options: argparse.Namespace) -> dict[str, list[str]]:
@@ -104,6 +110,8 @@ def text_of(options: argparse.Namespace) -> dict[str, list[str]]:
         split: load_texts(resolve_files(getattr(options, split), f"--{split}")) for split in ("train", "validation")
     }
     check_splits(texts["train"], texts["validation"], [])
+    for documents in texts.values():  # whatever is left out then is so of every source
+        random.Random(0).shuffle(documents)
     return texts
 
 
@@ -129,15 +137,15 @@ def make_payload(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     counts = {}
     for kind, tokenizer, limit in (("chunks", chunks, options.tokens), ("pair", pair, options.pair_tokens)):
         for split, documents in texts.items():
-            tokens = tokenise_documents(tokenizer, documents).tokens[: limit if split == "train" else limit // 10]
+            wanted = limit if split == "train" else limit // 10
+            tokens = tokenise_documents(tokenizer, [*take_bytes(documents, 6 * wanted)]).tokens[:wanted]
             counts[f"{kind}_{split}"] = len(tokens)
             (folder / f"{kind}_{split}.u16.zst").write_bytes(squeeze(tokens))
     chunks.save_pretrained(folder / "tokenizer")
     for name, split, count in (("questions", "train", options.questions), ("validation_questions", "validation", 64)):
         save_questions(make_cloze(texts[split], count), folder / f"{name}.jsonl")
     packages = (base["path"].removeprefix("package:").partition("/")[0], *(["gguf"] if base["gguf_file"] else []))
-    owners = importlib.metadata.packages_distributions()
-    (folder / "site.tar").write_bytes(tar_of(package_files([owners[package][0] for package in packages])))
+    (folder / "site.tar").write_bytes(tar_of(package_files(packages)))
     warm = Path(options.warm)
     (folder / "warm.tar").write_bytes(tar_of((file, file.name) for file in warm.iterdir() if file.is_file()))
     (folder / "tokenizer.tar").write_bytes(tar_of((file, file.name) for file in (folder / "tokenizer").iterdir()))
@@ -353,7 +361,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--vocab-size", type=whole_number(), default=8000, metavar="N", help="of that one (8000)")
     add("--tokens", type=whole_number(), default=30_000_000, metavar="N", help="for the autoencoder (30,000,000)")
     add("--pair-tokens", type=whole_number(), default=6_000_000, metavar="N", help="for the pair (6,000,000)")
-    add("--questions", type=whole_number(), default=20_000, metavar="N", help="made of the text (20,000)")
+    add("--questions", type=whole_number(), default=4_000, metavar="N", help="made of the text (4,000)")
     add("--base", metavar="package:NAME", help="decoder of the pair (default: that of the recipe smollm2)")
     add("--warm", default="training/warm_starts/smollm2", metavar="FOLDER", help="first weights of the pair")
     add("--room", type=whole_number(), default=CALL_BYTES, metavar="BYTES", help=f"of one call ({CALL_BYTES:,})")

@@ -5,15 +5,18 @@ Part d goes on from the first weights in `training/warm_starts/smollm2` with the
 last one can have, so that its rates fall to zero when the time ends.
 """
 
+import shutil
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from benchmarks.gpu.bundle import packed, read_tokens
@@ -24,15 +27,15 @@ from modeling_memory.memory_adapters import adapters_on
 from training.data.tokenizer import complete_tokenizer, special_tokens_of
 from training.recipes.recipe import PretrainedRecipe, Recipe, find_recipe, load_recipe
 from training.recipes.strict_yaml import parse_yaml
-from training.records.record import data_digest, write_json
+from training.records.record import data_digest, read_json, write_json
 from training.train.inputs import Inputs, byte_lengths_of
 from training.train.stages import StageRunner
 
 RATE = 16
 LENGTHS = (16384, 65536)
-FIRST_STEPS = 60
+FIRST_STEPS = 40
 # Loading, validation and saving, seconds beside the steps themselves.
-BESIDE = 45.0
+BESIDE = 35.0
 
 
 def pair_recipe(job: Job, steps: dict[str, int], base: dict[str, Any]) -> Recipe:
@@ -85,12 +88,10 @@ def train_pair(job: Job) -> Numbers:
     """Run both stages; returns their entries for the record, and leaves the adapters in `weights/pair`."""
     base = packed(job.payload)["base"]
     steps = {"sixteen": 2, "questions": 2} if job.toy else {"sixteen": FIRST_STEPS, "questions": 100}
-    # Stages are saved by reference to the package; that a recipe's source be one is what a folder cannot answer.
     recipe = pair_recipe(job, steps, base)
     inputs = pair_inputs(job, recipe)
 
     def run(recipe: Recipe, name: str) -> Numbers:
-        recipe = replace(recipe, publish=replace(recipe.publish, by_reference=True))
         runner = StageRunner(recipe, job.folder / "pair" / "stages", inputs)
         stage = recipe.stage(name)
         done = runner.finished(stage) or runner.run(stage)
@@ -100,18 +101,38 @@ def train_pair(job: Job) -> Numbers:
     PartialState(cpu=job.device.type == "cpu")
     first = run(recipe, "sixteen")
     free_memory(job.device)
-    if not job.toy:
-        each = first["seconds"] / FIRST_STEPS * 1.1  # the stage with questions reads more
-        steps["questions"] = max(20, int((job.left() - BESIDE) / each))
+    last_folder, kept = job.folder / "pair" / "stages" / "questions", job.folder / "pair" / "steps.json"
+    if (last_folder / "stage.json").is_file():
+        steps = read_json(kept)
+    else:
+        shutil.rmtree(last_folder, ignore_errors=True)  # begun for another number of steps, and no checkpoint is kept
+        if not job.toy:
+            each = first["seconds"] / FIRST_STEPS * 1.1  # the stage with questions reads more
+            steps["questions"] = max(20, int((job.left() - BESIDE) / each))
+        write_json(kept, steps)
     last = run(pair_recipe(job, steps, base), "questions")
-    folder = job.folder / "weights" / "pair"
-    model = MemoryEncoderDecoderForCausalLM.from_pretrained(
-        job.folder / "pair" / "stages" / "questions" / "model", dtype=torch.bfloat16
-    )
-    model.save_pretrained(folder, by_reference=True)
+    keep_trained(job.payload / "warm", last_folder / "model", job.folder / "weights" / "pair")
     ends = [log for log in last["series"] if "eval_copy_loss" in log][-1:]
     speed = {name: done["text_tokens_per_second"] for name, done in (("sixteen", first), ("questions", last))}
     return {"steps": steps, "tokens_per_second": speed, "validation": ends, "peak_gib": peak_gib(job.device)}
+
+
+def keep_trained(warm: Path, stage: Path, folder: Path) -> None:
+    """Write what was trained, in bfloat16, as the folder by reference that it began as.
+
+    Args:
+        warm (`Path`): The first weights: their config names the package, their tensors are what is trained.
+        stage (`Path`): A stage's model, whole.
+        folder (`Path`): Where it goes.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with safe_open(warm / "trained.safetensors", framework="pt") as first:
+        names = list(first.keys())
+    with safe_open(stage / "model.safetensors", framework="pt") as whole:
+        tensors = {name: whole.get_tensor(name).to(torch.bfloat16) for name in names}
+    save_file(tensors, folder / "trained.safetensors", metadata={"format": "pt"})
+    shutil.copyfile(warm / "config.json", folder / "config.json")
 
 
 def train(job: Job) -> None:

@@ -35,10 +35,7 @@ SMOLLM2 = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
     "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "tie_word_embeddings": True,
 }  # fmt: skip
-KINDS = {
-    "products": ("gemm", "cutlass", "matmul", "nvjet", "sm90", "bmm"),
-    "attention": ("flash", "fmha", "attention"),
-}
+KINDS = {"attention": ("flash", "fmha", "attention"), "products": ("gemm", "cutlass", "matmul", "nvjet", "bmm")}
 
 
 def autoencoder(width: int, toy: bool) -> MemoryAutoencoder:
@@ -145,7 +142,8 @@ class Step:
 
     def __init__(self, model: Any, chunk: int) -> None:
         self.model, self.chunk = model.train(), chunk
-        self.optimizer = build_optimizer(model, learning_rate=1e-4, muon_learning_rate=1e-4)
+        algorithm = "adamw" if getattr(model.config, "freeze_decoder", False) else "muon"  # as in the recipes
+        self.optimizer = build_optimizer(model, optimizer=algorithm, learning_rate=1e-4, muon_learning_rate=1e-4)
         self.device = next(model.parameters()).device
 
     def loss(self, batch: Batch) -> torch.Tensor:
@@ -195,6 +193,11 @@ def sweep(job: Job, step: Step, make: Callable[[int], Batch], sizes: list[int], 
     return rows
 
 
+def best_of(rows: list[Numbers]) -> Numbers:
+    """Return the fastest of the rows that could be timed."""
+    return max((row for row in rows if "seconds" in row), key=lambda row: row["tokens_per_second"])
+
+
 def what_bounds(step: Step, batch: Batch) -> Numbers:
     """Share of a step's time by kind of kernel, and the share in which the device had nothing to do."""
     if step.device.type != "cuda":
@@ -234,15 +237,14 @@ def measure_training(
     found["plain"] = {"batch": len(few["input_ids"]), "tokens_per_second": text_tokens(few) / seconds}
     free_memory(job.device)
     build_batch = partial(make, model, device=job.device)
-    middle = sizes[len(sizes) // 2 :][:1]
-    found["fast"] = sweep(job, step, build_batch, middle if compiles else sizes, found["operations_per_row"])
+    found["fast"] = sweep(job, step, build_batch, sizes, found["operations_per_row"])
     found["compiled"] = []
     free_memory(job.device)
-    if compiles:
-        compile_blocks(model, backend="aot_eager" if job.toy else "inductor")
-        found["compiled"] = sweep(job, step, build_batch, sizes, found["operations_per_row"])
-    timed = [row for row in found["fast"] + found["compiled"] if "seconds" in row]
-    best = max(timed, key=lambda row: row["tokens_per_second"])
+    best = best_of(found["fast"])
+    if compiles:  # at one batch alone: each shape is compiled anew, and that takes longer than a sweep
+        compile_blocks(model, backend="aot_eager" if job.toy else "inductor", dynamic=False)
+        found["compiled"] = sweep(job, step, build_batch, [best["batch"]], found["operations_per_row"])
+        best = best_of([best, *found["compiled"]])
     found["best"] = {**best, "times_plain": best["tokens_per_second"] / found["plain"]["tokens_per_second"]}
     free_memory(job.device)
     found["bound"] = what_bounds(step, build_batch(best["batch"]))

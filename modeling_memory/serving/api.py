@@ -44,8 +44,8 @@ class Asked(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Literal[1] = 1
-    frequency_penalty: float = Field(0.0, ge=0, le=0)
-    presence_penalty: float = Field(0.0, ge=0, le=0)
+    frequency_penalty: float = Field(0, ge=0, le=0)
+    presence_penalty: float = Field(0, ge=0, le=0)
     user: str | None = None
     context: str | list[str] | None = None
     store_ids: str | list[str] | None = None

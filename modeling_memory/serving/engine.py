@@ -252,7 +252,8 @@ class Engine:
         """Lay out a prompt, or the messages of a chat, with memories.
 
         A prompt is the application's: control tokens in it are control tokens. Of a chat only system messages are;
-        memories stand in the first user message, before what is said, unless a part `{"type": "memory"}` is elsewhere.
+        memories stand in the first user message, before what is said, unless a part `{"type": "memory"}` is elsewhere,
+        or the model reads memories in front alone.
 
         Raises:
             ValueError: As the processor does.
@@ -267,7 +268,7 @@ class Engine:
             chat = list(text)
             if self.processor.chat_template is None:
                 options["chat_template"] = PLAIN_CHAT
-            elif memories is not None:
+            elif memories is not None and self.model.config.memory_positions not in ("fixed", "spread"):
                 chat = with_memories(chat, len(memories.num_memories))
             inputs = self.processor.apply_chat_template([chat], **counts, **options)
         prompt = dict(inputs.to(self.model.device))

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from .engine import Engine, Limits, RefusedError
 
 SHOWN_NUMBERS = 32
 EXAMPLE = "The sign was newly painted; the windows had neat red curtains; the floor was cleanly sanded."
+TITLE = """# A text as a few vectors
+A document becomes a memory for each of its chunks. The model writes from these vectors alone; it never sees the text
+again."""
 PROMPT, QUESTION = "a text to go on with", "a question"
 Session = dict[str, Any]
 
@@ -102,9 +106,11 @@ def write_back(engine: Engine, session: Session) -> tuple[str, str]:
     lines, lost, right, total = [], [], 0, 0
     for number, (own, given, count) in enumerate(zip(cut.chunks, written, cut.num_tokens, strict=True)):
         marks = []
-        for true, token in zip(own[:count], given[:count], strict=True):
-            shown = html.escape(decode([token]))
-            marks.append(shown if token == true else f'<mark title="{html.escape(decode([true]))}">{shown}</mark>')
+        # Runs of right and of wrong tokens: a character may be made of several tokens, which mean nothing alone.
+        pairs = zip(own[:count], given[:count], strict=True)
+        for is_right, run in groupby(pairs, lambda pair: pair[0] == pair[1]):
+            true, back = (html.escape(decode(list(ids))) for ids in zip(*run, strict=True))
+            marks.append(back if is_right else f'<mark title="{true}">{back}</mark>')
         wrong = sum(true != token for true, token in zip(own, given, strict=False))
         right, total = right + count - wrong, total + count
         lines.append("".join(marks))
@@ -170,8 +176,7 @@ def page(model: Any, processor: Any, limits: Limits | None = None) -> gr.Blocks:
         yield from on_answer(session, token, PROMPT)
 
     with gr.Blocks(title="modeling-memory") as blocks:
-        gr.Markdown("# A text as a few vectors\nA document becomes one memory a chunk. The model writes from these "
-                    "vectors alone; it never sees the text again.")  # fmt: skip
+        gr.Markdown(TITLE)
         session = gr.State(None, time_to_live=3600, delete_callback=forget)
         document = gr.Textbox(EXAMPLE, label="Document", lines=6, elem_id="document")
         with gr.Row():

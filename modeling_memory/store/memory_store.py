@@ -38,7 +38,7 @@ from .database import (
 from .fingerprint import check_fingerprint, check_same_fingerprint, fingerprint, quick_fingerprint
 from .quoting import as_text, why_not_checkable, write_back
 from .remembering import remember_texts
-from .search import build_search, fuse, normalize
+from .search import BlockSearch, fuse, normalize
 from .tables import Tables, chunks_of
 from .texts import (
     UNCHECKED,
@@ -110,6 +110,7 @@ class MemoryStore(Tables):
         self.model, self.processor = model, processor
         if model is not None:
             check_same_fingerprint(self.fingerprint, fingerprint(model, processor), "this model")
+            # Hashing all weights takes seconds, and every later call only has to notice that one has changed.
             self._quick = quick_fingerprint(model, processor)
 
     @classmethod
@@ -140,6 +141,7 @@ class MemoryStore(Tables):
             MemoryStoreError: See the class.
             ValueError: If `dtype` is unknown.
         """
+        # What is there is opened as it is, so that a command can be given again.
         if create and not (_as_folder(folder) / FILE).exists():
             if model is None or processor is None:
                 raise MemoryStoreError("A new store belongs to a model. Give `model` and `processor`.")
@@ -176,6 +178,7 @@ class MemoryStore(Tables):
                 "dtype": dtype,
                 "keeps_text": bool(keep_text),
             }
+            # Another process may have been faster since; its file stays, and is opened.
             create_file(folder / FILE, settings)
         return cls(folder)
 
@@ -289,6 +292,7 @@ class MemoryStore(Tables):
         chunks = self.select(chunks)
         if not self.keeps_text and chunks and all(chunk.comes_back is False for chunk in chunks):
             return [self._original(chunk) for chunk in chunks]
+        # Each text once, however many of its chunks are asked for.
         texts = {text_id: self.text(text_id) for text_id in dict.fromkeys(chunk.text_id for chunk in chunks)}
         for chunk in chunks:
             if chunk.start is None:
@@ -375,6 +379,7 @@ class MemoryStore(Tables):
                     f"The text {chunk.text_id!r} has {len(entry.places)} chunks, but chunk {chunk.number} was asked "
                     "for. Take chunks from this store's `chunks`."
                 )
+            # In the order asked for: memories stand in a prompt as they were found, not as they were stored.
             rows.append((key << SHIFT) + chunk.number)
         return self._decode([blob for run in _runs(rows) for blob, _ in self._blobs(run)])
 
@@ -420,6 +425,7 @@ class MemoryStore(Tables):
         memory_embeds = self.memories(chunks).flatten(0, 1)[None]
         if self.model is not None:
             memory_embeds = memory_embeds.to(self.model.device, self.model.decoder.dtype)
+        # After the model's own type, so that a caller who names one has the last word.
         memory_embeds = memory_embeds if dtype is None else memory_embeds.to(dtype)
         memory_mask = torch.ones_like(memory_embeds[..., 0], dtype=torch.long)
         loaded = {"memory_embeds": memory_embeds, "memory_mask": memory_mask}
@@ -428,6 +434,7 @@ class MemoryStore(Tables):
             encoder_tokenizer = self.processor.encoder_tokenizer
             frame = 0 if encoder_tokenizer is None else sum(map(len, special_frame(encoder_tokenizer)))
             lengths = torch.tensor([chunk.num_tokens + frame for chunk in chunks], device=memory_mask.device)
+            # Special tokens count, as they do where the model encodes a context itself.
             loaded["memory_num_tokens"] = tokens_of_groups(lengths, self._shape[0]).flatten()[None]
         return loaded
 
@@ -465,6 +472,7 @@ class MemoryStore(Tables):
         as_text = dict(zip(expand, self.expand(expand), strict=True))
         slot = self.processor.memory_token_id
         # One slot marks the place; then what really stands there.
+        # By the processor, so that a memory token in the prompt is found as it is in any other.
         row = self.processor(text=text, num_memories=1, add_special_tokens=add_special_tokens)["input_ids"][0]
         place = row.index(slot)
         context: list[int] = []
@@ -475,6 +483,7 @@ class MemoryStore(Tables):
             context += self.processor.text_ids(as_text[chunk])
         input_ids = torch.tensor([row[:place] + context + row[place + 1 :]], device=device)
         kept = [chunk for chunk in chunks if chunk not in as_text]
+        # A prompt whose chunks are all text is a plain one, and no empty memories are passed on.
         memories = self.load(kept) if kept else {}
         return BatchFeature({"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **memories})
 
@@ -486,24 +495,24 @@ class MemoryStore(Tables):
         k: int,
         *,
         text_ids: str | Iterable[str] | None = None,
-        backend: str = "torch",
         block_size: int = 16384,
     ) -> list[list[tuple[Chunk, float]]]:
         """Return the chunks nearest to each query: exactly, by the cosine to a chunk's nearest memory.
+
+        A question is no memory of its answer, and the memory of a chunk of few tokens is near to many: this finds what
+        was remembered in the same words. For questions there is [`search`].
 
         Args:
             queries (`torch.FloatTensor` of shape `(Q, D)`): Memories to look for.
             k (`int`): Chunks for each query; fewer if the store has fewer.
             text_ids (`str` or ids, *optional*): Texts to look in. Default: all.
-            backend (`str`): `"torch"`, block by block from the file, or `"faiss"` (the extra `faiss`), which holds all
-                vectors in memory.
             block_size (`int`): Chunks of a block.
 
         Returns:
             For each query its chunks with their cosines, nearest first.
 
         Raises:
-            ValueError: If a query has another width or is not finite, a number is below 1, or faiss is not installed.
+            ValueError: If a query has another width or is not finite, or a number is below 1.
         """
         _check_positive(k=k, block_size=block_size)
         width = self._shape[1]
@@ -513,13 +522,15 @@ class MemoryStore(Tables):
                 f"; expected a tensor (queries, {width}): memories of this store's model, as `encode_memories` makes "
                 "them, one a row."
             )
+        # A NaN is neither near nor far: it would be answered by whatever comes first.
         if not torch.isfinite(queries).all():
             raise ValueError("A query holds a number that is not finite. Check what it was made from.")
-        search = build_search(backend, queries, k)
+        search = BlockSearch(normalize(queries.detach().cpu()), k)
         if text_ids is None:
             for rows, blobs in self._blocks(block_size):
                 search.add(self._decode(blobs), rows)
         else:
+            # In the order of the file, so that neighbouring rows are read in one go.
             wanted = sorted({self._find(text_id) for text_id in _as_ids(text_ids)})
             rows = [(key << SHIFT) + i for key, entry in wanted for i in range(len(entry.places))]
             for start in range(0, len(rows), block_size):
@@ -557,11 +568,13 @@ class MemoryStore(Tables):
         words = dict.fromkeys(re.findall(r"\w+", query.casefold()))
         if not words:
             return []
+        # Quoted, since a bare word may be an operator of the query language.
         expression = " OR ".join(f'"{word}"' for word in words)
         statement = "SELECT rowid, -bm25(words) FROM words WHERE words MATCH ? ORDER BY 2 DESC, 1"
         if text_ids is None:
             rows = self._read(f"{statement} LIMIT ?", expression, k)
         else:
+            # Filtered here: the index knows row numbers only, and a list of ids may be longer than a statement takes.
             keys = {self._find(text_id)[0] for text_id in _as_ids(text_ids)}
             found = (row for row in self._read(statement, expression) if row[0] >> SHIFT in keys)
             rows = list(islice(found, k))
@@ -593,16 +606,21 @@ class MemoryStore(Tables):
             if not found:
                 return []
             asked, *vectors = normalize(embed([query, *(passage.text for passage, _ in found)]))
-            near = torch.stack(vectors) @ asked  # (passages,)
-            fused = fuse([range(len(found)), near.argsort(descending=True).tolist()])
+            cosines = torch.stack(vectors) @ asked  # (passages,)
+            fused = fuse([range(len(found)), cosines.argsort(descending=True).tolist()])
             return [(found[place][0], score) for place, score in fused[:k]]
         if self.keeps_text:
             return self.search_text(query, k, text_ids=text_ids)
         (text,) = remember_texts(self._model(), self.processor, {"query": query}, batch_size=256, keep_text=False)
         best: dict[Chunk, float] = {}
-        for pairs in self.nearest(text.memories.flatten(0, 1), k, text_ids=text_ids):
-            for chunk, score in pairs:
-                best[chunk] = max(score, best.get(chunk, -1.0))
+        # The short chunk at a text's end is near to anything: it stands for less than half of what is looked for.
+        sizes = [tokens for tokens in text.counts for _ in range(self._shape[0])]
+        near = self.nearest(text.memories.flatten(0, 1), 4 * k + 16, text_ids=text_ids)
+        for tokens, pairs in zip(sizes, near, strict=True):
+            for chunk, score in pairs if 2 * tokens >= max(sizes) else ():
+                # A question may be several memories; a chunk that answers one of them well is an answer.
+                if 2 * chunk.num_tokens >= tokens:
+                    best[chunk] = max(score, best.get(chunk, -1.0))
         order = sorted(best, key=lambda chunk: -best[chunk])[:k]
         return [(Passage(chunk.text_id, (chunk,), ""), best[chunk]) for chunk in order]
 
@@ -641,10 +659,12 @@ class MemoryStore(Tables):
         if not isinstance(texts, Mapping):
             raise ValueError(f"`texts` is a {type(texts).__name__}; expected a mapping, id -> text.")
         model = self._model()
+        # A model that was trained on since the store was opened makes memories of another kind.
         if quick_fingerprint(model, self.processor) != self._quick:
             now = fingerprint(model, self.processor)
             check_same_fingerprint(self.fingerprint, now, "this model, which has changed since the store was opened")
             self._quick = quick_fingerprint(model, self.processor)
+        # Before encoding, which is what takes time.
         texts = {key: texts[key] for key in self._new_ids(texts, on_duplicate)}
         stored = remember_texts(
             model,
@@ -679,6 +699,7 @@ class MemoryStore(Tables):
             raise ValueError(f"`texts` is a {type(texts).__name__}; expected a list of `StoredText`s.")
         texts = list(texts)
         for text in texts:
+            # All before the first is written: the change is whole or not there, and so is the refusal.
             check_stored_text(text, self.fingerprint["cut"])
         if len({text.text_id for text in texts}) < len(texts):
             raise MemoryStoreError("Two texts of one call have the same id. Give each its own.")
@@ -706,6 +727,7 @@ class MemoryStore(Tables):
             return self._store(
                 (self._recoded(other._whole(*other._find(one)), other.dtype) for one in new), new, on_duplicate
             )
+        # Vectors alone look alike for any model of a width; what they depend on travels beside them.
         reader, settings = read_settings(other)
         check_fingerprint(settings["fingerprint"])
         check_same_fingerprint(self.fingerprint, settings["fingerprint"], "the Arrow data")

@@ -89,6 +89,7 @@ def remember_texts(
             cut.num_tokens,
             cut.spans,
             texts[one] if keep_text else None,
+            # In any case: a text that is not kept can still be seen to have changed.
             text_digest(texts[one]),
             cut.num_unknown,
             whole.get(one),
@@ -112,6 +113,7 @@ def _encode(
     model: Any, cuts: Mapping[str, CutText], batch_size: int, progress: Callable[[int], Any] | None
 ) -> dict[str, torch.Tensor]:
     """Memories `(n, K, D)` of each text."""
+    # Chunks of all texts in one list, so that short texts share batches.
     memories = encode_chunk_ids(model, [row for cut in cuts.values() for row in cut.chunks], batch_size, progress)
     return dict(zip(cuts, memories.split([len(cut.chunks) for cut in cuts.values()]), strict=True))
 
@@ -184,8 +186,10 @@ def encode_chunk_ids(
         mask = (torch.arange(width) < lengths[:, None])[:, None]  # (n, 1, L)
         ids = torch.zeros(mask.shape, dtype=torch.long)
         ids[mask] = torch.tensor([token for number in numbers for token in rows[number]])
+        # Without a mask an encoder may take its faster attention.
         partial = None if bool(mask.all()) else mask.long().to(model.device)
         memory_embeds, _ = model.encode_memories(ids.to(model.device), partial)  # (n, K, D)
+        # Off the device at once: what is remembered may be larger than its memory.
         memories[numbers] = memory_embeds.float().cpu()
         if progress is not None:
             progress(len(numbers))

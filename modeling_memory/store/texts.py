@@ -152,6 +152,7 @@ def check_stored_text(text: Any, cut: dict[str, Any]) -> None:
         refuse("memories", f"is {type(memories).__name__} of no real numbers", "a floating-point tensor")
     if memories.dim() != 3 or tuple(memories.shape[1:]) != shape or not len(memories):
         refuse("memories", f"has shape {tuple(memories.shape)}", f"(chunks, {shape[0]}, {shape[1]}), a chunk or more")
+    # A NaN would be nearest to nothing and stored for good.
     if not torch.isfinite(memories).all():
         refuse("memories", "holds a number that is not finite", "finite numbers")
     n, most = len(memories), cut.get("chunk_length", 2**31 - 1)
@@ -227,9 +228,11 @@ def cut_passages(places: Sequence[Place], text: str) -> list[tuple[int, str]]:
     >>> cut_passages([(0, 4, 200, 1), (4, 8, 200, 1), (8, 9, 1, 1)], "one two .")
     [(0, 'one '), (1, 'two .')]
     """
+    # A tokenizer without offsets: where chunks end in the text is not known, so it cannot be cut between them.
     if places[0][0] < 0:
         return [(0, text)]
     total = sum(place[2] for place in places)
+    # A number of equal parts, not parts of a size: the last of those would be a scrap that any shared word makes best.
     number = -(-total // PASSAGE_TOKENS)
     firsts, seen = [0], 0
     for chunk, (_, _, tokens, _) in enumerate(places):
@@ -237,5 +240,6 @@ def cut_passages(places: Sequence[Place], text: str) -> list[tuple[int, str]]:
         if (2 * seen + tokens) * number >= 2 * total * len(firsts) and chunk and len(firsts) < number:
             firsts.append(chunk)
         seen += tokens
+    # What lies between chunks, such as spaces, belongs to the passage before it: joined they give the text again.
     borders = [0, *(places[first][0] for first in firsts[1:]), len(text)]
     return [(first, text[borders[i] : borders[i + 1]]) for i, first in enumerate(firsts)]

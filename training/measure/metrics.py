@@ -222,6 +222,23 @@ def bootstrap_interval(
     return low, high
 
 
+def accuracy_interval(correct: torch.Tensor) -> tuple[float, float]:
+    """Return the 95% interval of a token accuracy whose errors cluster in rows.
+
+    It is the wider of two, end by end: rows drawn again, and Wilson's, since rows without any error vary by nothing.
+
+    Args:
+        correct (`torch.BoolTensor` of shape `(rows, tokens)`): Which tokens are right.
+
+    >>> clustered = torch.tensor([[True] * 10] * 9 + [[False] * 10])
+    >>> [round(bound, 2) for bound in accuracy_interval(clustered)], [round(b, 2) for b in wilson_interval(90, 100)]
+    ([0.7, 1.0], [0.83, 0.94])
+    """
+    sizes = torch.full((len(correct),), correct.shape[1])
+    rows, tokens = bootstrap_interval(correct.sum(1), sizes), wilson_interval(int(correct.sum()), correct.numel())
+    return min(rows[0], tokens[0]), max(rows[1], tokens[1])
+
+
 def _check_pair(predictions: torch.Tensor, targets: torch.Tensor) -> None:
     if predictions.dim() != 2 or predictions.shape != targets.shape:
         raise ValueError(

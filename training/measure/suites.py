@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from ..data.objectives import IGNORED, BatchSpec, SpecialTokens, build_batch, targets_of
 from .metrics import (
+    accuracy_interval,
     bits_per_byte,
     bootstrap_interval,
     exact_match,
@@ -263,7 +264,7 @@ def summarise_scores(scores: Scores, vocab_size: int, period: int) -> dict[str, 
     positions = range(min(period, scores.correct.shape[1]))
     return {
         "token_accuracy": correct / total,
-        "token_accuracy_interval": list(wilson_interval(correct, total)),
+        "token_accuracy_interval": list(accuracy_interval(scores.correct)),
         "loss": loss,
         "loss_interval": list(bootstrap_interval(scores.losses.double().mean(1))),
         "information_ratio": information_ratio(loss, vocab_size, convention="uniform"),
@@ -456,7 +457,7 @@ def retention_of_short_chunks(evaluation: Evaluation, rows: torch.Tensor) -> dic
         correct = torch.cat(parts)
         results[str(short)] = {
             "token_accuracy": correct.double().mean().item(),
-            "token_accuracy_interval": list(wilson_interval(int(correct.sum()), correct.numel())),
+            "token_accuracy_interval": list(accuracy_interval(correct)),
             "num_tokens": correct.numel(),
         }
     return results
