@@ -108,9 +108,7 @@ def named_texts(
                     yield f"{name}#{row}", text
         else:
             is_one = ".txt" in source.suffixes[-2:]
-            left_out: list[
-                str
-            ] = []  # they are counted, so that the rows after them keep their ids once they are mended
+            left_out: list[str] = []  # counted, so that the rows after them keep their ids once they are mended
             texts = read_file(source, text_column, None if refuse is None else left_out.append)
             for row, text in enumerate(texts):
                 yield (source.as_posix() if is_one else f"{source.as_posix()}#{row + len(left_out)}"), text
@@ -223,55 +221,91 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def open_store(options: argparse.Namespace, model: PreTrainedModel, processor: MemoryProcessor) -> MemoryStore:
+    """Open or begin the store that the command line names.
+
+    Raises:
+        ValueError: If it was begun with another format, or without the text.
+    """
+    kind: dict[str, Any] = {"dtype": options.dtype or "float16", "keep_text": options.keep_text}
+    store = MemoryStore.open(options.to, model, processor, create=True, **kind)
+    if options.dtype not in (None, store.dtype) or (options.keep_text and not store.keeps_text):
+        raise ValueError(
+            f"{options.to} was begun with the format {store.dtype} and {'the' if store.keeps_text else 'no'} text. "
+            "Leave the options out, or begin another store."
+        )
+    return store
+
+
+def encode(
+    options: argparse.Namespace,
+    store: MemoryStore,
+    texts: Iterator[tuple[str, str]],
+    state: PartialState,
+    append: dict[str, Any],
+    bar: Any,
+) -> dict[str, int]:
+    """Store texts by Ray, by this process alone, or by one of several; returns the counts of [`remember`]."""
+    if options.engine == "ray":
+        folder, keep_files = Path(options.parquet or f"{options.to}.parts"), options.parquet is not None
+        counts: dict[str, int] = remember_by_ray(
+            store, options.model, texts, folder, workers=options.workers, threads=options.threads or 1,
+            keep_files=keep_files, append=append, bar=bar,
+        )  # fmt: skip
+        return counts
+    if state.num_processes == 1:
+        return remember(store, texts, **append, bar=bar)
+    # A file for each process: none waits for another while the encoder works.
+    like: dict[str, Any] = {"dtype": store.dtype, "keep_text": store.keeps_text}
+    place = own_part(options.to, state.process_index)
+    with MemoryStore.open(place, store.model, store.processor, create=True, **like) as own:
+        return remember(own, texts, **append, beside=store, bar=bar)
+
+
+def report_lines(store: MemoryStore, place: str, on_loss: str | None, why: str | None) -> list[str]:
+    """Say what a store holds, and which of its chunks come back; `why` is why that was not tried."""
+    lines = [
+        f"{place}: {len(store)} texts, {store.num_tokens:,} tokens in {store.num_chunks:,} chunks, "
+        f"{store.num_bytes:,} bytes ({store.num_bytes / max(store.num_tokens, 1):.1f} per token), {store.dtype}"
+    ]
+    if store.num_checked:
+        kept = "; their text is kept" if store.num_lost and (store.keeps_text or on_loss != "warn") else ""
+        lines.append(
+            f"{store.num_checked - store.num_lost:,} of {store.num_checked:,} chunks come back word for word, "
+            f"{store.num_lost:,} do not{kept}"
+        )
+    elif why is not None:
+        lines.append(f"whether chunks come back word for word was not tried: {why}")
+    if store.num_unknown:
+        share = store.num_unknown / store.num_tokens
+        lines.append(
+            f"{store.num_unknown:,} tokens ({share:.1%}) are none that the encoder knows: remembered as nothing"
+        )
+    return lines
+
+
 def run(options: argparse.Namespace, command: str) -> tuple[int, dict[str, Any]]:
     """Do what the command line says; returns the exit status, that of a mistake if a text was refused, and counts."""
     state, started = PartialState(cpu=not torch.cuda.is_available()), time.perf_counter()
     sources = find_sources(options.texts)
     model, processor = load_memory_model(options.model, state.device)
     with state.main_process_first():
-        kind: dict[str, Any] = {"dtype": options.dtype or "float16", "keep_text": options.keep_text}
-        store = MemoryStore.open(options.to, model, processor, create=True, **kind)
+        store = open_store(options, model, processor)
         if state.is_main_process:
             merge_parts(store, options.to)  # of a run that was cut off
-    if options.dtype not in (None, store.dtype) or (options.keep_text and not store.keeps_text):
-        raise ValueError(
-            f"{options.to} was begun with the format {store.dtype} and {'the' if store.keeps_text else 'no'} text. "
-            "Leave the options out, or begin another store."
-        )
     total = None
     if state.is_main_process and not any(isinstance(source, HubDataset) for source in sources):  # not streamed twice
         texts = named_texts(sources, options.text_column, lambda told: None)
         total = sum(len(text) for _, text in texts) // state.num_processes
-    on_loss, why = options.on_loss, why_not_checkable(model, processor)
-    if on_loss is None and why is None:
-        on_loss = "warn"
+    why = why_not_checkable(model, processor)
+    on_loss = options.on_loss or ("warn" if why is None else None)
     refused: list[str] = []
     texts = named_texts(sources, options.text_column, refused.append)
     texts = islice(texts, state.process_index, None, state.num_processes)
-    shown = {"unit": "char", "unit_scale": True, "disable": not state.is_main_process}
     append = {"batch_size": options.batch_size, "on_loss": on_loss}
+    shown = {"unit": "char", "unit_scale": True, "disable": not state.is_main_process}
     with tqdm(desc="remember", total=total, **shown) as bar:
-        if options.engine == "ray":
-            folder = Path(options.parquet or f"{options.to}.parts")
-            counts = remember_by_ray(
-                store,
-                options.model,
-                texts,
-                folder,
-                workers=options.workers,
-                threads=options.threads or 1,
-                keep_files=options.parquet is not None,
-                append=append,
-                bar=bar,
-            )
-        elif state.num_processes == 1:
-            counts = remember(store, texts, **append, bar=bar)
-        else:
-            # A file for each process: none waits for another while the encoder works.
-            place = own_part(options.to, state.process_index)
-            like: dict[str, Any] = {"dtype": store.dtype, "keep_text": store.keeps_text}
-            with MemoryStore.open(place, model, processor, create=True, **like) as own:
-                counts = remember(own, texts, **append, beside=store, bar=bar)
+        counts = encode(options, store, texts, state, append, bar)
     everywhere: list[dict[str, int]] = gather_object([counts])
     totals = {name: sum(one[name] for one in everywhere) for name in counts}
     if state.is_main_process:
@@ -279,26 +313,11 @@ def run(options: argparse.Namespace, command: str) -> tuple[int, dict[str, Any]]
     state.wait_for_everyone()
     store.reload()
     if state.is_main_process:
-        seconds = time.perf_counter() - started
         print(
             f"{totals['stored']} texts remembered ({totals['changed']} of them anew), {totals['known']} were there; "
-            f"{totals['chunks']:,} chunks in {seconds:.1f} s"
+            f"{totals['chunks']:,} chunks in {time.perf_counter() - started:.1f} s"
         )
-        print(
-            f"{options.to}: {len(store)} texts, {store.num_tokens:,} tokens in {store.num_chunks:,} chunks, "
-            f"{store.num_bytes:,} bytes ({store.num_bytes / max(store.num_tokens, 1):.1f} per token), {store.dtype}"
-        )
-        if store.num_checked:
-            kept = "; their text is kept" if store.keeps_text or on_loss != "warn" else ""
-            print(
-                f"{store.num_checked - store.num_lost:,} of {store.num_checked:,} chunks come back word for word, "
-                f"{store.num_lost:,} do not{kept if store.num_lost else ''}"
-            )
-        elif why is not None:
-            print(f"whether chunks come back word for word was not tried: {why}")
-        if store.num_unknown:
-            share = store.num_unknown / store.num_tokens
-            print(f"{store.num_unknown:,} tokens ({share:.1%}) are none that the encoder knows: remembered as nothing")
+        print("\n".join(report_lines(store, options.to, on_loss, why)))
         for told in refused:
             print(f"error: {told} It is left out; the other texts are stored.", file=sys.stderr)
     size = {"texts": len(store), "tokens": store.num_tokens, "chunks": store.num_chunks, "bytes": store.num_bytes}

@@ -71,12 +71,7 @@ def find_bases(config: Mapping[str, Any], named: Sequence[str], folders: Sequenc
         PushError: If the Hub does not give it.
     """
     references = config.get("references") or {}
-    wanted = {part: (ref["id"], ref["revision"], ref.get("subfolder") or "") for part, ref in references.items()}
-    for part, value in _parts(named, "--base", "ID@REVISION").items():
-        repo_id, _, revision = value.partition("@")
-        if not repo_id.startswith(PACKAGE):
-            validate_repo_id(repo_id)
-        wanted[part] = (repo_id, revision or None, "")
+    wanted = _wanted(references, named)
     places = _parts(folders, "--base-folder", "FOLDER")
     packages = {part for part, (repo_id, *_) in wanted.items() if (repo_id or "").startswith(PACKAGE)}
     for part in sorted(places.keys() & packages):
@@ -93,24 +88,42 @@ def find_bases(config: Mapping[str, Any], named: Sequence[str], folders: Sequenc
             )
         if part in packages:
             folder, revision = Path(locate(repo_id)), str(package_version(repo_id)[1])
-        elif part in places:
-            folder = Path(places[part]).expanduser().resolve()
-            if not folder.is_dir():
-                raise ValueError(f"--base-folder {part}={places[part]} is no folder")
         else:
-            with explained(repo_id, "fetching it"):
-                folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(FILES)))
-            revision = folder.name  # the commit that a branch stands for
-        if part not in packages and not COMMIT.fullmatch(revision or ""):
-            raise ValueError(
-                f"the revision of {repo_id} is {revision!r}; expected a commit of 40 hexadecimal digits, since a "
-                f"folder does not tell which it is: --base {part}={repo_id}@COMMIT"
-            )
-        found[part] = Base(repo_id, str(revision), folder, subfolder)
+            folder, revision = _place(part, repo_id, revision, places.get(part))
+        found[part] = Base(repo_id, revision, folder, subfolder)
         # What a package holds beside a config, a GGUF file, has no code; a checkpoint that refers to it says which.
         if part not in packages or part not in references or (folder / subfolder / "config.json").is_file():
             _check_needs_no_code(part, found[part])
     return found
+
+
+def _wanted(references: Mapping[str, Any], named: Sequence[str]) -> dict[str, tuple[str | None, str | None, str]]:
+    """Id, revision and subfolder of each base: those that a checkpoint names, and those of the command line."""
+    wanted = {part: (ref["id"], ref["revision"], ref.get("subfolder") or "") for part, ref in references.items()}
+    for part, value in _parts(named, "--base", "ID@REVISION").items():
+        repo_id, _, revision = value.partition("@")
+        if not repo_id.startswith(PACKAGE):
+            validate_repo_id(repo_id)
+        wanted[part] = (repo_id, revision or None, "")
+    return wanted
+
+
+def _place(part: str, repo_id: str, revision: str | None, given: str | None) -> tuple[Path, str]:
+    """Find the folder of a base on the Hub, as given or fetched, and its commit."""
+    if given is not None:
+        folder = Path(given).expanduser().resolve()
+        if not folder.is_dir():
+            raise ValueError(f"--base-folder {part}={given} is no folder")
+    else:
+        with explained(repo_id, "fetching it"):
+            folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(FILES)))
+        revision = folder.name  # the commit that a branch stands for
+    if not COMMIT.fullmatch(revision or ""):
+        raise ValueError(
+            f"the revision of {repo_id} is {revision!r}; expected a commit of 40 hexadecimal digits, since a "
+            f"folder does not tell which it is: --base {part}={repo_id}@COMMIT"
+        )
+    return folder, str(revision)
 
 
 def places_of(bases: Mapping[str, Base] | None) -> dict[str, str]:

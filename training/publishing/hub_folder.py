@@ -258,15 +258,7 @@ def check_files(folder: Path) -> None:
     foreign = [name for name in names if not ALLOWED_FILES.fullmatch(name)]
     if foreign:
         raise PublishError(f"{', '.join(foreign)} must not be published")
-    if "model.safetensors" in names and "model.safetensors.index.json" in names:
-        raise PublishError("both model.safetensors and shards are there; the single file would win on loading")
-    if TRAINED in names:
-        if any(name.startswith("model") and "safetensors" in name for name in names):
-            raise PublishError(f"both {TRAINED} and weights of the bases are there")
-        references = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("references") or {}
-        nowhere = [part for part, reference in references.items() if not (reference["id"] and reference["revision"])]
-        if nowhere or not references:
-            raise PublishError(f"config.json does not say where the {(nowhere or ['decoder'])[0]} comes from")
+    _check_weights(folder, names)
     try:
         needed = code_files(_auto_map_in(folder), folder)
     except FileNotFoundError as error:
@@ -281,6 +273,20 @@ def check_files(folder: Path) -> None:
         for place in places:
             if re.search(re.escape(place) + r"""[/"'\s]""", text):
                 raise PublishError(f"{name} contains {place}, a place on this machine")
+
+
+def _check_weights(folder: Path, names: list[str]) -> None:
+    """Check that weights are there in one layout, and that those left out are named."""
+    if "model.safetensors" in names and "model.safetensors.index.json" in names:
+        raise PublishError("both model.safetensors and shards are there; the single file would win on loading")
+    if TRAINED not in names:
+        return
+    if any(name.startswith("model") and "safetensors" in name for name in names):
+        raise PublishError(f"both {TRAINED} and weights of the bases are there")
+    references = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("references") or {}
+    nowhere = [part for part, reference in references.items() if not (reference["id"] and reference["revision"])]
+    if nowhere or not references:
+        raise PublishError(f"config.json does not say where the {(nowhere or ['decoder'])[0]} comes from")
 
 
 def _files(folder: Path) -> list[str]:
