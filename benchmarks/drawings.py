@@ -5,12 +5,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
 
 from benchmarks.cost_tables import PATHS, by_length, measured_shapes
-from benchmarks.quality_tables import READERS, document_losses
-from benchmarks.table import Record, pick
-from training.records.figures import COLOURS, write_ceiling_figure, write_figures, write_probe_figure
+from benchmarks.table import Record
+from training.records.figures import COLOURS, write_figures, write_probe_figure
 
 
 def draw_quickstart(record: Record, folder: Path) -> list[str]:
@@ -23,45 +21,11 @@ def draw_probe(record: Record, folder: Path) -> list[str]:
     return [write_probe_figure(record, folder)]
 
 
-def draw_ceiling(record: Record, folder: Path) -> list[str]:
-    """The way to the ceiling."""
-    return [write_ceiling_figure(record, folder)]
-
-
-def draw_fidelity_curve(record: Record, folder: Path) -> list[str]:
-    """Token accuracy against tokens per vector."""
-    runs = sorted(pick(record, "metrics.runs").values(), key=lambda run: run["chunk_length"])
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    panel = figure.subplots()
-    lengths = [run["chunk_length"] for run in runs]
-    for colour, (name, label) in zip(
-        COLOURS, {"memory": "its own vector", "wrong_memory": "another text's vector"}.items(), strict=False
-    ):
-        parts = [run["conditions"][name] for run in runs]
-        values = [part["token_accuracy"] for part in parts]
-        lows, highs = zip(*(part["token_accuracy_interval"] for part in parts), strict=True)
-        errors = [[value - low for value, low in zip(values, lows, strict=True)],
-                  [high - value for value, high in zip(values, highs, strict=True)]]  # fmt: skip
-        panel.errorbar(lengths, values, yerr=errors, fmt="o-", color=colour, label=label, linewidth=1.4, markersize=4,
-                       capsize=2)  # fmt: skip
-    panel.set_xscale("log", base=2)
-    panel.set_xticks(lengths, [str(length) for length in lengths])
-    panel.set_xlabel("tokens in one vector")
-    panel.set_ylabel("tokens written back, test split")
-    panel.set_title(f"vectors of {runs[0]['width']} numbers, equal steps for all lengths", fontsize=10)
-    _shares(panel)
-    _tidy(panel)
-    panel.legend(fontsize=8, frameon=False, loc="center left")
-    return _save(figure, folder / "accuracy.png")
-
-
 def draw_rolling(record: Record, folder: Path) -> list[str]:
-    """CPU time to the first token against length, a panel a decoder; and loss against position."""
+    """CPU time to the first token against length, a panel a decoder."""
     cells = {shape: by_length(record, "first_token", shape) for shape in measured_shapes(record, "first_token")}
     shapes = [shape for shape, lengths in cells.items() if len(lengths) > 1]  # one length is no curve: see the table
-    written = _draw_first_token(record, shapes, folder) if shapes else []
-    cell = record["metrics"].get("quality")
-    return written if cell is None else written + _draw_losses(cell, folder)
+    return _draw_first_token(record, shapes, folder) if shapes else []
 
 
 def _draw_first_token(record: Record, shapes: list[str], folder: Path) -> list[str]:
@@ -91,44 +55,11 @@ def _draw_first_token(record: Record, shapes: list[str], folder: Path) -> list[s
     return _save(figure, folder / "first_token.png")
 
 
-def _draw_losses(cell: Record, folder: Path) -> list[str]:
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
-    panel = figure.subplots()
-    edges = cell["edges"]
-    for place, (colour, (name, title)) in enumerate(zip(COLOURS, READERS.items(), strict=False)):
-        points = document_losses(cell, name)
-        means = [point[0] for point in points]
-        errors = [[mean - low for mean, low, _ in points], [high - mean for mean, _, high in points]]
-        ends = [
-            end * 1.03 ** (place - 2.5) for end in edges[1 : len(points) + 1]
-        ]  # side by side, so that all are seen
-        label = title.format(**{**cell, **cell["given"]})
-        panel.errorbar(ends, means, yerr=errors, fmt="o-", color=colour, label=label, markersize=3, linewidth=1.4,
-                       elinewidth=0.7, capsize=2)  # fmt: skip
-    panel.set_xscale("log", base=2)
-    panel.set_xticks(edges[1:], [f"{n:,}" for n in edges[1:]], fontsize=8)
-    panel.minorticks_off()
-    panel.set_xlabel("position in the document, up to")
-    panel.set_ylabel("loss (nats per token)")
-    documents = cell["given"]["documents"]
-    panel.set_title(f"mean of {documents} documents; bars: the least and the largest of them", fontsize=10)
-    _tidy(panel)
-    panel.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
-    return _save(figure, folder / "loss.png")
-
-
 DRAWINGS = {
     "quickstart": draw_quickstart,
     "probe": draw_probe,
-    "ceiling": draw_ceiling,
-    "fidelity_curve": draw_fidelity_curve,
     "rolling": draw_rolling,
 }
-
-
-def _shares(panel: Any) -> None:
-    panel.set_ylim(0, 1.02)
-    panel.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
 def _tidy(panel: Any) -> None:

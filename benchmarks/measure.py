@@ -15,15 +15,12 @@ from typing import Any
 import torch
 import transformers
 
-from training.command_line import run_command
 from training.places import REPOSITORY, portable_path, portable_paths, portable_word
 from training.records.record import (
     FORMAT_VERSION,
     describe_code,
     describe_hardware,
-    read_json,
     write_json,
-    write_record,
 )
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -260,57 +257,3 @@ def run_benchmark(
 def load_average() -> float | None:
     """Other work on the machine, where the system says."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-
-
-def gather_runs(folders: list[Path], command: str, show: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
-    """Put what is shown of each run's record into one record; commit and machine are those of the first.
-
-    Args:
-        folders (`list[Path]`): Each a run, or runs side by side as a grid leaves them.
-        command (`str`): The command line, for the record.
-        show (`Callable`): What is kept of one run's record.
-
-    Raises:
-        ValueError: If there is no finished run, or the runs are of different commits or texts.
-    """
-    files = sorted(file for folder in folders for file in (*folder.glob("record.json"), *folder.glob("*/record.json")))
-    records = [read_json(file) for file in files]
-    if not records:
-        raise ValueError(f"no finished run in {', '.join(map(str, folders))}; run the recipe first")
-    first = records[0]
-    for file, record in zip(files, records, strict=True):
-        for key in ("code", "inputs"):
-            if record[key] != first[key]:
-                raise ValueError(f"{file} and {files[0]} differ in {key}; run both again from one commit and one text")
-    runs = {file.parent.name: show(record) for file, record in zip(files, records, strict=True)}
-    run = {"recipe_name": first["run"]["recipe_name"], "command": command, "created_at": first["run"]["created_at"]}
-    return {
-        "run": {**run, "status": "success"},
-        "code": first["code"],
-        "hardware": first["hardware"],
-        "inputs": first["inputs"],
-        "recipe": first["recipe"],
-        "metrics": {"runs": runs},
-    }
-
-
-def gather_command(
-    name: str, description: str, show: Callable[[dict[str, Any]], Any], arguments: Sequence[str] | None
-) -> int:
-    """Run the command line of a benchmark that gathers the records of runs into one; returns the exit status.
-
-    Args:
-        name (`str`): Of the module in `benchmarks`, and of the record unless the caller gives another.
-        description (`str`): One sentence.
-        show (`Callable`): As [`gather_runs`] takes it.
-        arguments (`Sequence[str]`, *optional*): The words after the command; default: those of the process.
-    """
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
-    parser.add_argument("folders", nargs="+", help="runs, or the folder of a grid")
-    parser.add_argument("--out", default=f"benchmarks/results/{name}.json", metavar="FILE")
-
-    def run(options: argparse.Namespace, command: str) -> None:
-        write_record(Path(options.out), gather_runs([Path(folder) for folder in options.folders], command, show))
-        print(f"record: {options.out}")
-
-    return run_command(parser, run, arguments)

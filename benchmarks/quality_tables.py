@@ -3,7 +3,7 @@
 import statistics
 from typing import Any
 
-from benchmarks.table import TOKENS, Record, Table, count, percent, pick
+from benchmarks.table import TOKENS, Record, Table, percent, pick
 from training.records.sample import sample_lines
 
 MINUTE, GIBIBYTE = 60, 2**30
@@ -75,11 +75,6 @@ def quickstart_sample(record: Record) -> Table:
     return Table(text=sample_lines(pick(record, "sample")))
 
 
-def use(record: Record) -> Table:
-    """What the README's snippet printed."""
-    return Table(text=pick(record, "output").rstrip("\n").splitlines())
-
-
 def starters(record: Record) -> Table:
     """A row for each starter and task: load, goal, teacher-forced and free-running."""
     rows = [["starter", "task", "numbers a token", "must reach", "teacher-forced, worst split", "free-running"]]
@@ -99,12 +94,13 @@ def starters(record: Record) -> Table:
 
 
 def works(record: Record) -> Table:
-    """What the starters give back, in few words: for the README."""
-    made = starters(record)
-    rows = [[row[0], row[1], row[2], row[4], row[5]] for row in made.rows]
+    """What the starters give back, in few words, no row of which needs the docs to be understood: for the README."""
+    head, *rows = ([row[0], row[1], row[2], row[4], row[5]] for row in starters(record).rows)
+    head[2] = "numbers kept for a token"
     return Table(
-        rows,
-        "The worst of the validation and test splits of books and news; free-running: texts copied without an error.",
+        [head, *(row for row in rows if not row[1].startswith("blank copy"))],
+        "The worst of the validation and test splits of books and news. Teacher-forced: tokens right, each after the "
+        "right ones; free-running: texts written without an error.",
     )
 
 
@@ -163,26 +159,23 @@ def _goal(shown: str, met: bool) -> str:
     return shown if met else f"{shown} (missed)"
 
 
-def reproduced(quick: Record, shipped: Record, curve: Record, rolling: Record) -> Table:
+def reproduced(quick: Record, shipped: Record, rolling: Record) -> Table:
     """What the paper reports beside what stands here today, load and vocabulary with each figure, and one word."""
     found = pick(shipped, "metrics.starters")
     auto, memory = found["starter-autoencoder-64"], found["starter-tiny"]
-    longest = max(pick(curve, "metrics.runs").values(), key=lambda run: run["chunk_length"])
     causal = pick(quick, "metrics.clm")
     share = pick(rolling, "metrics")["generation/quickstart/16384"]["cache_share"]["memories"]
     loads = {
         "auto": f"{auto['width'] / auto['chunk_length']:g}",
-        "curve": f"{longest['width'] / longest['chunk_length']:g}",
         "memory": f"{memory['width'] / memory['chunk_length']:g}",
     }
     difference = causal["memory"]["loss"] - causal["no_memory_model"]["loss"]
-    own = longest["conditions"]["memory"]["token_accuracy"]
     rows = [
         ["the paper", "its load", "here", "our load", "word"],
         [
             "autoencoders give back over 95% of 256 tokens (6)",
             "2 numbers a token, vocabulary 8,000, web text",
-            f"64 tokens: {lowest(auto, 'retention')}; at {loads['curve']} numbers {own:.1%}, not at plateau",
+            f"64 tokens: {lowest(auto, 'retention')}",
             f"{loads['auto']} numbers a token, vocabulary 2,048, books and news",
             "reproduced in part",
         ],
@@ -210,79 +203,6 @@ def reproduced(quick: Record, shipped: Record, curve: Record, rolling: Record) -
         ],
     ]
     return Table(rows, "One seed each; numbers in brackets are those of the statements below.")
-
-
-def fidelity_curve(record: Record) -> Table:
-    """A row for each chunk length: tokens right and loss beside the controls."""
-    rows = [["tokens per vector", "numbers a token", "tokens right", "loss (nats per token)", "another text's vector",
-             "no vector", "test tokens", "minutes of training"]]  # fmt: skip
-    runs = sorted(pick(record, "metrics.runs").values(), key=lambda run: run["chunk_length"])
-    for run in runs:
-        own, wrong, none = (run["conditions"][name] for name in ("memory", "wrong_memory", "no_memory"))
-        rows.append([
-            str(run["chunk_length"]), f"{run['width'] / run['chunk_length']:g}", percent(own, digits=2),
-            f"{own['loss']:.4f}", f"{wrong['token_accuracy']:.1%}", f"{none['token_accuracy']:.1%}",
-            f"{own['num_tokens']:,}", f"{run['seconds'] / MINUTE:.1f}",
-        ])  # fmt: skip
-    return Table(
-        rows,
-        f"Vectors of {runs[0]['width']} numbers, {runs[0]['text_tokens']:,} tokens of training text and the same "
-        f"steps for all lengths: long chunks are not at their plateau. {TOKENS}",
-    )
-
-
-def pairs(record: Record) -> Table:
-    """A row for each run, task and number of memories: loss and accuracy beside their controls."""
-    rows = [["trained", "task", "memories a chunk", "own memories", "another text's", "none", "plain decoder, none",
-             "plain decoder, full text", "gain over another text's (95%)"]]  # fmt: skip
-    runs = pick(record, "metrics.runs")
-    for run in runs.values():
-        trained = "projector and LoRA" if run["adapters"] else "projector"
-        for suite, conditions in run["suites"].items():
-            task, _, budget = suite.partition(", ")
-            names = ("memory", "wrong_memory", "no_memory", "plain_no_memory", "plain_full_context")
-            cells = [_loss(conditions.get(name) or conditions.get(name.removeprefix("plain_"))) for name in names]
-            task = {"clm": "continue", "copy": "copy"}[task]
-            rows.append([trained, task, budget.partition(" ")[0], *cells, _gain(conditions)])
-    first = next(iter(runs.values()))
-    scored = next(iter(first["suites"].values()))["memory"]
-    return Table(
-        rows,
-        f"{first['steps']} steps of {first['rows'] // first['steps']} rows each; {scored['num_rows']} rows of the "
-        "test split. Loss in nats per token, tokens right, teacher-forced; gains in nats per token, over rows.",
-    )
-
-
-def decoder_sizes(record: Record) -> Table:
-    """A row for each decoder that read the same memories: what it copies from them, beside the controls."""
-    rows = [["decoder", "its parameters", "projector", "own memories", "another text's", "none",
-             "gain over another text's (95%)"]]  # fmt: skip
-    runs = sorted(pick(record, "metrics.runs").values(), key=lambda run: run["parameters"]["decoder"]["total"])
-    for run in runs:
-        conditions = next(values for suite, values in run["suites"].items() if suite.startswith("copy"))
-        fields = run["decoder"]["fields"]
-        what = f"fresh, width {fields['hidden_size']}" if fields else "stories260K, pretrained"
-        cells = [_loss(conditions.get(name)) for name in ("memory", "wrong_memory", "no_memory")]
-        size = f"{run['parameters']['decoder']['total']:,}"
-        rows.append([what, size, run["projector_type"] or "linear", *cells, _gain(conditions)])
-    first = runs[0]
-    scored = next(iter(first["suites"].values()))["memory"]
-    return Table(
-        rows,
-        f"MiniLM frozen, four memories for 32 tokens; {first['decoder']['steps']} steps of next-token training, then "
-        f"{first['steps']} steps of {first['rows'] // first['steps']} rows of copying; {scored['num_rows']} rows of "
-        "the test split. Loss in nats per token, tokens right, teacher-forced; intervals over rows.",
-    )
-
-
-def _loss(values: Record | None) -> str:
-    return "" if values is None else f"{values['loss']:.3f}, {values['token_accuracy']:.1%}"
-
-
-def _gain(conditions: Record) -> str:
-    wrong = conditions["wrong_memory"]
-    low, high = wrong["gain_of_memory_interval"]
-    return f"{wrong['gain_of_memory']:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def probe(record: Record) -> Table:
@@ -326,134 +246,43 @@ def at_floor(cells: Record) -> bool:
     return cells["embedding"]["token_accuracy_interval"][0] <= cells["shuffled"]["token_accuracy_interval"][1]
 
 
-def ceiling(record: Record) -> Table:
-    """What a decoder writes from the encoder's memories, from refined ones, and from ones made for the text."""
-    result, steps = pick(record, "metrics.against_ceiling"), pick(record, "recipe.steps")
-    names = {
-        "one_pass": "the encoder's, one pass",
-        "refined": f"the same after {steps} optimiser steps",
-        "optimised": f"random ones after {steps} optimiser steps",
-        "ceiling": "the better of both for each text: the ceiling",
-    }
-    rows = [["memories", "tokens right", "texts without an error", "loss (nats per token)",
-             "gain over none (nats per text)"]]  # fmt: skip
-    for name, label in names.items():
-        part = result[name]
-        low, high = part["gain_nats_interval"]
-        rows.append([
-            label, f"{part['token_accuracy']:.1%}", f"{part['exact_match']:.0%}", f"{part['loss']:.4f}",
-            f"{part['gain_nats']:.1f} ({low:.1f} to {high:.1f})",
-        ])  # fmt: skip
-    low, high = result["percent_of_nats_interval"]
-    one = result["one_pass"]
-    return Table(
-        rows,
-        f"One pass of the encoder reaches {result['percent_of_nats']:.1f}% ({low:.1f} to {high:.1f}, over texts) of "
-        f"the ceiling's gain. {one['num_texts']} texts of {one['num_tokens'] // one['num_texts']} tokens in "
-        f"{count(result['num_vectors'], 'vector')} each, objective {result['objective'].replace('_', ' ')}.",
-    )
-
-
-def capacity(record: Record) -> Table:
-    """How many tokens a decoder writes back from vectors made for one text, by length."""
-    result = pick(record, "metrics.capacity")
-    parts = result["by_length"]
-    rows = [
-        ["tokens of the text", *parts],
-        ["texts without an error", *(f"{part['exact_match']:.0%}" for part in parts.values())],
-        ["tokens right", *(f"{part['token_accuracy']:.1%}" for part in parts.values())],
-        ["gain over none (nats per text)", *(f"{part['gain_nats']:.1f}" for part in parts.values())],
-    ]
-    texts = next(iter(parts.values()))["num_texts"]
-    return Table(
-        rows,
-        f"{count(result['num_vectors'], 'vector')} a text, at most {pick(record, 'recipe.steps')} optimiser steps, "
-        f"the beginnings of {texts} texts: too few for intervals.",
-    )
-
-
 def fidelity(record: Record) -> Table:
     """How faithfully texts come back: a column for each domain, and the controls."""
     domains = {name.partition(", ")[2] or "books": result for name, result in pick(record, "metrics").items()}
-    memory = [result["memory"] for result in domains.values()]
-    text = [part["text"] for part in memory]
-
-    def kept(name: str) -> list[str]:
-        return [
-            f"{percent(found, f'{name}_kept')} of {found[f'num_{name}']}" if found[f"num_{name}"] else "none there"
-            for found in text
-        ]
-
-    def control(name: str) -> list[str]:
-        return [percent(result[name]) for result in domains.values()]
-
-    places = ("start", "middle", "end", "boundary")
-    random = next(iter(domains.values()))["random_tokens"]
-    rows = [
-        ["", *domains],
-        ["teacher-forced: tokens right", *(percent(part) for part in memory)],
-        [
-            "the same at start, middle, end, chunk borders",
-            *(", ".join(f"{part['by_part'][place]:.1%}" for place in places) for part in memory),
-        ],
-        ["free-running: texts without an error", *(percent(part, "exact_match") for part in text)],
-        ["characters, precision", *(percent(part, "character_precision") for part in text)],
-        ["BLEU", *(f"{part['bleu']:.1f}" for part in text)],
-        *([f"{name} kept", *kept(name)] for name in ("digits", "dates", "names")),
-        ["bits per byte of the text", *(f"{part['bits_per_byte']:.3f}" for part in memory)],
-        ["the same with the memories' own bits", *(f"{part['bits_per_byte_with_memory']:.0f}" for part in memory)],
-        ["teacher-forced, another text's memories", *control("wrong_memory")],
-        ["teacher-forced, no memories", *control("no_memory")],
-    ]
-    length = memory[0]["num_tokens"] // memory[0]["num_rows"]
+    columns = [_fidelity_column(result) for result in domains.values()]
+    first = next(iter(domains.values()))
+    memory = first["memory"]
     return Table(
-        rows,
-        f"Random tokens, which language does not help to guess: {percent(random)}. {memory[0]['num_rows']} texts of "
-        f"{length} tokens, {text[0]['num_texts']} of them free-running. Intervals of 95% over texts for exact matches "
+        [["", *domains], *([name, *(column[name] for column in columns)] for name in columns[0])],
+        f"Random tokens, which language does not help to guess: {percent(first['random_tokens'])}. "
+        f"{memory['num_rows']} texts of {memory['num_tokens'] // memory['num_rows']} tokens, "
+        f"{memory['text']['num_texts']} of them free-running. Intervals of 95% over texts for exact matches "
         "and characters, over digits, dates and names for those kept. Of tokens: " + TOKENS[0].lower() + TOKENS[1:],
     )
 
 
-READERS = {
-    "rolling": "rolling memory",
-    "rolling_newest": "rolling memory, the newest {newest_memories} memories only",
-    "no_memory": "no memory, the same windows of {window_length}",
-    "no_memory_sliding": "no memory, always the {window_length} tokens before",
-    "full_context": "full text",
-    "full_context_rows": "full text in rows of {trained_tokens}, as trained",
-}
+def _fidelity_column(result: Record) -> dict[str, str]:
+    """What came back in one domain, by the name of its row."""
+    memory = result["memory"]
+    text, by_part = memory["text"], memory["by_part"]
+    places = ("start", "middle", "end", "boundary")
 
+    def kept(name: str) -> str:
+        number = text[f"num_{name}"]
+        return f"{percent(text, f'{name}_kept')} of {number}" if number else "none there"
 
-def rolling_quality(record: Record) -> Table:
-    """Loss by position in long documents, a row for each way of reading."""
-    cell = pick(record, "metrics").get("quality")
-    if cell is None:
-        return Table(note="Not measured: `python -m benchmarks.rolling --only quality`.")
-    edges, given = cell["edges"], {**cell, **cell["given"]}
-    rows = [["nats per token, tokens", *(f"{a:,} to {b:,}" for a, b in zip(edges, edges[1:], strict=False))]]
-    for name, title in READERS.items():
-        losses = ["" if loss is None else f"{loss:.3f}" for loss in cell["losses"][name]]
-        rows.append([title.format(**given), *losses])
-    return Table(
-        rows,
-        f"Means of {given['documents']} stretches of {given['tokens']:,} tokens of the test split, too few "
-        f"for intervals. All models learnt from rows of {given['trained_tokens']} tokens; the full text ends where "
-        "the decoder's positions do.",
-    )
-
-
-def document_losses(cell: Record, name: str) -> list[tuple[float, float, float]]:
-    """Mean, least and largest loss over the documents of a cell, by position, as far as all were read.
-
-    >>> document_losses({"losses_by_document": {"a": [[1.0, 4.0], [3.0, None]]}}, "a")
-    [(2.0, 1.0, 3.0)]
-    """
-    columns: list[Any] = []
-    for column in zip(*cell["losses_by_document"][name], strict=True):
-        if None in column:
-            break
-        columns.append((statistics.fmean(column), min(column), max(column)))
-    return columns
+    return {
+        "teacher-forced: tokens right": percent(memory),
+        "the same at start, middle, end, chunk borders": ", ".join(f"{by_part[place]:.1%}" for place in places),
+        "free-running: texts without an error": percent(text, "exact_match"),
+        "characters, precision": percent(text, "character_precision"),
+        "BLEU": f"{text['bleu']:.1f}",
+        **{f"{name} kept": kept(name) for name in ("digits", "dates", "names")},
+        "bits per byte of the text": f"{memory['bits_per_byte']:.3f}",
+        "the same with the memories' own bits": f"{memory['bits_per_byte_with_memory']:.0f}",
+        "teacher-forced, another text's memories": percent(result["wrong_memory"]),
+        "teacher-forced, no memories": percent(result["no_memory"]),
+    }
 
 
 def scores(record: Record) -> Table:

@@ -25,7 +25,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import training.records.figures
-from benchmarks import cost_tables, drawings, quality_tables, smollm2_tables
+from benchmarks import cost_tables, drawings, quality_tables, smollm2_tables, store_tables
 from benchmarks.drawings import DRAWINGS
 from benchmarks.table import Record, Table, print_table, source
 from training.places import REPOSITORY
@@ -73,17 +73,9 @@ TABLES: dict[str, Entry] = {
         quality_tables.quickstart_stages,
         quality_tables.quickstart_sample,
     ),
-    **_entries("use", "python -m benchmarks.snippet use", quality_tables.use),
     **_entries("starters", "python -m benchmarks.starters", quality_tables.starters, quality_tables.works),
-    "reproduced": Entry(
-        ("quickstart", "starters", "fidelity_curve", "rolling"), quality_tables.reproduced, _QUICKSTART
-    ),
-    **_entries("fidelity_curve", "python -m benchmarks.fidelity_curve", quality_tables.fidelity_curve),
-    **_entries("pairs", "python -m benchmarks.pairs", quality_tables.pairs),
-    **_entries("decoder_sizes", "python -m benchmarks.pairs", quality_tables.decoder_sizes),
+    "reproduced": Entry(("quickstart", "starters", "rolling"), quality_tables.reproduced, _QUICKSTART),
     **_entries("probe", "python -m training.probe", quality_tables.probe),
-    **_entries("ceiling", "python -m training.ceiling runs/quickstart/hub", quality_tables.ceiling),
-    **_entries("capacity", "python -m training.ceiling", quality_tables.capacity),
     **_entries("fidelity", "python -m training.evaluate runs/quickstart/hub", quality_tables.fidelity),
     **_entries(
         "smollm2",
@@ -95,6 +87,18 @@ TABLES: dict[str, Entry] = {
         smollm2_tables.smollm2_first_token,
     ),
     **_entries("scores", "python -m training.evaluate MODEL --suite benchmarks --data FOLDER", quality_tables.scores),
+    **_entries(
+        "retrieval",
+        "python -m benchmarks.retrieval model_cards/starter-tiny xquad_en.jsonl.gz",
+        store_tables.retrieval,
+    ),
+    **_entries(
+        "any_text",
+        "python -m benchmarks.any_text model_cards/starter-tiny model_cards/starter-autoencoder-64",
+        store_tables.any_text,
+        store_tables.short_chunks,
+        store_tables.formats,
+    ),
     **_entries("speed", "python -m benchmarks.speed", cost_tables.speed),
     **_entries(
         "rolling",
@@ -104,7 +108,6 @@ TABLES: dict[str, Entry] = {
         cost_tables.rolling_generation,
         cost_tables.rolling_folding,
         cost_tables.rolling_reading,
-        quality_tables.rolling_quality,
     ),
 }
 

@@ -35,7 +35,6 @@ from benchmarks.measure import (
     run_benchmark,
     spread,
 )
-from benchmarks.rolling_quality import Quality, measure_quality
 from modeling_memory import (
     MaskedMixerConfig,
     MemoryEncoderDecoderConfig,
@@ -103,7 +102,7 @@ class Reading:
     bound: int | None = None
 
 
-Cell = FirstToken | Generation | Folding | Reading | Quality
+Cell = FirstToken | Generation | Folding | Reading
 
 SHAPES = {
     "quickstart": Shape("quickstart's model", "float32", folder="runs/quickstart/hub"),
@@ -161,7 +160,6 @@ def cells() -> dict[str, Cell]:
     plan: dict[str, Cell] = {
         "first_token/small/16384": FirstToken("small", 16384, 1),
         "generation/small/16384": Generation("small", 16384),
-        "quality": Quality(),
         "reading/1024": Reading("quickstart_shape", 1024, 1024, LENGTHS, 1),
         "first_token/quickstart/16384": FirstToken("quickstart", 16384, 3),
         "generation/quickstart/16384": Generation("quickstart", 16384),
@@ -461,8 +459,6 @@ def measure_reading(cell: Reading, shape: Shape, seed: int) -> dict[str, Any]:
 
 def measure_cell(cell: Cell, shapes: Mapping[str, Shape], models: dict[str, Any], seed: int) -> dict[str, Any]:
     """Measure one cell; models are built once a process, one at a time."""
-    if isinstance(cell, Quality):
-        return measure_quality(cell)
     if isinstance(cell, Reading):
         return measure_reading(cell, shapes[cell.shape], seed)
     if cell.shape not in models:
@@ -484,9 +480,6 @@ def cell_line(name: str, result: Mapping[str, Any]) -> str:
             shown.append(f"{key} " + ", ".join(f"{path} {value:.4g}" for path, value in result[key].items()))
     if "fit" in result:
         shown.append(f"exponent {result['fit']['exponent']:.3f}, of CPU time {result['cpu_fit']['exponent']:.3f}")
-    if "losses" in result:
-        for path, losses in result["losses"].items():
-            shown.append(f"{path} " + " ".join("-" if loss is None else f"{loss:.3f}" for loss in losses))
     return f"{name}: {'; '.join(shown)}"
 
 

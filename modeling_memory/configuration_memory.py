@@ -8,11 +8,13 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .configuration_checks import (
     POOLINGS,
+    SHORT_CHUNKS,
     Fields,
     Rules,
     at_least,
     build_child_config,
     check_children,
+    check_dtype,
     check_fields,
     check_rules,
     encoder_limit,
@@ -67,6 +69,7 @@ def allot_memories(num_memories: int, num_chunks: int, memories_per_chunk: int) 
             f"{memories_per_chunk} that the model was made for. Change the budget, shorten the context, or use a "
             "model with longer chunks or more memories per chunk."
         )
+    # Evenly along the text, rather than to the first chunks: nobody knows where it says what.
     borders = [i * num_memories // num_chunks for i in range(num_chunks + 1)]
     return [end - start for start, end in zip(borders, borders[1:], strict=False)]
 
@@ -116,8 +119,8 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
             as it stands for tokens, L / K. In a copy of a context in slots, the memory that holds a token is then
             always as far back, however many memories there are. Memories are counted, so budgets, and windows that are
             compressed meanwhile, do not keep that distance. `"source"`: a memory stands where the last token of its
-            group stood and takes as many positions as the group has tokens, so that text counts as in the full text.
-            A decoder that knows its positions reads memories best there.
+            group stood and takes as many positions as the group has tokens, special tokens of the encoder among them,
+            so that text counts as in the full text. A decoder that knows its positions reads memories best there.
         absent_memories (`str`): `"mask"`, or with fixed or spread positions `"ones"` or `"zeros"`, the paper's
             constant fillers.
         max_memories (`int`, *optional*): Most memory vectors a text may need. Default: what the decoder's positions
@@ -133,6 +136,9 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         initializer_range (`float`): Root mean square of a fresh projector's outputs for inputs of unit scale.
         adapters (`dict`, *optional*): Low-rank adapters by name: `parts` and fields of peft's `LoraConfig`. See
             [`MemoryEncoderDecoderModel.add_adapters`].
+        short_chunks (`str`): How the encoder reads a chunk that is not full: `"pad"`: as it is; `"repeat"`: its tokens
+            again and again until it is full, for encoders that give back whole chunks best; `"end"`: with end tokens
+            after it, which a model must have been trained on.
         references (`dict`, *optional*): Of a folder saved by reference: where encoder and decoder are found, and their
             hashes.
         format_version (`int`): Version of the saved layout.
@@ -178,6 +184,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         freeze_decoder: bool = False,
         encoder_trained_from: int | None = None,
         initializer_range: float = 0.02,
+        short_chunks: str = "pad",
         adapters: dict[str, dict[str, Any]] | None = None,
         references: dict[str, dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
@@ -189,6 +196,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         self.window_length = chunk_length if window_length is None else window_length
         self.pooling = pooling
         self.projector_type, self.projector_hidden_size = projector_type, projector_hidden_size
+        # States of inner layers have no scale of their own, and a GELU works at one scale only.
         self.projector_norm = projector_type == "mlp" if projector_norm is None else projector_norm
         self.projector_noise, self.projector_start = projector_noise, projector_start
         if max_group is None and pooling == "concat" and at_least(1)(chunk_length) and at_least(1)(memories_per_chunk):
@@ -200,15 +208,19 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         self.self_memory, self.window_positions = self_memory, window_positions
         self.freeze_encoder, self.freeze_decoder = freeze_encoder, freeze_decoder
         self.encoder_trained_from, self.initializer_range = encoder_trained_from, initializer_range
+        self.short_chunks = short_chunks
         self.adapters = {} if adapters is None else adapters
         self.references = {} if references is None else references
         self.format_version = format_version
+        # `generate` looks for them on the model's own config.
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if kwargs.get(name) is None:
                 kwargs[name] = getattr(self.decoder, name, None)
         # Tied tables, if any, are tied inside the decoder, which declares them itself.
         kwargs["tie_word_embeddings"] = False
+        check_dtype(kwargs)
         super().__init__(**kwargs)
+        # Also on loading: a config that was edited by hand is as wrong as one that was given.
         self._validate()
         self.max_position_embeddings = max_position_embeddings
 
@@ -220,6 +232,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
     @property
     def memory_span(self) -> int:
         """Positions from one memory to the next; of `"source"` those of a full group, rounded up."""
+        # Elsewhere a memory takes the place of one token, whatever it stands for.
         sized = self.memory_positions in ("spread", "source")
         return -(-self.chunk_length // self.memories_per_chunk) if sized else 1
 
@@ -283,6 +296,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         if not is_int(value) or value < 1:
             raise ValueError(f"`vocab_size` is {value!r}; expected a positive integer: the rows of the token table.")
         # An encoder that reads the decoder's ids keeps pace, as its table does in `resize_token_embeddings`.
+        # Resizing the model's tables sets this field, and nothing else tells the encoder's config.
         if self.self_memory and getattr(self.encoder, "vocab_size", None) == self.decoder.vocab_size:
             self.encoder.vocab_size = value
         self.decoder.vocab_size = value
@@ -316,6 +330,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         capacity = self.memory_capacity
         if not self.self_memory:
             return self._decoder_room()
+        # Where the oldest make room, no text is too long.
         if capacity is None or self.memory_policy != "error":
             return None
         return self.window_length * (1 + capacity // self.memories_per_window)
@@ -373,6 +388,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         taken = {"pad_token_id": [self.pad_token_id], "eos_token_id": eos}
         for name, token_id in special.items():
             rivals = [other for other, ids in taken.items() if token_id in ids]
+            # An id with two meanings would be read as the first that is looked for.
             rivals += [other for other, other_id in special.items() if other != name and other_id == token_id]
             if rivals:
                 raise ValueError(f"`{name}` and `{rivals[0]}` are both {token_id}; each needs an id of its own.")
@@ -443,6 +459,7 @@ FIELDS: Fields = (
     ("memory_positions", *one_of(MEMORY_POSITIONS)),
     ("absent_memories", *one_of(ABSENT_MEMORIES)),
     ("memory_policy", *one_of(MEMORY_POLICIES)),
+    ("short_chunks", *one_of(SHORT_CHUNKS)),
     ("projector_norm window_positions self_memory freeze_encoder freeze_decoder", is_bool, "True or False"),
     ("max_memories encoder_layers encoder_trained_from", at_least(0, or_none=True), "an integer from 0 on, or None"),
     ("projector_hidden_size max_group", at_least(1, or_none=True), "an integer from 1 on, or None"),
@@ -528,6 +545,10 @@ RULES: Rules = (
     (
         lambda c: c.memory_positions not in ("fixed", "spread") or c.max_memories is not None,
         "`memory_positions={c.memory_positions!r}` reserves room for `max_memories`, which is not set. Set it.",
+    ),
+    (
+        lambda c: c.short_chunks != "end" or c.eos_token_id is not None,
+        "`short_chunks='end'` fills chunks with the end token, but `eos_token_id` is not set. Set it or use 'repeat'.",
     ),
     (
         _reads_the_same_ids,

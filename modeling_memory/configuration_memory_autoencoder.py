@@ -7,11 +7,13 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .configuration_checks import (
     POOLINGS,
+    SHORT_CHUNKS,
     Fields,
     Rules,
     at_least,
     build_child_config,
     check_children,
+    check_dtype,
     check_fields,
     check_rules,
     encoder_limit,
@@ -46,6 +48,9 @@ class MemoryAutoencoderConfig(PreTrainedConfig):
             `None` leaves it as it is.
         bottleneck_noise (`float`): Half-width q of the uniform noise in [-q, q] added to the narrowed vector in
             training.
+        short_chunks (`str`): How the encoder reads a chunk that is not full: `"pad"`: as it is; `"repeat"`: its tokens
+            again and again until it is full, for encoders that give back whole chunks best; `"end"`: with end tokens
+            after it, which a model must have been trained on.
         vocab_size (`int`, *optional*): Ids that the decoder writes (V). Defaults to the encoder's vocabulary.
         freeze_encoder (`bool`): Encoder in `eval()` without gradients, always: the information probe.
         initializer_range (`float`): Standard deviation of the fresh linear maps between encoder and decoder and of the
@@ -73,6 +78,7 @@ class MemoryAutoencoderConfig(PreTrainedConfig):
         unroll_stride: int = 1,
         bottleneck_size: int | None = None,
         bottleneck_noise: float = 0.0,
+        short_chunks: str = "pad",
         vocab_size: int | None = None,
         freeze_encoder: bool = False,
         initializer_range: float = 0.02,
@@ -87,6 +93,7 @@ class MemoryAutoencoderConfig(PreTrainedConfig):
         self.unroll_stride = unroll_stride
         self.bottleneck_size = bottleneck_size
         self.bottleneck_noise = bottleneck_noise
+        self.short_chunks = short_chunks
         self.vocab_size = getattr(self.encoder, "vocab_size", None) if vocab_size is None else vocab_size
         self.freeze_encoder = freeze_encoder
         self.initializer_range = initializer_range
@@ -94,8 +101,9 @@ class MemoryAutoencoderConfig(PreTrainedConfig):
             if kwargs.get(name) is None:
                 kwargs[name] = getattr(self.encoder, name, None)
         kwargs["tie_word_embeddings"] = False
-        self._validate()
+        check_dtype(kwargs)
         super().__init__(**kwargs)
+        self._validate()
 
     @property
     def hidden_size(self) -> int:
@@ -128,9 +136,14 @@ FIELDS: Fields = (
     ("initializer_range", lambda value: is_number(value) and value >= 0, "a number of 0 or more"),
     ("pooling", *one_of(POOLINGS)),
     ("expansion", *one_of(EXPANSIONS)),
+    ("short_chunks", *one_of(SHORT_CHUNKS)),
     ("freeze_encoder", is_bool, "True or False"),
 )
 RULES: Rules = (
+    (
+        lambda c: c.short_chunks != "end" or c.eos_token_id is not None,
+        "`short_chunks='end'` fills chunks with the end token, but `eos_token_id` is not set. Set it or use 'repeat'.",
+    ),
     (
         lambda c: c.memories_per_chunk <= c.chunk_length,
         "`memories_per_chunk` is {c.memories_per_chunk}, more than the {c.chunk_length} tokens of a chunk. Lower it "

@@ -74,6 +74,7 @@ def inject_adapters(model: nn.Module, adapters: dict[str, dict[str, Any]]) -> No
         peft = importlib.import_module("peft")
     except ImportError as error:
         raise ImportError("This model has LoRA adapters, which need peft: `pip install peft`.") from error
+    # Noted first, since peft freezes all that it does not put in.
     trains = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
     for name, adapter in adapters.items():
         fields = {key: value for key, value in adapter.items() if key != "parts"}
@@ -132,6 +133,7 @@ class RowGate:
         finally:
             self.rows = before[0]
             for module, disabled in zip(self.modules, before[1], strict=True):
+                # As they were: someone may have switched them off around this call.
                 module._disable_adapters = disabled
 
 
@@ -151,6 +153,7 @@ def _choose_rows(gate: RowGate, kept: list[torch.Tensor], module: Any, inputs: A
             "so its adapter cannot be kept to the texts that see memories. Give `target_modules` without it."
         )
     # Some families lay rows and columns in one dimension.
+    # A decoder may be spread over devices, and each of its layers is asked where it is.
     rows = gate.rows.to(output.device).repeat_interleave(output.shape[0] // len(gate.rows))
     return torch.where(rows.view(-1, *[1] * (output.dim() - 1)), output, base)
 
@@ -210,107 +213,79 @@ def _open_in_layers(decoder: nn.Module, gate: RowGate, rows: torch.Tensor | bool
             module._gradient_checkpointing_func = checkpoint
 
 
-class MemoryAdapterMixin:
-    """What a memory model does with adapters in its encoder and decoder."""
+def add_adapters(model: Any, parts: Sequence[str], adapter_name: str, fields: dict[str, Any]) -> None:
+    """Put LoRA into parts of a memory model, as its `add_adapters` says."""
+    if model.config.adapters:
+        raise ValueError(
+            f"The model has the adapter {next(iter(model.config.adapters))!r} already. Merge it first "
+            "(`merge_adapters(unload=True, all_rows=True)`)."
+        )
+    adapter = {"parts": list(parts), **fields}
+    inject_adapters(model, {adapter_name: adapter})
+    # In the config, so that loading puts them in before it looks for their weights.
+    model.config.adapters = {adapter_name: adapter}
+    for part in adapter["parts"]:
+        setattr(model.config, f"freeze_{part}", True)
+        if part == "encoder":
+            # Adapters take the place of layers that train whole.
+            model.config.encoder_trained_from = None
+    dtype = model.decoder.dtype  # one model, one dtype
+    for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            parameter.data = parameter.data.to(dtype)
+    model.apply_freezing()
 
-    config: Any
-    decoder: PreTrainedModel
 
-    def add_adapters(self, parts: Sequence[str] = ("decoder",), adapter_name: str = "default", **fields: Any) -> None:
-        """Put LoRA into the encoder, the decoder or both, and freeze the weights beside it.
-
-        In the decoder it acts only in rows that see memories: other texts have the plain decoder's logits, bit for
-        bit. Adapters that peft itself puts around the model (`get_peft_model`) act in every row.
-
-        Args:
-            parts (`Sequence[str]`): `"encoder"`, `"decoder"` or both.
-            adapter_name (`str`): Their name.
-            fields: Fields of peft's `LoraConfig`, `r=8, lora_alpha=16` for example; `target_modules` are found.
-
-        Raises:
-            ImportError: If peft is not installed.
-            ValueError: If there are adapters already or a field is unknown.
-
-        Source: Hu et al. 2021, arXiv 2106.09685.
-        """
-        if self.config.adapters:
-            raise ValueError(
-                f"The model has the adapter {next(iter(self.config.adapters))!r} already. Merge it first "
-                "(`merge_adapters(unload=True, all_rows=True)`)."
-            )
-        model: Any = self
-        adapter = {"parts": list(parts), **fields}
-        inject_adapters(model, {adapter_name: adapter})
-        self.config.adapters = {adapter_name: adapter}
-        for part in adapter["parts"]:
-            setattr(self.config, f"freeze_{part}", True)
-            if part == "encoder":
-                self.config.encoder_trained_from = None
-        dtype = self.decoder.dtype  # one model, one dtype
-        for name, parameter in model.named_parameters():
-            if is_adapter(name):
-                parameter.data = parameter.data.to(dtype)
-        model.apply_freezing()
-
-    @contextmanager
-    def adapters_off(self) -> Iterator[None]:
-        """Read without adapters inside this context: the base weights alone, a teacher for example."""
-        model: Any = self
-        modules = [module for _, module in adapted_modules(model)]
+@contextmanager
+def adapters_off(model: Any) -> Iterator[None]:
+    """Switch all adapters of a memory model off inside this context."""
+    modules = [module for _, module in adapted_modules(model)]
+    for module in modules:
+        module.enable_adapters(False)
+    try:
+        yield
+    finally:
         for module in modules:
-            module.enable_adapters(False)
-        try:
-            yield
-        finally:
-            for module in modules:
-                module.enable_adapters(True)
-            model.apply_freezing()  # switching on makes the adapters trainable, and nothing else may become so
+            module.enable_adapters(True)
+        model.apply_freezing()  # switching on makes the adapters trainable, and nothing else may become so
 
-    def merge_adapters(self, unload: bool = False, all_rows: bool = False) -> None:
-        """Add the adapters to the weights beside them.
 
-        Args:
-            unload (`bool`): Whether to drop the adapters for good: the model then saves as any other. Without it
-                [`unmerge_adapters`] takes them out again.
-            all_rows (`bool`): Whether the decoder's adapters may act in every row from now on. Weights know nothing of
-                rows, so a text without memories no longer has the plain decoder's logits.
-
-        Raises:
-            ValueError: If the decoder has adapters and `all_rows` is not given.
-        """
-        model: Any = self
-        if not all_rows and any(True for _ in adapted_modules(model.decoder)):
-            raise ValueError(
-                "Merged adapters of the decoder act in every row, also in texts without memories, which until now "
-                "have the plain decoder's logits. Say `merge_adapters(all_rows=True)` if that is meant, or save the "
-                "model with its adapters as they are."
-            )
-        for name, module in list(adapted_modules(model)):
-            if not module.merged:
-                module.merge()
-            if unload:
-                parent, _, child = name.rpartition(".")
-                base = module.get_base_layer()
-                RowGate.leave(base)
-                setattr(model.get_submodule(parent), child, base)
+def merge_adapters(model: Any, unload: bool, all_rows: bool) -> None:
+    """Add the adapters of a memory model to the weights beside them, as its `merge_adapters` says."""
+    if not all_rows and any(True for _ in adapted_modules(model.decoder)):
+        raise ValueError(
+            "Merged adapters of the decoder act in every row, also in texts without memories, which until now "
+            "have the plain decoder's logits. Say `merge_adapters(all_rows=True)` if that is meant, or save the "
+            "model with its adapters as they are."
+        )
+    for name, module in list(adapted_modules(model)):
+        if not module.merged:
+            module.merge()
         if unload:
-            vars(model.decoder).pop("_adapter_rows", None)
-            self.config.adapters = {}
+            parent, _, child = name.rpartition(".")
+            base = module.get_base_layer()
+            # The base stays in use without its adapter, and would go on calling the hook.
+            RowGate.leave(base)
+            setattr(model.get_submodule(parent), child, base)
+    if unload:
+        vars(model.decoder).pop("_adapter_rows", None)
+        model.config.adapters = {}
 
-    def unmerge_adapters(self) -> None:
-        """Take merged adapters out of the weights again."""
-        model: Any = self
-        for _, module in adapted_modules(model):
-            if module.merged:
-                module.unmerge()
 
-    def _check_unmerged(self) -> None:
-        model: Any = self
-        if any(module.merged for _, module in adapted_modules(model)):
-            raise ValueError(
-                "The adapters are merged but still there, and would be added twice after loading. Call "
-                "`unmerge_adapters()` or `merge_adapters(unload=True, all_rows=True)` before saving."
-            )
+def unmerge_adapters(model: nn.Module) -> None:
+    """Take merged adapters out of the weights again."""
+    for _, module in adapted_modules(model):
+        if module.merged:
+            module.unmerge()
+
+
+def check_unmerged(model: nn.Module) -> None:
+    """Refuse to save adapters that are merged and still there."""
+    if any(module.merged for _, module in adapted_modules(model)):
+        raise ValueError(
+            "The adapters are merged but still there, and would be added twice after loading. Call "
+            "`unmerge_adapters()` or `merge_adapters(unload=True, all_rows=True)` before saving."
+        )
 
 
 def base_state(part: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -42,6 +42,35 @@ class Memories:
         return self.embeds.shape[0]
 
 
+@dataclass
+class Opening:
+    """What a cache has to know to go on after the last column of every text; see [`MemoryCache`].
+
+    Attributes:
+        window (`torch.LongTensor` of shape `(B, w)`, *optional*): Flat text columns of the open windows.
+        fill (`torch.LongTensor` of shape `(B,)`): Tokens in them.
+        next_position (`torch.LongTensor` of shape `(B,)`): Position of the next token.
+        max_fill (`int`): Bound of `fill`.
+        column_mask (`torch.LongTensor` of shape `(B, S)`, *optional*): Of the decoder's columns; `None`: the row's.
+        asked (`torch.BoolTensor` of shape `(B,)`, *optional*): Whether a marker stands before the open window.
+        marked (`torch.BoolTensor` of shape `(B,)`, *optional*): Whether one stands anywhere.
+        has_gaps (`bool`): Whether a column may hold nothing.
+        rolling (`bool`): Whether the window becomes memories when it is full.
+        sees_memories (`bool` or `torch.BoolTensor` of shape `(B,)`): Whether the next tokens see memories.
+    """
+
+    window: torch.Tensor | None
+    fill: torch.Tensor
+    next_position: torch.Tensor
+    max_fill: int
+    column_mask: torch.Tensor | None = None
+    asked: torch.Tensor | None = None
+    marked: torch.Tensor | None = None
+    has_gaps: bool = True
+    rolling: bool = True
+    sees_memories: bool | torch.Tensor = False
+
+
 class MemoryCache(DynamicCache):
     """Keys and values of each row's open window and of the memories before it.
 
@@ -73,6 +102,8 @@ class MemoryCache(DynamicCache):
 
     def __init__(self, rolling: bool = True):
         super().__init__()
+        # Two of them, since a call may stop the rolling of a text for good, and `reset` must bring back what was asked
+        # for.
         self.rolling = self._made_rolling = rolling
         self.num_columns = self.max_fill = self.end = 0
         self.has_gaps = False
@@ -94,6 +125,8 @@ class MemoryCache(DynamicCache):
 
     def decoder_cache(self) -> DynamicCache:
         """Return a plain cache over the same keys and values, for the decoder to read and extend."""
+        # The decoder counts columns of its own cache for positions and masks, where this class counts those of the
+        # text.
         cache = DynamicCache()
         cache.layers = self.layers
         return cache
@@ -103,18 +136,11 @@ class MemoryCache(DynamicCache):
         cache: Cache,
         memories: Memories,
         column_mask: torch.Tensor,
-        next_position: torch.Tensor,
-        window_fill: torch.Tensor,
+        opening: Opening,
         *,
         num_columns: int,
         end: int,
-        max_fill: int,
         window_input_ids: torch.Tensor | None = None,
-        asked: torch.Tensor | None = None,
-        marked: torch.Tensor | None = None,
-        sees_memories: bool | torch.Tensor = False,
-        has_gaps: bool = True,
-        rolling: bool = True,
         first_memory: int | None = None,
     ) -> "MemoryCache":
         """Take over the keys and values of a decoder's cache, and what belongs to them; see the class.
@@ -123,27 +149,24 @@ class MemoryCache(DynamicCache):
             cache (`Cache`): Cache of B rows and S columns.
             memories ([`Memories`]): Those in its rows.
             column_mask (`torch.LongTensor` of shape `(B, S)`): Which of its columns count.
-            next_position (`torch.LongTensor` of shape `(B,)`): Position of the next token.
-            window_fill (`torch.LongTensor` of shape `(B,)`): Number of tokens in the open windows.
+            opening ([`Opening`]): Where the texts go on. A cache that was made not to roll never does.
             num_columns (`int`): Columns of text.
-            end (`int`): Bound of `next_position`.
-            max_fill (`int`): Bound of `window_fill`.
+            end (`int`): Bound of the next positions.
             window_input_ids (`torch.LongTensor` of shape `(B, w)`, *optional*): Tokens of the open windows.
-            asked (`torch.BoolTensor` of shape `(B,)`, *optional*): As above. Default: none.
-            marked (`torch.BoolTensor` of shape `(B,)`, *optional*): As above. Default: none.
-            sees_memories (`bool` or `torch.BoolTensor` of shape `(B,)`): As above.
-            has_gaps (`bool`): As above.
-            rolling (`bool`): Whether full windows become memories from now on; a cache made not to roll never does.
             first_memory (`int`, *optional*): As above.
         """
+        fill = opening.fill
         self.layers = cache.layers
-        self.memories, self.column_mask, self.next_position = memories, column_mask, next_position
-        self.window_fill, self.max_fill, self.end = window_fill, max_fill, end
-        none = torch.zeros_like(window_fill, dtype=torch.bool)
-        self.asked, self.marked = (none if asked is None else asked), (none if marked is None else marked)
-        self.window_input_ids = window_fill[:, None][:, :0] if window_input_ids is None else window_input_ids
-        self.num_columns, self.has_gaps, self.sees_memories = num_columns, has_gaps, sees_memories
-        self.rolling, self.first_memory = self._made_rolling and rolling, first_memory
+        self.memories, self.column_mask, self.next_position = memories, column_mask, opening.next_position
+        self.window_fill, self.max_fill, self.end = fill, opening.max_fill, end
+        none = torch.zeros_like(fill, dtype=torch.bool)
+        self.asked = none if opening.asked is None else opening.asked
+        self.marked = none if opening.marked is None else opening.marked
+        # No tokens rather than none at all, so that rows can be selected and repeated without a question.
+        self.window_input_ids = fill[:, None][:, :0] if window_input_ids is None else window_input_ids
+        # Columns of padding count, as in the library's caches: a mask of the caller's has one column for each.
+        self.num_columns, self.has_gaps, self.sees_memories = num_columns, opening.has_gaps, opening.sees_memories
+        self.rolling, self.first_memory = self._made_rolling and opening.rolling, first_memory
         return self
 
     def append(
@@ -168,6 +191,7 @@ class MemoryCache(DynamicCache):
         self.window_fill, self.next_position = self.window_fill + number, self.next_position + number
         self.column_mask = torch.cat([self.column_mask, mask.to(self.column_mask)], 1)
         self.marked = self.marked if marked is None else marked
+        # Bounds, not counts: how many of the new columns are padding only the device knows, and it is not asked.
         self.max_fill, self.end = self.max_fill + length, self.end + length
         self.num_columns, self.has_gaps = self.num_columns + length, self.has_gaps or masked
 
@@ -178,6 +202,7 @@ class MemoryCache(DynamicCache):
             rows (`torch.LongTensor` of shape `(R,)`): Their numbers.
         """
         part = MemoryCache()
+        # Shallow: every field of rows is replaced below, and the rest is the same for all rows.
         part.__dict__.update(self.__dict__)
         part.layers = share_columns(self, self.column_mask.shape[1], rows).layers
         part._apply_to_rows(lambda state: state[rows])
@@ -191,6 +216,8 @@ class MemoryCache(DynamicCache):
         """
         order = torch.cat([rows for rows, _ in parts]).argsort()
         caches = [cache for _, cache in parts]
+        # One look at the device a part, once in a window's length; without it the columns would grow with every
+        # joining.
         width = max(int(cache.column_mask.sum(1).max()) for cache in caches)
         for cache in caches:
             cache._pack_columns(width)
@@ -205,9 +232,11 @@ class MemoryCache(DynamicCache):
         )
         sees = [_per_row(cache.sees_memories, cache.window_fill) for cache in caches]
         self.sees_memories = torch.cat(sees)[order]
+        # Rows of unequal length in one rectangle leave columns that hold nothing.
         self.has_gaps = True
         self.num_columns = caches[0].num_columns
         self.max_fill = max(cache.max_fill for cache in caches)
+        # A bound of all rows has to be that of the furthest one.
         self.end = max(cache.end for cache in caches)
 
     def _pack_columns(self, num_columns: int) -> None:
@@ -221,6 +250,7 @@ class MemoryCache(DynamicCache):
         self.column_mask = _widen(self.column_mask.gather(1, order), num_columns)
 
     def _apply_to_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        # An empty cache has no rows yet, and may be repeated or reordered all the same.
         if self.window_fill is None:
             return
         for name in self._rows:
@@ -250,6 +280,7 @@ class MemoryCache(DynamicCache):
         Raises:
             ValueError: Always.
         """
+        # Rejected tokens of a draft may lie in a window that is a memory by now.
         raise ValueError(
             f"A memory cache was asked to shrink to {max_length} columns, but windows that became memories cannot be "
             "taken back. Start again with `past_key_values=None`."
@@ -257,6 +288,7 @@ class MemoryCache(DynamicCache):
 
     def reset(self) -> None:
         """Empty the cache: it is then what a fresh one is."""
+        # In place, since `generate` and its caller hold on to this object.
         self.__dict__.update(MemoryCache(rolling=self._made_rolling).__dict__)
 
 
@@ -279,12 +311,14 @@ class ReadMark:
         sees = self.sees_memories
         if isinstance(sees, bool) or len(sees) == batch_size:
             return sees
+        # `generate` repeats rows for beams after the prompt was prepared, and tells the mark nothing of it.
         return sees.repeat_interleave(batch_size // len(sees))
 
 
 def mark_cache(cache: Cache | None, mark: ReadMark | None) -> None:
     """Note what a cache of the library's holds; its next tokens are then read with all that is in it."""
     if cache is not None and not isinstance(cache, MemoryCache):
+        # On the object itself: a table beside it would need weak keys, and would be lost when the cache is copied.
         cache.memory_mark = mark
 
 
@@ -303,6 +337,7 @@ def join_rows(parts: list[tuple[Cache, torch.Tensor]]) -> tuple[Cache, torch.Ten
     Returns:
         The joined cache, which is the first one, and its column mask.
     """
+    # Joined into the first, so that the class of the caller's cache is kept.
     cache, mask = parts[0]
     if len(parts) > 1:
         width = max(mask.shape[1] for _, mask in parts)
@@ -323,6 +358,7 @@ def share_columns(cache: Cache, width: int, rows: torch.Tensor) -> DynamicCache:
     """
     shared = DynamicCache()
     for number, layer in enumerate(cache.layers if width else []):
+        # By indexing, which copies: each group of windows appends its own tokens to it.
         shared.update(layer.keys[:, :, :width][rows], layer.values[:, :, :width][rows], number)
     return shared
 

@@ -21,6 +21,10 @@ WEIGHTS = re.compile(rf"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\
 ASIDE = ".saving-"
 ABANDONED = 24 * 3600
 """Seconds after which what a killed save left aside is taken for nobody's."""
+MOVING = "moving"
+"""File beside what is written aside: names that are about to take their places, last the one that decides."""
+LONGEST_MOVE = 2.0
+"""Seconds that renaming a few files never takes: a save that has not ended by then was killed."""
 
 
 # The library asks in the midst of loading which missing weights to draw, and hands on nothing of the caller's wishes.
@@ -39,17 +43,29 @@ def load_whole(load: Callable[..., Any], *args: Any, output_loading_info: bool =
         kwargs: As in the library. An empty `state_dict` asks for fresh weights.
 
     Raises:
-        ValueError: If a weight is missing that is tied to no other, has another shape, or has no place in the model.
+        ValueError: If the config describes no model, or a weight is missing that is tied to no other, has another
+            shape, or has no place in the model.
     """
     is_fresh = kwargs.get("state_dict") is not None and not kwargs["state_dict"]
+    if args and isinstance(args[0], (str, os.PathLike)):
+        undo_killed_saves(Path(args[0], kwargs.get("subfolder") or ""))
     token = _DRAWS_MISSING.set(output_loading_info or is_fresh)
     try:
         model, report = load(*args, output_loading_info=True, **kwargs)
     except SafetensorError as error:
         raise ValueError(f"The weights of {args[0] if args else 'the checkpoint'} are damaged: {error}.") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        if "unexpected keyword argument" in str(error):  # the caller's, in the caller's words
+            raise
+        raise ValueError(
+            f"The library builds no model of the config of {args[0] if args else 'the checkpoint'} "
+            f"({type(error).__name__}: {error}). Load a checkpoint with its own config, and check the options given."
+        ) from error
     except RuntimeError as error:
         if isinstance(error.__context__, ValueError):  # ours: the library reports shapes on its way out
             raise error.__context__ from None
+        if "negative dimension" in str(error):
+            raise ValueError(f"The config has a size below zero: {error}. Load a checkpoint with its own.") from error
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise ValueError(
@@ -122,6 +138,7 @@ def written_aside(folder: str | os.PathLike) -> Iterator[Path]:
         raise ValueError(f"{target} is a file; give a folder to save to.")
     made = [place for place in (target, *target.parents) if not place.exists()]
     target.mkdir(parents=True, exist_ok=True)
+    undo_killed_saves(target)
     for left in target.glob(f"{ASIDE}*"):
         if time.time() - left.stat().st_mtime > ABANDONED:
             shutil.rmtree(left, ignore_errors=True)
@@ -142,29 +159,69 @@ def written_aside(folder: str | os.PathLike) -> Iterator[Path]:
 
 
 def _move_in(aside: Path, target: Path) -> None:
-    """Rename files into a folder, the config last, and drop weights of an earlier save; undo all if one cannot."""
+    """Rename files into a folder, drop weights of an earlier save, and rename the config last; undo all if one cannot.
+
+    The config decides: as long as it is the old one, a kill leaves what [`undo_killed_saves`] puts back.
+    """
     names = sorted((path.name for path in aside.iterdir()), key=lambda name: (name == "config.json", name))
     new = {name for name in names if WEIGHTS.fullmatch(name)}
     stale = [path.name for path in target.iterdir() if WEIGHTS.fullmatch(path.name) and new and path.name not in new]
     before = aside / "before"
     before.mkdir()
-    done: list[str] = []
+    # Writers of weights keep others from reading them, whatever the user's umask lets them read.
+    readable = before.stat().st_mode & 0o666
+    for name in new:
+        os.chmod(aside / name, readable)
+    (aside / MOVING).write_text("\n".join(names), "utf-8")
     try:
         for name in names:
-            done.append(name)
+            if name == names[-1]:
+                for old in stale:
+                    os.replace(target / old, before / old)
             if (target / name).exists():
                 _keep(target / name, before / name)
             os.replace(aside / name, target / name)
-        for name in stale:
-            done.append(name)
-            os.replace(target / name, before / name)
     except BaseException:
-        for name in done:
-            if (before / name).exists():
-                os.replace(before / name, target / name)
-            elif not (aside / name).exists():  # it came in and nothing of its name was there
-                (target / name).unlink(missing_ok=True)
+        _undo(aside, target)
         raise
+
+
+def _undo(aside: Path, target: Path) -> None:
+    """Put back what was there before a save began to move its files in."""
+    before, moving = aside / "before", aside / MOVING
+    for name in moving.read_text("utf-8").split("\n"):
+        if not (aside / name).exists() and not (before / name).exists():  # nothing of its name was there
+            (target / name).unlink(missing_ok=True)
+    moving.write_text("", "utf-8")  # from here on only what is put back counts, if this is cut off, too
+    for path in before.iterdir():
+        os.replace(path, target / path.name)
+
+
+def undo_killed_saves(folder: Path) -> None:
+    """Put back what a save that was killed between two of its files had replaced; a folder without any is left alone.
+
+    Args:
+        folder (`Path`): A checkpoint's folder, or anything else.
+
+    Raises:
+        ValueError: If the files cannot be put back.
+    """
+    for moving in folder.glob(f"{ASIDE}*/{MOVING}"):
+        aside, end = moving.parent, time.time() + LONGEST_MOVE
+        while moving.exists() and time.time() < end:  # another process may just be saving
+            time.sleep(0.05)
+        if not moving.exists():
+            continue
+        try:
+            names = moving.read_text("utf-8").split("\n")
+            if (aside / names[-1]).exists():
+                _undo(aside, folder)
+            shutil.rmtree(aside)
+        except OSError as error:
+            raise ValueError(
+                f"A save to {folder} was killed half-way, and the files that it had replaced cannot be put back "
+                f"({error}). Make the folder writable and load it again; they are in {aside / 'before'}."
+            ) from error
 
 
 def _keep(path: Path, place: Path) -> None:

@@ -7,8 +7,9 @@ B texts, T columns, C chunks, L chunk length, M memories, D decoder width.
 """
 
 import difflib
+import inspect
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,12 +19,20 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_memory import allot_memories, encoder_limit, smallest_attention_window
 from .memory_cache import MemoryCache
-from .memory_layout import Text
+from .memory_layout import Text, tokens_of_memories
 
 
 @dataclass
 class Call:
-    """The arguments of one `forward`; see there."""
+    """The arguments of one `forward`; see there. [`check_call`] settles what they leave open.
+
+    Attributes:
+        options: What the decoder is asked to return, by the names that the library has for it.
+        has_memories: Whether memories or a context are given.
+        continues: Whether the text goes on from a memory cache that holds a part of it.
+        recomputes: Whether activations are checkpointed, so that no keys and values are kept.
+        columns (`slice` or `torch.LongTensor`): Columns whose features are wanted.
+    """
 
     text: Text
     context_input_ids: Any = None
@@ -37,7 +46,12 @@ class Call:
     shift_labels: Any = None
     logits_to_keep: Any = None  # all
     rolling_memory: bool | None = None
-    has_memories: bool = False  # before or in the text
+    use_cache: Any = None
+    options: dict[str, Any] = field(default_factory=dict)
+    has_memories: bool = False
+    continues: bool = False
+    recomputes: bool = False
+    columns: Any = None
 
 
 @dataclass
@@ -53,7 +67,7 @@ class Facts:
         num_ahead: Tokens and slots up to the last slot.
         num_after: Tokens after it.
         lowest: Rank among these of the lowest column whose logits are wanted, -1 for one before them; `None`: of all.
-        end: Bound of the positions of a text with slots, if memories take as many as they stand for tokens.
+        end: Bound of the positions of a text with memories, if these take as many as they stand for tokens.
         first_slot: First column with a slot in any text, where the decoder is short-sighted.
         present: 1 for each chunk of the contexts that holds a token.
         num_budget: Most memories that a text is asked for, under a budget.
@@ -87,6 +101,7 @@ def read_once(**tensors: torch.Tensor) -> dict[str, list[int]]:
     Returns:
         For each name a flat list.
     """
+    # One tensor for all answers: each list read from the device would wait for it anew.
     parts = [tensor.reshape(-1).long() for tensor in tensors.values()]
     numbers = torch.cat([part.to(parts[0].device) for part in parts]).tolist()
     found, start = {}, 0
@@ -96,20 +111,39 @@ def read_once(**tensors: torch.Tensor) -> dict[str, list[int]]:
     return found
 
 
-def check_call(config: PreTrainedConfig, call: Call) -> Facts | None:
-    """Refuse a call that cannot be read.
+def check_call(model: Any, call: Call, unknown: dict[str, Any]) -> tuple[Call, Facts | None]:
+    """Refuse a call that cannot be read, and settle what it leaves open.
 
     Args:
-        config ([`MemoryEncoderDecoderConfig`]): The model's.
+        model ([`MemoryEncoderDecoderModel`]): The model.
         call ([`Call`]): The arguments.
+        unknown (`dict`): Keywords that are none of them.
 
     Returns:
-        [`Facts`], or `None` where the data was not looked at: in a cached step, and while compiling.
+        The call as it is read, and [`Facts`], or `None` where the data was not looked at: in a cached step, and while
+        compiling.
 
     Raises:
         ValueError: Saying what was given, what was expected and what to do.
     """
-    text, cache = call.text, call.cache
+    if unknown and not torch.compiler.is_compiling():
+        check_spelling(unknown, [*inspect.signature(model.forward).parameters, *LOSS_KEYWORDS])
+    text, cache, use_cache, config = call.text, call.cache, call.use_cache, model.config
+    layers = model.decoder.modules() if model.decoder.training else ()
+    recomputes = any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
+    if recomputes:  # the library switches the model's cache off
+        check_empty(cache)
+        cache, use_cache = None, False
+    elif use_cache is None:
+        use_cache = cache is not None or (not model.training and getattr(config.decoder, "use_cache", True))
+    options = {name: getattr(config, name, None) if given is None else given for name, given in call.options.items()}
+    keep = None if type(call.logits_to_keep) is int and call.logits_to_keep == 0 else call.logits_to_keep
+    continues = not call.has_memories and isinstance(cache, MemoryCache) and cache.num_columns > 0
+    call = replace(
+        call, cache=cache, use_cache=use_cache or continues, continues=continues, recomputes=recomputes,
+        # An explicit None would hide the decoder's own setting.
+        options={name: given for name, given in options.items() if given}, logits_to_keep=keep, columns=slice(None),
+    )  # fmt: skip
     if (text.input_ids is None) == (text.inputs_embeds is None):
         given = "neither" if text.input_ids is None else "both"
         raise ValueError(f"Expected `input_ids` or `inputs_embeds`, but {given} were given. Pass exactly one of them.")
@@ -123,12 +157,27 @@ def check_call(config: PreTrainedConfig, call: Call) -> Facts | None:
     if call.has_memories:
         check_memories(config, call)
     if call.labels is not None or call.shift_labels is not None or call.logits_to_keep is not None:
-        _check_labels(config, call)
+        _check_labels(call)
+        # Only after it was checked: a wrong number would fail inside torch.
+        call.columns = _columns_of(call.logits_to_keep, tokens)
     past = 0 if cache is None else cache.get_seq_length()
-    is_step = text.tokens.shape[1] == 1 and not call.has_memories and cache is not None
-    if torch.compiler.is_compiling() or text.tokens.is_meta or (is_step and int(past) > 0):
-        return None
-    return _read(config, call)
+    is_step = tokens.shape[1] == 1 and not call.has_memories and cache is not None
+    if torch.compiler.is_compiling() or tokens.is_meta or (is_step and int(past) > 0):
+        return call, None
+    facts = _read(config, call)
+    if call.options.get("output_hidden_states"):
+        facts.lowest = None  # of all layers the states of all columns are returned
+    return call, facts
+
+
+def _columns_of(keep: Any, tokens: torch.Tensor) -> slice | torch.Tensor:
+    """Return the columns whose features are wanted, of the last ones their numbers."""
+    if isinstance(keep, torch.Tensor):
+        return keep
+    length = tokens.shape[1]
+    if keep is None or keep >= length:
+        return slice(None)
+    return torch.arange(length - keep, length, device=tokens.device)
 
 
 def _check_kind(name: str, value: Any, ranks: tuple[int, ...], layout: str, kind: str) -> None:
@@ -166,10 +215,16 @@ def check_text(text: Text, cache: Cache | None) -> None:
         )
     mask = text.attention_mask
     if mask is not None:
+        past = 0 if cache is None else int(cache.get_seq_length())  # a tensor in a static cache
         if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4):
-            _check_kind("attention_mask", mask, (2,), "(batch, tokens): 1 for tokens, 0 for padding", "mask")
+            given = (
+                f"has shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else f"is a {type(mask).__name__}"
+            )
+            raise ValueError(
+                f"`attention_mask` {given}; expected a torch tensor of {(batch_size, length + past)}, 1 for tokens "
+                "and 0 for padding. Use `return_tensors='pt'` when tokenising."
+            )
         if mask.dim() == 2:
-            past = 0 if cache is None else int(cache.get_seq_length())  # a tensor in a static cache
             # Only a cache of ours remembers which of its columns are padding; of another's the mask has to tell.
             shortest = length if isinstance(cache, MemoryCache) else length + past
             if mask.shape[0] != batch_size or mask.shape[1] not in (shortest, length + past):
@@ -177,6 +232,7 @@ def check_text(text: Text, cache: Cache | None) -> None:
                     f"`attention_mask` has shape {tuple(mask.shape)}, but `{name}` has {batch_size} rows and "
                     f"{length} columns and the cache {past}. Expected ({batch_size}, {length + past})."
                 )
+    # A wrong batch would otherwise be found by a product deep in the decoder, if its shape does not happen to fit.
     rows = None if cache is None else _rows_of(cache)
     if rows is not None and rows != batch_size:
         raise ValueError(
@@ -246,8 +302,9 @@ def check_memories(config: PreTrainedConfig, call: Call) -> None:
             if given is not None and (not isinstance(given, torch.Tensor) or given.shape != embeds.shape[:2]):
                 shape = tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
                 raise ValueError(
-                    f"`{other}` has shape {shape}, but `memory_embeds` has {tuple(embeds.shape)}. Expected one "
-                    f"{'mask value' if other == 'memory_mask' else 'number'} for each memory, (batch, memories)."
+                    f"`{other}` has shape {shape}, but `memory_embeds` has {tuple(embeds.shape)}. Expected "
+                    f"{tuple(embeds.shape[:2])}: one {'mask value' if other == 'memory_mask' else 'number'} for each "
+                    "memory, (batch, memories)."
                 )
         name, rows, width = "memory_embeds", len(embeds), embeds.shape[1]
     if rows not in (1, batch_size):
@@ -291,7 +348,7 @@ def check_context(config: PreTrainedConfig, ids: Any, mask: Any, num_memories: A
         )
 
 
-def _check_labels(config: PreTrainedConfig, call: Call) -> None:
+def _check_labels(call: Call) -> None:
     keep, length = call.logits_to_keep, call.text.tokens.shape[1]
     if isinstance(keep, torch.Tensor):
         if keep.dim() != 1 or keep.is_floating_point() or keep.dtype == torch.bool:
@@ -321,6 +378,8 @@ def _check_labels(config: PreTrainedConfig, call: Call) -> None:
             )
 
 
+LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels")
+"""Keywords of the library's losses."""
 LIMITS = ("max_position_embeddings", "sliding_window", "attention_chunk_size")
 """Fields of a decoder's config that may bound what it sees."""
 FLAGS = {
@@ -334,18 +393,16 @@ def _read(config: PreTrainedConfig, call: Call) -> Facts:
     """Read what has to be known of the data, all at once, and refuse what cannot be read."""
     text, ids, given_mask = call.text, call.text.input_ids, call.text.attention_mask
     mask = torch.ones_like(text.tokens[..., 0] if ids is None else ids, dtype=torch.long)
+    ask: dict[str, torch.Tensor] = {}
+    own_mask = False
     if given_mask is not None and given_mask.dim() == 2:
         mask = given_mask[:, -mask.shape[1] :].long()
-    ask: dict[str, torch.Tensor] = {"num_tokens": mask.sum(1)}
-    own_mask = given_mask is not None and given_mask.dim() == 2 and given_mask.shape[1] == mask.shape[1]
-    if given_mask is not None and given_mask.dim() == 2:
-        ask["wrong_mask"] = ((given_mask != 0) & (given_mask != 1)).any()
-        ask["empty"] = (given_mask == 0).all(1).any()
-        if own_mask:
-            starts = (mask[:, 1:] > 0) & (mask[:, :-1] == 0)
-            ask["holes"] = (starts & (mask.cumsum(1)[:, :-1] > 0)).any()
+        _ask_mask(given_mask, mask, ask)
+        own_mask = given_mask.shape[1] == mask.shape[1]
+    ask["num_tokens"] = mask.sum(1)
     slots = None
     if ids is not None and config.memory_token_id is not None:
+        # Padding included: a slot in it takes no memory, and so is one too many.
         slots = ids == config.memory_token_id  # (B, T)
         ask["num_slots"] = slots.sum(1)
     if ids is not None:
@@ -353,8 +410,10 @@ def _read(config: PreTrainedConfig, call: Call) -> Facts:
         ask["wrong_ids"] = (outside if slots is None else outside & ~slots).any()
     after = mask
     if slots is not None and call.has_memories:
+        # Counted from the end, so that one pass finds what stands after the last slot of every row.
         after = mask * (slots.flip(1).cumsum(1).flip(1) == 0)
         ask["num_after"] = after.sum(1)
+        # Asked only where a layer may not reach back to it.
         if smallest_attention_window(config.decoder) is not None:
             ask["first_slot"] = slots.any(0).long().argmax()
     if isinstance(call.logits_to_keep, torch.Tensor) and len(call.logits_to_keep):
@@ -363,12 +422,8 @@ def _read(config: PreTrainedConfig, call: Call) -> Facts:
         ask["lowest"] = (after.cumsum(1) - 1)[:, call.logits_to_keep.clamp(-last - 1, last)].amin(1)
     if call.has_memories:
         _ask_memories(config, call, ask)
-    for name in ("labels", "shift_labels"):
-        given = getattr(call, name)
-        if given is not None:
-            ask[f"wrong_{name}"] = _outside(given, config.decoder.vocab_size, given == -100).any()
-            if name == "labels" and slots is not None:
-                ask["labelled_slots"] = (slots & (given != -100)).any()
+    if call.labels is not None or call.shift_labels is not None:
+        _ask_labels(config, call, slots, ask)
     found = read_once(**ask)
     for name, numbers in found.items():
         if name in FLAGS and numbers[0]:
@@ -390,6 +445,28 @@ def _read(config: PreTrainedConfig, call: Call) -> Facts:
     return facts
 
 
+def _ask_mask(given: torch.Tensor, mask: torch.Tensor, ask: dict[str, torch.Tensor]) -> None:
+    """Add what has to be known of a mask: the given one, and its part over the text's own columns `(B, T)`."""
+    ask["wrong_mask"] = ((given != 0) & (given != 1)).any()
+    ask["empty"] = (given == 0).all(1).any()
+    starts = (mask[:, 1:] > 0) & (mask[:, :-1] == 0)
+    # Padding before the first token is no hole: no column of this call predicts that token.
+    ask["holes"] = (starts & (mask.cumsum(1)[:, :-1] > 0)).any()
+
+
+def _ask_labels(
+    config: PreTrainedConfig, call: Call, slots: torch.Tensor | None, ask: dict[str, torch.Tensor]
+) -> None:
+    """Add what has to be known of labels and shifted labels."""
+    for name in ("labels", "shift_labels"):
+        given = getattr(call, name)
+        if given is None:
+            continue
+        ask[f"wrong_{name}"] = _outside(given, config.decoder.vocab_size, given == -100).any()
+        if name == "labels" and slots is not None:
+            ask["labelled_slots"] = (slots & (given != -100)).any()
+
+
 def _ask_memories(config: PreTrainedConfig, call: Call, ask: dict[str, torch.Tensor]) -> None:
     """Add what has to be known of memories or of the contexts that they are made of."""
     if call.memory_embeds is not None:
@@ -397,11 +474,16 @@ def _ask_memories(config: PreTrainedConfig, call: Call, ask: dict[str, torch.Ten
         present = call.memory_embeds.new_ones(call.memory_embeds.shape[:2]) if mask is None else mask
         ask["num_memories"] = (present != 0).sum(1)
         # Absent ones are never read, whatever they hold.
+        # One NaN among the memories makes every logit of its row one, far from where it came from.
         ask["not_finite"] = (~torch.isfinite(call.memory_embeds).all(2) & (present != 0)).any()
         if mask is not None:
             ask["wrong_memory_mask"] = ((mask != 0) & (mask != 1)).any()
+        num_tokens = call.memory_num_tokens
+        if num_tokens is None and config.memory_positions == "source":
+            num_tokens = tokens_of_memories(config, present.shape[1], present.device)
+        if num_tokens is not None:
+            ask["num_positions"] = (num_tokens * (present != 0)).sum(1)
         if call.memory_num_tokens is not None:
-            ask["num_positions"] = (call.memory_num_tokens * (present != 0)).sum(1)
             ask["wrong_num_tokens"] = ((call.memory_num_tokens < 0) & (present != 0)).any()
     if call.context_input_ids is not None:
         ask_context(config, call.context_input_ids, call.context_attention_mask, call.context_num_memories, ask)
@@ -450,6 +532,7 @@ def budget_of(
     counts: list[int] = []
     for row in range(batch_size):
         own = present[row * num_chunks : (row + 1) * num_chunks]
+        # For each text by itself: the same budget is spread over as many chunks as that text has.
         shares = iter(allot_memories(num_memories, sum(map(bool, own)), config.memories_per_chunk))
         counts += [next(shares) if held else 0 for held in own]
     return torch.tensor(counts, device=ids.device).view(batch_size, num_chunks)
@@ -467,11 +550,7 @@ def _add_memories(config: PreTrainedConfig, call: Call, found: dict[str, list[in
     batch_size = len(facts.num_tokens)
     if call.memory_embeds is not None:
         facts.num_memories = found["num_memories"]
-        positions = found.get("num_positions")
-        if positions is None:  # what the memories of full chunks stand for, at most
-            positions = [
-                -(-number // config.memories_per_chunk) * config.chunk_length for number in facts.num_memories
-            ]
+        positions = found.get("num_positions", facts.num_memories)
     else:
         rows, num_chunks, chunk_length = call.context_input_ids.shape
         facts.present = found.get("present")
@@ -482,9 +561,9 @@ def _add_memories(config: PreTrainedConfig, call: Call, found: dict[str, list[in
             facts.num_memories = _memories_of_context(config, call, found)
     facts.num_memories = facts.num_memories * (batch_size // len(facts.num_memories))
     positions = positions * (batch_size // len(positions))
-    facts.end = 0
     for count, number, taken in zip(facts.num_tokens, facts.num_memories, positions, strict=True):
-        facts.end = max(facts.end, count - number + taken)
+        slots = 0 if call.text.input_ids is None else number  # embeddings have no columns for memories
+        facts.end = max(facts.end, count - slots + taken)
     sees = [number > 0 for number in facts.num_memories]
     facts.sees_memories = sees[0] if all(sees) or not any(sees) else None
     facts.first_slot = found.get("first_slot", [None])[0]
@@ -565,6 +644,7 @@ def _refuse_slots(config: PreTrainedConfig, call: Call, found: dict[str, list[in
         return
     memories = _memories_of_context(config, call, found) if call.memory_embeds is None else found["num_memories"]
     memories = memories * (len(slots) // len(memories))
+    # In each row, not in all together: memories would silently go to the slots of another text.
     for row, (number, present) in enumerate(zip(slots, memories, strict=True)):
         if number != present:
             raise ValueError(
@@ -643,6 +723,7 @@ def check_room(config: PreTrainedConfig, counts: list[int], before: list[int], e
         return None  # whatever layers slide
     capacity, most, columns = config.memory_capacity, max(sizes), 0
     for memories, tokens in zip(sizes, embedded, strict=True):
+        # Embedded tokens of a context stay in front, and so take columns beside the memories.
         columns = max(columns, tokens + (memories if capacity is None else min(memories, capacity)))
     if any(embedded):
         check_view(config, columns + config.window_length)

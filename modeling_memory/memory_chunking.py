@@ -105,7 +105,12 @@ def special_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[i
 
 
 def cut_pieces(
-    text: str, pieces: Pieces, chunk_length: int, frame: tuple[list[int], list[int]], unknown: int | None
+    text: str,
+    pieces: Pieces,
+    chunk_length: int,
+    frame: tuple[list[int], list[int]],
+    unknown: int | None,
+    lengths: Sequence[int] | None = None,
 ) -> CutText:
     """Cut a tokenised text into chunks of `chunk_length` tokens; the last one may be shorter.
 
@@ -118,14 +123,18 @@ def cut_pieces(
         chunk_length (`int`): Tokens per chunk.
         frame (tuple): Special tokens before and after each chunk.
         unknown (`int`, *optional*): Id of the unknown token.
+        lengths (`Sequence[int]`, *optional*): Tokens of each chunk, where they are not all equal; together all.
     """
     before, after = frame
-    parts = [pieces.ids[i : i + chunk_length] for i in range(0, len(pieces.ids), chunk_length)]
+    if lengths is None:
+        lengths = [min(chunk_length, len(pieces.ids) - i) for i in range(0, len(pieces.ids), chunk_length)]
+    ends = list(accumulate(lengths))
+    parts = [pieces.ids[end - length : end] for end, length in zip(ends, lengths, strict=True)]
     spans = None
     if pieces.spans is not None:
         # Tokens of one character overlap, so the end of a chunk is the furthest character so far.
         furthest = list(accumulate((end for _, end in pieces.spans), max))
-        borders = [0, *furthest[chunk_length - 1 :: chunk_length][: len(parts) - 1], len(text)]
+        borders = [0, *(furthest[end - 1] for end in ends[:-1]), len(text)]
         spans = list(zip(borders, borders[1:], strict=False))
     return CutText(
         [[*before, *part, *after] for part in parts],

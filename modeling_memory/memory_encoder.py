@@ -67,6 +67,7 @@ def encode_chunks(
     attention_mask: torch.Tensor | None = None,
     num_memories: torch.Tensor | None = None,
     checked: bool = False,
+    config: PreTrainedConfig | None = None,
 ) -> torch.Tensor:
     """Turn chunks into memory states: one batched encoder call, then the pooling.
 
@@ -83,6 +84,8 @@ def encode_chunks(
             of padding only gives finite states, to be masked by the caller.
         num_memories (`torch.LongTensor` of shape `(N,)`, *optional*): Memories of each chunk, 1 to K. Default: K.
         checked (`bool`): Whether the caller has looked at ids and mask, so that the device is not asked again.
+        config (`PreTrainedConfig`, *optional*): The memory model's, whose `short_chunks` says how chunks that are not
+            full are filled; see [`fill_short_chunks`]. Default: not at all.
 
     Returns:
         `torch.Tensor` of shape `(N, K, E)`, with [`ConcatPooling`] `(N, K, r*E)`: the memory states.
@@ -90,18 +93,21 @@ def encode_chunks(
     Raises:
         ValueError: If shapes differ, an id is outside the encoder's vocabulary, or a chunk is longer than it takes.
     """
-    config = encoder.config
     if not checked:
-        check_token_ids("input_ids", input_ids, getattr(config, "vocab_size", None), "the encoder")
-        limit = encoder_limit(config)
+        check_token_ids("input_ids", input_ids, getattr(encoder.config, "vocab_size", None), "the encoder")
+        limit = encoder_limit(encoder.config)
         if limit is not None and input_ids.shape[1] > limit:
             raise ValueError(
                 f"A chunk has {input_ids.shape[1]} tokens, but the encoder takes {limit}. Cut the text into shorter "
                 "chunks."
             )
         check_attention_mask("attention_mask", attention_mask, *input_ids.shape)
+    if config is not None and config.short_chunks != "pad":
+        input_ids, attention_mask = fill_short_chunks(input_ids, attention_mask, config)
     if attention_mask is None:
-        real, visible = torch.ones_like(input_ids), None  # a mask of ones would be read to find that out
+        # A mask of ones would be read to find that out. Without one a Llama still looks once at the positions that it
+        # makes, for packed texts; only a cache of all its keys and values would keep it from that.
+        real, visible = torch.ones_like(input_ids), None
     else:
         real = (attention_mask != 0).long()
         order = torch.argsort(1 - real, dim=1, stable=True)
@@ -113,6 +119,50 @@ def encode_chunks(
     with nullcontext() if trained else torch.no_grad():
         outputs = encoder(input_ids=input_ids, attention_mask=visible, return_dict=True, **options)
     return pooling(outputs.last_hidden_state, real, num_memories)
+
+
+def fill_short_chunks(
+    input_ids: torch.LongTensor, attention_mask: torch.Tensor | None, config: PreTrainedConfig
+) -> tuple[torch.LongTensor, torch.Tensor | None]:
+    """Fill chunks that are not full, so that an encoder that mixes whole chunks only ever reads whole ones.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(N, L)`): Token ids of the chunks.
+        attention_mask (`torch.Tensor` of shape `(N, L)`, *optional*): 1 for tokens, 0 for padding, anywhere.
+        config (`PreTrainedConfig`): Its `chunk_length` is that of a full chunk. `short_chunks="repeat"` repeats a
+            chunk's tokens from its first; `"end"` puts end tokens after them, so that the memory tells where its text
+            ends.
+
+    Returns:
+        Ids and mask of shape `(N, max(L, chunk_length))`: each chunk's tokens in front, what fills it after them; a
+        chunk of padding only stays one.
+
+    Example:
+    ```python
+    >>> ids, mask = torch.tensor([[5, 6, 0], [7, 8, 9]]), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    >>> config = PreTrainedConfig(chunk_length=4, short_chunks="repeat", eos_token_id=2)
+    >>> fill_short_chunks(ids, mask, config)[0].tolist()
+    [[5, 6, 5, 6], [7, 8, 9, 7]]
+    >>> config.short_chunks = "end"
+    >>> fill_short_chunks(ids, mask, config)[0].tolist()
+    [[5, 6, 2, 2], [7, 8, 9, 2]]
+
+    ```
+    """
+    length, end = config.chunk_length, config.eos_token_id
+    if attention_mask is None and input_ids.shape[1] >= length:
+        return input_ids, attention_mask
+    real = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()
+    # Tokens first: padding may stand anywhere.
+    input_ids = input_ids.gather(1, torch.argsort(1 - real, dim=1, stable=True))
+    num_tokens = real.sum(1, keepdim=True)  # (N, 1)
+    columns = torch.arange(max(length, input_ids.shape[1]), device=input_ids.device)
+    rank = columns % num_tokens.clamp(min=1) if config.short_chunks == "repeat" else columns.expand(len(input_ids), -1)
+    filled = input_ids.gather(1, rank.clamp(max=input_ids.shape[1] - 1))
+    if config.short_chunks == "end":
+        filled = torch.where(columns < num_tokens, filled, end[0] if isinstance(end, list) else end)
+    # Special tokens around a chunk may make it longer than `length`.
+    return filled, (columns < num_tokens.clamp(min=length) * (num_tokens > 0)).long()
 
 
 def group_bounds(

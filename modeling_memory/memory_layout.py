@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 from transformers.configuration_utils import PreTrainedConfig
 
-from .memory_cache import Memories, MemoryCache, ReadMark
+from .memory_cache import Memories, MemoryCache, Opening, ReadMark
 
 
 @dataclass
@@ -51,39 +51,11 @@ class Text:
 
 
 @dataclass
-class Opening:
-    """What a cache has to know to go on after the last column of every text; see [`MemoryCache`].
-
-    Attributes:
-        window (`torch.LongTensor` of shape `(B, w)`, *optional*): Flat text columns of the open windows.
-        fill (`torch.LongTensor` of shape `(B,)`): Tokens in them.
-        next_position (`torch.LongTensor` of shape `(B,)`): Position of the next token.
-        max_fill (`int`): Bound of `fill`.
-        column_mask (`torch.LongTensor` of shape `(B, S)`, *optional*): Of the decoder's columns; `None`: the row's.
-        asked (`torch.BoolTensor` of shape `(B,)`, *optional*): Whether a marker stands before the open window.
-        marked (`torch.BoolTensor` of shape `(B,)`, *optional*): Whether one stands anywhere.
-        has_gaps (`bool`): Whether a column may hold nothing.
-        rolling (`bool`): Whether the window becomes memories when it is full.
-        sees_memories (`bool` or `torch.BoolTensor` of shape `(B,)`): Whether the next tokens see memories.
-    """
-
-    window: torch.Tensor | None
-    fill: torch.Tensor
-    next_position: torch.Tensor
-    max_fill: int
-    column_mask: torch.Tensor | None = None
-    asked: torch.Tensor | None = None
-    marked: torch.Tensor | None = None
-    has_gaps: bool = True
-    rolling: bool = True
-    sees_memories: bool | torch.Tensor = False
-
-
-@dataclass
 class Layout:
     """What the decoder reads: R rows of S columns, each a column of the text or an entry before it.
 
     Attributes:
+        source ([`Text`]): The text whose columns `text` counts.
         mask (`torch.Tensor` of shape `(R, past + S)`, *optional*): 1 for columns that count.
         positions (`torch.LongTensor` of shape `(R, S)`, *optional*): `None` leaves them to the decoder.
         text (`torch.LongTensor` of shape `(R, S)`, *optional*): Flat text columns; `None`: the text as it stands.
@@ -113,8 +85,11 @@ class Layout:
         continues (`bool`): Whether the text goes on from a memory cache.
         needs_own_cache (`bool`): Whether later steps need what only a memory cache knows.
         mark ([`ReadMark`], *optional*): What is noted on a cache of the library's.
+        apart (`list` of `int`, *optional*): Nothing else is laid out: windows of these texts are full, those of the
+            others are not, and each part is to be read by itself.
     """
 
+    source: Any = None
     mask: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     text: torch.Tensor | None = None
@@ -141,17 +116,13 @@ class Layout:
     continues: bool = False
     needs_own_cache: bool = False
     mark: ReadMark | None = None
+    apart: list[int] | None = None
 
     def rows(self, part: slice) -> "Layout":
         """Return some of the rows, alone."""
         names = ("mask", "positions", "text", "entries", "places", "sees_memories", "row", "seen")
         picked = {name: value[part] for name in names if isinstance(value := getattr(self, name), torch.Tensor)}
         return replace(self, **picked)
-
-    def lay_back(self, features: torch.Tensor, columns: torch.Tensor | None = None) -> torch.Tensor:
-        """Turn features of flat columns `(n, X)` into those of the texts `(B, T, X)`, or of some columns of them."""
-        assert self.back is not None
-        return features[self.back if columns is None else self.back[:, columns]]
 
 
 @dataclass
@@ -239,6 +210,7 @@ def tell_places(config: PreTrainedConfig, rank: torch.Tensor, sees: torch.Tensor
 
     It is given in rows that see some memory (`sees`, `(R,)`), from the text's first marker on (`asked`, `(R, S)`).
     """
+    # Padding before the first token has rank -1; its place is never read, but must be a row of the table.
     return torch.where(sees[:, None] & asked, rank.clamp(min=0) % config.num_places, -1)
 
 
@@ -262,8 +234,14 @@ def predicting_column(attention_mask: torch.Tensor) -> torch.Tensor:
     return (columns * attention_mask.bool()).cummax(1).values
 
 
+def _back_across_holes(mask: torch.Tensor) -> torch.Tensor:
+    """Return for each column `(B, T)` the flat number of the column that predicts what follows it."""
+    return torch.arange(len(mask), device=mask.device)[:, None] * mask.shape[1] + predicting_column(mask)
+
+
 def pack(mask: torch.Tensor) -> torch.Tensor:
     """Return the columns of `(B, M)` that are set, those of each row first and in order; then the others."""
+    # Stable: tokens and memories keep the order that the text has them in.
     return torch.argsort((mask == 0).to(torch.uint8), dim=1, stable=True)
 
 
@@ -278,18 +256,18 @@ def lay_plain(config: PreTrainedConfig, text: Text, facts: Any, past: int = 0) -
     """
     mask, positions = text.attention_mask, text.position_ids
     length = text.tokens.shape[1]
-    layout = Layout(mask, positions, end=past + length)
+    layout = Layout(text, mask, positions, end=past + length)
     if mask is None or mask.dim() != 2:
         return layout
     if facts is not None and past == 0 and facts.is_full and positions is None:
         layout.mask = None  # nothing to hide, and the decoder would look at every value to find that out
         return layout
     if positions is None:
+        # Padding on the left has no position, and 0 is a row of every decoder's table.
         layout.positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
     if facts is not None and facts.has_holes:
         # What predicts the token after a hole stands before the hole.
-        columns = predicting_column(mask)
-        layout.back = torch.arange(len(mask), device=mask.device)[:, None] * length + columns
+        layout.back = _back_across_holes(mask[:, -length:])
     return layout
 
 
@@ -370,6 +348,7 @@ def _entries_of_slots(slots: torch.Tensor, memories: Memories) -> torch.Tensor:
     if width == 0:
         return torch.full_like(slots, -1, dtype=torch.long)
     row = torch.arange(batch_size, device=slots.device)[:, None]
+    # Absent memories may stand between present ones, and slots only count those that are present.
     place = pack(memories.mask)[row, (slots.cumsum(1) - 1).clamp(0, width - 1)]
     return torch.where(slots, row * width + place, -1)
 
@@ -399,6 +378,7 @@ def front_of_text(config: PreTrainedConfig, text: Text, memories: Memories, fact
         The front, and 1 for the tokens after it, of shape `(B, T)`.
     """
     mask = text.mask()
+    # An id of a slot in padding is padding.
     slots = (text.input_ids == config.memory_token_id) & mask.bool()  # (B, T)
     after = mask * (slots.flip(1).cumsum(1).flip(1) == 0)
     ahead = mask - after
@@ -447,11 +427,15 @@ def lay_front(
             after = None
     else:
         front, after = front_of_text(config, text, memories, facts)
+        # In padding a slot may stand, masked; its id need not be a row of the table.
+        text = replace(text, input_ids=text.input_ids.masked_fill(text.input_ids == config.memory_token_id, 0))
     length = text.tokens.shape[1]
     counts = [length] * memories.batch_size if facts is None else facts.num_after
     lowest = None if facts is None else facts.lowest
     window = config.window_length if rolling else None
-    layout = lay_windows(config, text, after, front, counts, window, lowest, shared, room)
+    # Only compiled code knows no better than this.
+    end = max(counts) + front.num_tokens.shape[1] * config.chunk_length if facts is None else facts.end
+    layout = lay_windows(config, text, after, front, counts, window, lowest, shared, room, end)
     if not rolling:  # embeddings have no column for the memories before them
         first = -memories.mask.shape[1] if front.back is None else 0
         layout.mark = ReadMark(True, first if memories.mask.shape[1] else None)
@@ -468,6 +452,7 @@ def lay_windows(
     lowest: list[int] | None = None,
     shared: bool = True,
     room: int | None = None,
+    end: int | None = None,
 ) -> Layout:
     """Lay out texts by windows, each after its row's front and the memories of all windows before it.
 
@@ -486,6 +471,8 @@ def lay_windows(
             one in the front. Windows before it are not laid out. `None`: all are wanted.
         shared (`bool`): Whether rows may share the prefix.
         room (`int`, *optional*): How many memories fit where all do not, so that the oldest make room.
+        end (`int`, *optional*): With source positions, the bound of those of all tokens. Default: a text with nothing
+            in front has as many as tokens.
     """
     cut = _cut(text, mask, counts, window_length, lowest)
     if front is None:
@@ -493,15 +480,14 @@ def lay_windows(
         zero = none.sum(1)
         front = Front(none, None, None, none, zero, zero, zero, [0] * len(counts), 0)
     per_window = cut.window_length // config.chunk_length * config.memories_per_chunk if window_length else 0
-    prefix, own_position, takes = _lay_prefix(config, front, cut, per_window)
+    prefix, own_position, takes = _lay_prefix(config, text, front, cut, per_window)
     assert prefix.entries is not None
     num_entries = prefix.entries.shape[1]
     fixed = config.memory_positions in ("fixed", "spread")
     offset = torch.arange(cut.window_length, device=cut.row.device)
     num_visible = front.num[cut.row] + cut.index * per_window  # (P,)
-    ends = F.pad(takes.cumsum(1), (1, 0))  # (B, M + 1)
     layout = Layout(
-        text=cut.columns, row=cut.row, prefix=prefix, last=cut.last,
+        source=text, text=cut.columns, row=cut.row, prefix=prefix, last=cut.last,
         num_wanted=cut.window_length, shares_prefix=shared and room is None,
     )  # fmt: skip
     widths, lasts = [], []
@@ -510,23 +496,20 @@ def lay_windows(
         lasts.append(len(widths) - 1)
     layout.widths, layout.lasts = widths, lasts
     layout.compressed = None if cut.full is None else cut.full.view(-1, config.chunk_length)
+    # Fillers stand where memories are missing, so that no two windows have the same entries before them.
     if config.absent_memories != "mask":
         layout.shares_prefix = False
-    num_seen = num_visible
-    if room is not None:  # those of the context stay, and of the others the newest
-        pinned = front.num_pinned[cut.row]
-        kept = (room - pinned + front.num_embedded[cut.row]).clamp(min=0)
-        num_seen = pinned + torch.minimum(num_visible - pinned, kept)
+    num_seen = num_visible if room is None else _fit(front, cut, num_visible, room)
     layout.sees_memories = num_seen > 0
     start = torch.full_like(num_seen, config.text_start) if fixed else num_seen
+    if config.memory_positions == "source":  # a window starts after the tokens that stand before it in the source
+        start = F.pad(takes.cumsum(1), (1, 0))[cut.row, num_visible]  # of (B, M + 1)
+    positions = start[:, None] + offset  # (P, W)
     if config.memory_positions == "source":
-        start = ends[cut.row, num_visible]
-    positions = start[:, None] + offset
+        # Places after the last token of a text have no position; 0 is a row of every decoder's table.
+        positions = positions * cut.mask
     if config.window_positions:
-        asked = find_markers(config, text.input_ids, cut.mask_of_text).cumsum(1) > 0
-        asked = asked if front.asked is None else asked | front.asked[:, None]
-        asked = asked.flatten()[cut.columns]  # (P, W)
-        layout.places = tell_places(config, offset.expand_as(asked), num_visible > 0, asked)
+        layout.places = _places_in_windows(config, text, front, cut, num_visible)
     if layout.shares_prefix:
         number = torch.arange(num_entries, device=cut.row.device)
         layout.seen = (number < num_visible[:, None]).to(cut.mask)
@@ -548,8 +531,26 @@ def lay_windows(
     if fixed:
         layout.end = config.text_start + cut.window_length
     elif config.memory_positions == "source":
-        layout.end = max(counts) + front.num_tokens.shape[1] * config.chunk_length
+        layout.end = max(counts) if end is None else end
     return layout
+
+
+def _fit(front: Front, cut: "_Cut", num_visible: torch.Tensor, room: int) -> torch.Tensor:
+    """Return how many of the entries before it each window sees `(P,)` where not all of them have room."""
+    pinned = front.num_pinned[cut.row]
+    kept = (room - pinned + front.num_embedded[cut.row]).clamp(min=0)
+    return pinned + torch.minimum(num_visible - pinned, kept)  # a context's stay, and of the others the newest
+
+
+def _places_in_windows(
+    config: PreTrainedConfig, text: Text, front: Front, cut: "_Cut", num_visible: torch.Tensor
+) -> torch.Tensor:
+    """Return the places that tokens of windows are given `(P, W)`, -1 for none."""
+    asked = find_markers(config, text.input_ids, cut.mask_of_text).cumsum(1) > 0  # (B, T)
+    asked = asked if front.asked is None else asked | front.asked[:, None]
+    asked = asked.flatten()[cut.columns]  # (P, W)
+    offset = torch.arange(cut.window_length, device=asked.device)
+    return tell_places(config, offset.expand_as(asked), num_visible > 0, asked)
 
 
 @dataclass
@@ -611,6 +612,7 @@ def _cut(
     count = torch.tensor(counts, device=device)
     order = None
     mask_of_text = torch.ones(batch_size, length, dtype=torch.long, device=device) if mask is None else mask
+    # The last window of a text may have more places than tokens are left: masked, but read all the same.
     column = rank.clamp(max=length - 1)
     if mask is not None:
         order = pack(mask)
@@ -632,7 +634,7 @@ def _cut(
 
 
 def _lay_prefix(
-    config: PreTrainedConfig, front: Front, cut: _Cut, per_window: int
+    config: PreTrainedConfig, source: Text, front: Front, cut: _Cut, per_window: int
 ) -> tuple[Layout, torch.Tensor, torch.Tensor]:
     """Lay out all that stands before a text's last window: its front, then the memories of its full windows.
 
@@ -652,6 +654,7 @@ def _lay_prefix(
     rank = (number - front.num[:, None]).clamp(min=0)  # among the new memories
     # New memories are counted after all given ones, those of text 0 first.
     first = front.num_given + (new.cumsum(0) - new)[:, None]
+    # Absent entries are masked later; until then they must name some vector.
     entries = torch.where(present, first + rank, 0)
     takes = torch.ones_like(entries)
     text = places = None
@@ -673,7 +676,7 @@ def _lay_prefix(
         position = (takes.cumsum(1) - 1).clamp(min=0)
     # The entries of one row share one run, and absent ones stand at its end, where nothing present sees them.
     prefix = Layout(
-        positions=position, text=text, entries=entries, places=places, sees_memories=True,
+        source, positions=position, text=text, entries=entries, places=places, sees_memories=True,
         memories=None, mask=present.long(),
     )  # fmt: skip
     return prefix, torch.where(present, position, -1), takes
@@ -766,6 +769,7 @@ def _open_windows(
         found = find_markers(config, text.input_ids, cut.mask_of_text)
         own = found.flatten()[cut.columns[last]] & cut.mask[last].bool()
         before = found & (cut.rank < ((cut.num - 1) * cut.window_length)[:, None])
+        # A marker in a window that was compressed asks for the windows after it, too.
         asked = before.any(1) if front.asked is None else before.any(1) | front.asked
         marked = asked | own.any(1)
     most = 0
@@ -787,21 +791,32 @@ def _open_windows(
     )  # fmt: skip
 
 
-def lay_step(config: PreTrainedConfig, text: Text, cache: MemoryCache) -> Layout:
+def text_of_window(text: Text, cache: MemoryCache) -> Text:
+    """Return the tokens of open windows `(B, w)` and the next ones `(B, T)` as one text `(B, w + T)`."""
+    mask, width = text.mask(), cache.window_input_ids.shape[1]
+    filled = (torch.arange(width, device=mask.device) < cache.window_fill[:, None]).to(mask)
+    ids = torch.cat([cache.window_input_ids, text.input_ids], 1)
+    return Text(ids, torch.cat([filled, mask], 1), tokens=ids)
+
+
+def lay_step(config: PreTrainedConfig, text: Text, cache: MemoryCache, has_holes: bool = False) -> Layout:
     """Lay out the next tokens of texts that a memory cache holds, in their open windows.
 
     Args:
         config ([`MemoryEncoderDecoderConfig`]): The model's.
         text ([`Text`]): B texts of T columns.
         cache ([`MemoryCache`]): Their cache.
+        has_holes (`bool`): Whether padding stands between two of the tokens.
     """
     mask = text.mask()
     rank = mask.cumsum(1) - 1
-    layout = Layout(sees_memories=cache.sees_memories, end=cache.end + mask.shape[1], continues=True)
+    layout = Layout(text, sees_memories=cache.sees_memories, end=cache.end + mask.shape[1], continues=True)
     layout.positions = (cache.next_position[:, None] + rank).clamp(min=0)
     # Where every column counts the decoder needs no mask, and would look at all its values.
     if cache.has_gaps or text.attention_mask is not None:
         layout.mask = torch.cat([cache.column_mask, mask.to(cache.column_mask)], 1)
+    if has_holes:
+        layout.back = _back_across_holes(mask)
     marked = None
     if config.window_positions and text.input_ids is not None:
         asked = cache.marked[:, None] | (find_markers(config, text.input_ids, mask).cumsum(1) > 0)
@@ -865,6 +880,7 @@ def lay_context(
     chunk = torch.arange(batch_size * num_chunks, device=device).view(batch_size, num_chunks)
     if present is not None and not all(present):  # only chunks that hold something are encoded
         chunks = torch.tensor([place for place, held in enumerate(present) if held], dtype=torch.long, device=device)
+        # Absent chunks are not encoded, so the numbers of those after them move up.
         chunk = (there.flatten().cumsum(0) - 1).clamp(min=0).view(batch_size, num_chunks)
     place = (chunk[..., None] * per_chunk + number).flatten(1)  # (B, C * K)
     wanted, num_tokens = wanted.flatten(1).long(), num_tokens.flatten(1)

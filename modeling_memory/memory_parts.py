@@ -51,6 +51,7 @@ def locate(source: str | os.PathLike) -> str:
 
 def package_version(source: str) -> tuple[str | None, str | None]:
     """Return the distribution that brings a package, by the name that `pip` knows, and its installed version."""
+    # What is imported and what is installed need not have one name.
     names = importlib.metadata.packages_distributions().get(source.removeprefix(PACKAGE))
     return (names[0], importlib.metadata.version(names[0])) if names else (None, None)
 
@@ -63,6 +64,7 @@ def _place(source: str | os.PathLike, kwargs: dict[str, Any]) -> tuple[str, dict
         except ImportError:  # releases before it unpack by themselves
             pass
         else:
+            # Packed weights cannot be trained, cast or saved by value, and whoever joins a model expects all three.
             kwargs = {**kwargs, "quantization_config": GgufConfig(dequantize=True)}
     return locate(source), kwargs
 
@@ -104,6 +106,7 @@ def load_encoder(source: str | os.PathLike | PreTrainedModel, **kwargs: Any) -> 
     source, kwargs = _place(source, kwargs)
     sentence = _sentence_modules(source, kwargs)
     fields: dict[str, Any] = {}
+    # Whoever names a sentence model expects its vectors, not states pooled in another way.
     if sentence is not None:
         subfolder, fields = sentence
         if subfolder:
@@ -145,6 +148,7 @@ def load_parts(
     """
     decoder_model = load_decoder(decoder, **decoder_kwargs)
     named = not isinstance(encoder, PreTrainedModel) and not isinstance(decoder, PreTrainedModel)
+    # Reading a base twice costs twice the time and, until one is cut, twice the memory.
     same = named and os.fspath(encoder) == os.fspath(decoder) and encoder_kwargs == decoder_kwargs
     fields: dict[str, Any] = {}
     if same and _sentence_modules(locate(encoder), encoder_kwargs) is None:
@@ -164,6 +168,7 @@ def load_parts(
 def _unshared(body: PreTrainedModel, other: PreTrainedModel) -> PreTrainedModel:
     """Copy a body if it shares parameters with another model, where one part must freeze and the other train."""
     taken = {id(parameter) for parameter in other.parameters()}
+    # Freezing goes by parameters: a shared one would be frozen in both parts or in neither.
     return copy.deepcopy(body) if any(id(parameter) in taken for parameter in body.parameters()) else body
 
 
@@ -196,6 +201,7 @@ def first_layers(body: PreTrainedModel, layers: int) -> PreTrainedModel:
             f"`encoder_layers` is {layers!r}, but the {type(body).__name__} has {len(stack)} layers; expected 0 to "
             f"{len(stack)}."
         )
+    # Nothing to cut, and a copy would part the body from a decoder that it may share weights with.
     if layers == len(stack) and layers > 0:
         return body
     # Modules and config are copied, since layers hold on to their config; tensors are not.
@@ -204,10 +210,12 @@ def first_layers(body: PreTrainedModel, layers: int) -> PreTrainedModel:
     own: Any = body.get_submodule(name)
     del own[layers:]
     for place, module in after if layers == 0 else ():
+        # A norm that was trained on the last layer's states would rescale a table of tokens for nothing.
         if "norm" in type(module).__name__.lower():
             body.set_submodule(place, torch.nn.Identity())
     body.config.num_hidden_layers = layers
     if getattr(body.config, "layer_types", None) is not None:
+        # The library refuses a config whose list is longer than its layers.
         body.config.layer_types = body.config.layer_types[:layers]
     return body
 
@@ -235,6 +243,7 @@ def _body(model: PreTrainedModel) -> PreTrainedModel:
         encoder_class = AutoModelForTextEncoding._model_mapping[type(config)]
         if isinstance(model, encoder_class):
             return model
+        # Only the shell is built; the weights are those of the model that was given.
         with torch.device("meta"):
             body = encoder_class._from_config(copy.deepcopy(config))
         body.set_input_embeddings(model.get_input_embeddings())
@@ -248,6 +257,7 @@ def _body(model: PreTrainedModel) -> PreTrainedModel:
     if getattr(body, "pooler", None) is None:
         return body
     body = copy.copy(body)  # the same weights in another shell, so that the caller keeps the pooling layer
+    # A shallow copy shares the dictionary, and the caller's model would lose its pooling layer.
     body._modules = dict(body._modules)
     body.pooler = None
     return body
@@ -264,6 +274,7 @@ def _sentence_modules(source: str, kwargs: dict[str, Any]) -> tuple[str, dict[st
         except (OSError, TypeError):
             return None
 
+    # A subfolder was named on purpose: it is the transformer itself.
     modules = None if kwargs.get("subfolder") else read("modules.json")
     if modules is None:
         return None
@@ -274,6 +285,7 @@ def _sentence_modules(source: str, kwargs: dict[str, Any]) -> tuple[str, dict[st
         if kind == "Transformer":
             folder = module["path"]
         elif kind == "Pooling":
+            # Two releases of sentence-transformers name the same poolings differently; both are read below.
             settings = read(f"{module['path']}/config.json") or {}
             modes = [name for name in SENTENCE_POOLINGS if _is_pooled(settings, name)]
             if len(modes) != 1:
@@ -362,6 +374,7 @@ def check_decoder(decoder: PreTrainedModel) -> None:
                 f"A decoder of type {decoder.config.model_type!r} {purpose} (`{name}`), so it cannot read memories. "
                 "Choose a decoder with attention, such as a Llama."
             )
+    # Some families take the argument for a cache and keep a running state in it.
     if getattr(decoder, "_is_stateful", False):
         raise ValueError(
             f"A decoder of type {decoder.config.model_type!r} keeps a running state, which cannot be repeated for "
@@ -394,6 +407,8 @@ def embedding_scale(decoder: PreTrainedModel) -> float:
     table: Any = decoder.get_input_embeddings()
     if table.weight.is_meta:  # shapes without values
         return 1.0
+    # Through the module, not from its weights: some families scale what they look up. A few thousand rows tell the
+    # scale.
     ids = torch.arange(min(4096, table.weight.shape[0]), device=table.weight.device)
     return table(ids).float().std().item()
 
@@ -427,4 +442,5 @@ def keep_existing_plans(model: PreTrainedModel) -> None:
     for plan in ("_tp_plan", "_pp_plan"):
         known = getattr(model, plan, None)
         if isinstance(known, dict):
+            # A parallel run looks for every module that a plan names.
             setattr(model, plan, {name: rule for name, rule in known.items() if name in names})

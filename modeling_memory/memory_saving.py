@@ -17,6 +17,7 @@ import copy
 import hashlib
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, has_file
 
 from .memory_adapters import PARTS, base_state, is_adapter
-from .memory_checkpoint import TRAINED, list_names
+from .memory_checkpoint import TRAINED, list_names, undo_killed_saves
 from .memory_parts import HUB_OPTIONS, PACKAGE, first_layers, load_decoder, load_encoder, load_parts, package_version
 
 BASE_OPTIONS: tuple[str, ...] = ("token", "cache_dir", "local_files_only", "device_map", "attn_implementation")
@@ -101,6 +102,7 @@ def _refer(part: str, source: Any, options: dict[str, Any], base: PreTrainedMode
     """Say where a base is found again, without any place of this machine."""
     place = os.fspath(source) if not isinstance(source, PreTrainedModel) else None
     named = place is not None and not os.path.isdir(place)
+    # The commit that was loaded, if the library noted it: a branch or tag may point elsewhere by tomorrow.
     revision = getattr(base.config, "_commit_hash", None) or options.get("revision")
     reference = {
         "id": place if named else None,
@@ -109,8 +111,10 @@ def _refer(part: str, source: Any, options: dict[str, Any], base: PreTrainedMode
         "dtype": str(options["dtype"]).removeprefix("torch."),
     }
     if named and place is not None and place.startswith(PACKAGE):
+        # A package is found again by its name on the index, which its import name need not be.
         reference["distribution"], reference["revision"] = package_version(place)
     if options.get("gguf_file") is not None:
+        # The bare name: a path in a shared config would be one of this machine, or lead out of the folder.
         reference["gguf_file"] = os.path.basename(options["gguf_file"])
     quantization = options.get("quantization_config")
     if quantization is not None and not getattr(quantization, "dequantize", False):
@@ -136,6 +140,7 @@ class KnownBase:
 
 def _source_of(part: str, known: Any, model: Any) -> tuple[Any, dict[str, Any]]:
     """Return the place of a base and the options of loading it, as the caller named it or the model remembers it."""
+    # A base in 4 bits has other tensors than the same base in 16, so the form belongs to the place.
     remembered = model._bases.get(part, (None, {}))[1]
     if isinstance(known, tuple):
         source, options = known
@@ -163,6 +168,7 @@ def _known_bases(model: Any, sources: dict[str, tuple[Any, dict[str, Any]]]) -> 
     }
     fresh = {part: source for part, source in sources.items() if part not in known}
     for part, base in load_bases(fresh, model.config).items():
+        # Hashes rather than the tensors: a base is read once, and must not stay in memory for later saves.
         digests = {name: state_hash({"": value}) for name, value in base.state_dict().items()}
         known[part] = KnownBase(places[part], _refer(part, *sources[part], base), digests)
     return known
@@ -189,9 +195,11 @@ def trained_state(model: Any, bases: dict[str, Any]) -> tuple[dict[str, dict[str
             "Nothing is known about where encoder and decoder came from, because they were given as models. Name "
             "them: `by_reference={'decoder': id_or_folder}`."
         )
+    # By comparison, not by `requires_grad`: a weight may have been trained and frozen again.
     sources = {part: _source_of(part, known, model) for part, known in bases.items()}
     known = _known_bases(model, sources)
     model._known_bases = known
+    # From all weights those of the bases are taken away; what nobody thought of is so kept, not lost.
     references, trained = {}, model.state_dict()
     for part, base in known.items():
         own = base_state(getattr(model, part))
@@ -209,14 +217,17 @@ def trained_state(model: Any, bases: dict[str, Any]) -> tuple[dict[str, dict[str
             continue  # trained in all its weights: there is nothing to refer to
         for name in list(trained):
             if name.removeprefix(f"{part}.").replace(".base_layer.", ".") in same and name.startswith(f"{part}."):
+                # An adapter wraps the map that it adapts, and moves the base's own weight one name deeper.
                 del trained[name]
         references[part] = {**base.reference, "sha256": state_hash(same)}
+    # Tensor subclasses of quantisers: safetensors would write them as something else, or not at all.
     packed = [name for name, value in trained.items() if hasattr(value, "__tensor_flatten__")]
     if packed:
         raise ValueError(
             f"The quantised weights {list_names(packed)} are not those of a base that is named, and cannot be saved "
             "by themselves. Name the base that the model was joined from, as it was quantised then."
         )
+    # Cloned, since safetensors refuses tensors that share their memory, as tied ones do.
     return references, {name: value.detach().cpu().contiguous().clone() for name, value in trained.items()}
 
 
@@ -279,6 +290,8 @@ def load_by_reference(
     hub = {
         name: kwargs[name] for name in (*HUB_OPTIONS, "subfolder") if name in kwargs and name != "trust_remote_code"
     }
+    undo_killed_saves(Path(source, kwargs.get("subfolder") or ""))
+    # What is small and local first: a damaged folder must not cost a download of two bases.
     trained = _read_trained(source, hub)
     _check_trained(model_class, source, config, trained)  # before bases are fetched and memory is taken
     sources = {part: _base_source(part, ref, given.get(part), kwargs) for part, ref in references.items()}
@@ -288,7 +301,9 @@ def load_by_reference(
     model = model_class(model_class.config_class.from_dict(config.to_dict()), **bases)
     for name, parameter in model.named_parameters():
         if name in trained:
+            # Loading copies into what is there and would round the trained weights to the base's type.
             parameter.data = parameter.data.to(trained[name].dtype)
+    # Not strict, since the bases' own weights are meant to be missing; what is needed was compared before.
     model.load_state_dict(trained, strict=False)
     model.tie_weights()
     wanted = kwargs.get("dtype")
@@ -299,6 +314,7 @@ def load_by_reference(
     if model.can_generate():
         with contextlib.suppress(OSError):  # a folder without them has the config's, as in the library
             model.generation_config = GenerationConfig.from_pretrained(source, **hub)
+    # So that a loaded model can be saved by reference again without being told where it came from.
     model._bases = {
         part: (place, {name: value for name, value in options.items() if name not in (*BASE_OPTIONS, "dtype")})
         for part, (place, options) in sources.items()
@@ -318,6 +334,7 @@ def _read_trained(source: str, hub: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def _check_trained(model_class: Any, source: str, config: Any, trained: dict[str, torch.Tensor]) -> None:
     """Compare names and shapes with those that the config asks for, on a model without memory."""
+    # Names and shapes are known without weights, so that a wrong folder is refused in no time.
     with torch.device("meta"):
         expected = model_class(model_class.config_class.from_dict(config.to_dict())).state_dict()
     whole = [part for part in PARTS if part not in config.references]
@@ -341,6 +358,7 @@ def _check_base(
     own = {
         name.removeprefix(f"{part}.").replace(".base_layer.", ".") for name in trained if name.startswith(f"{part}.")
     }
+    # Exactly what the folder leaves out: weights that were trained may differ, those it relies on may not.
     found = state_hash({name: value for name, value in base.state_dict().items() if name not in own})
     if found != reference["sha256"]:
         place = reference["id"] if given is None else given
@@ -369,6 +387,7 @@ def check_older_weights(folder: str | os.PathLike, repo_id: str, revision: str |
     if not os.path.isfile(os.path.join(folder, SAFE_WEIGHTS_INDEX_NAME)):
         return
     try:
+        # Asked before the upload: afterwards a reader would load old weights under a new config.
         older = has_file(repo_id, SAFE_WEIGHTS_NAME, revision=revision, token=token)
     except OSError:  # a branch that is not there begins as main
         older = has_file(repo_id, SAFE_WEIGHTS_NAME, token=token)

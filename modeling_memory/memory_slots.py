@@ -36,6 +36,7 @@ class Row:
                 "`num_memories` for memories that are ready, or take the token out. In text that somebody else wrote "
                 "it is text: `split_special_tokens=True`."
             )
+        # A row that was given no context: its marks stand for nothing, and leave the text.
         counts = counts or [0] * len(marks)
         if marks and len(marks) != len(counts):
             raise ValueError(
@@ -43,6 +44,7 @@ class Row:
                 "numbers of memories; expected it once for each, in their order, or not at all, for slots in front. "
                 "Several contexts of one text are a list in the list: `context=[[first, second]]`."
             )
+        # A text without a mark has its memories in front: whoever wrote no place for them wants them before all else.
         fronts = list(zip(marks, counts, strict=True)) if marks else []
 
         def spread(values: list[int], fill: int) -> list[int]:
@@ -87,8 +89,10 @@ def row_of(
 ) -> Row:
     """Tokenise one prompt: a string, which is data only on request, or parts, which are data by default."""
     split, add_special_tokens = options["split_special_tokens"], options["add_special_tokens"]
+    # A string is what the application wrote, markers included; parts come from elsewhere and hold none.
     if isinstance(prompt, str) and not split:
         return Row(encode_prompt(tokenizer, prompt, add_special_tokens).ids)
+    # The tokenizer would frame every part by itself; a prompt has one bos, however many parts.
     before, after = special_frame(tokenizer) if add_special_tokens else ([], [])
     ids = list(before)
     for part in [prompt] if isinstance(prompt, str) else prompt:
@@ -125,6 +129,7 @@ def prompts_of(text: Any, memory_token: str) -> list[str | list[str | int]] | No
         for j, part in enumerate([] if isinstance(one, str) else one):
             if isinstance(part, bool) or not isinstance(part, (str, int)) or (isinstance(part, int) and part < 0):
                 raise ValueError(f"`text[{i}][{j}]` is {part!r}; expected a string (data) or the id of a token.")
+        # An empty part says nothing.
         prompts.append(one if isinstance(one, str) else [part for part in one if part != ""])
     return prompts
 
@@ -167,6 +172,7 @@ def chunk_budgets(sizes: list[list[int]], per_chunk: int, given: Any) -> tuple[l
             own = [per_chunk if given is None else given] * number
         else:
             own = list(given[i]) if i < len(given) else []
+            # Zeros after a row's own chunks fill the rectangle, as in a budget that was made for a batch.
             own = own[:number] if not any(own[number:]) else own  # absent chunks have none
         if len(own) != number:
             raise ValueError(
@@ -210,6 +216,7 @@ def pad_chunks(rows: list[list[list[int]]], tokenizer: PreTrainedTokenizerBase, 
     """Chunks of all rows as `(B, C, L)` ids and mask, padded at the end of a chunk and of a row."""
     pad = pad_value(tokenizer)
     num_chunks = max(len(row) for row in rows)
+    # Chunks are read from position 0, so padding at their end is the cheap side: nothing has to be moved.
     filled = [row + [[]] * (num_chunks - len(row)) for row in rows]
     ids = [[chunk + [pad] * (length - len(chunk)) for chunk in row] for row in filled]
     mask = [[[1] * len(chunk) + [0] * (length - len(chunk)) for chunk in row] for row in filled]
@@ -229,6 +236,7 @@ def pad_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase, options: Mappi
                 "slots included; nothing is cut off. Raise `max_length`, or shorten the text or its context."
             )
         length = max_length
+    # After the choice of a length, since `max_length` need not be a multiple itself.
     multiple = options["pad_to_multiple_of"] or 1
     length = -(-length // multiple) * multiple
 
@@ -236,9 +244,11 @@ def pad_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase, options: Mappi
         more = [fill] * (length - len(values))
         return more + values if side == "left" else values + more
 
+    # A padded column is masked, and its id only has to be a row of the table.
     data = {"input_ids": [pad(row.ids, pad_value(tokenizer)) for row in rows]}
     if options["return_attention_mask"] is not False:
         data["attention_mask"] = [pad([1] * len(row.ids), 0) for row in rows]
+    # A mask for some rows only would call the others' prompts answers of no tokens.
     if all(row.answers is not None for row in rows):
         data["assistant_masks"] = [pad(row.answers or [], 0) for row in rows]
     return data
@@ -251,6 +261,7 @@ def without_slots(token_ids: Any, slot: int) -> list:
     if isinstance(rows, (list, tuple)):
         rows = [one.tolist() if hasattr(one, "tolist") else one for one in rows]
         if all(isinstance(one, int) for one in rows):
+            # A slot is no text, and its id may be one that the tokenizer does not know.
             return [token_id for token_id in rows if token_id >= 0 and token_id != slot]
         if all(isinstance(row, (list, tuple)) for row in rows):
             return [without_slots(row, slot) for row in rows]

@@ -146,6 +146,7 @@ class MaskedTokenMixing(nn.Module):
         fan_in = torch.full((length,), length) if not self.causal else torch.arange(1, length + 1)
         bound = (fan_in.to(self.weight) * self.kernel_size).rsqrt()
         init.uniform_(self.weight, -1.0, 1.0)
+        # Loaded weights are marked so; drawing passes them over by itself, scaling would not.
         if not getattr(self.weight, "_is_hf_initialized", False):
             self.weight.mul_(bound[:, None])
         init.zeros_(self.bias)
@@ -167,12 +168,14 @@ class MaskedTokenMixing(nn.Module):
         """
         states = self.in_proj(hidden_states).unflatten(-1, (self.num_heads, -1))  # (B, T, H, Q)
         if present is not None:
+            # Weights of padding are not masked, since all rows share one product; a state of zero adds nothing.
             states = states.masked_fill(~present[:, :, None, None], 0)
         if past_key_values is not None:
             states = self._remember(states, positions, past_key_values)  # (B, S, H, Q)
         if positions is None:
             mixed = self._mix(states)
         elif positions.query.shape[1] == 1 and positions.key.shape[1] > 1:
+            # One row of the weights instead of all: a step costs as much as the text is long, not its square.
             mixed = self._mix_last(states, positions)
         else:
             mixed = self._mix_at(states, positions)
@@ -200,6 +203,7 @@ class MaskedTokenMixing(nn.Module):
         batch_size, length, _, width = states.shape
         weight = self.weight[:, :, :length, :length]
         if self.causal:
+            # Taken anew in every call, so that what an optimiser does to the upper half is never read.
             weight = weight.tril()
         # One matrix product a head, all rows and elements side by side: on CPUs faster than a small product a row.
         weight = weight.transpose(1, 2).reshape(self.num_heads, length, -1)  # (H, P, K*P)
@@ -214,8 +218,10 @@ class MaskedTokenMixing(nn.Module):
         limit = positions.num_positions
         flat = states.flatten(2)
         places = positions.key.masked_fill(positions.key < 0, limit)[:, :, None].expand_as(flat)
+        # One place too many for all padding, cut off again: scattering needs a place for every column.
         laid = flat.new_zeros(flat.shape[0], limit + 1, flat.shape[2]).scatter(1, places, flat)[:, :limit]
         mixed = self._mix(laid.unflatten(2, states.shape[2:])).flatten(2)
+        # Padding has no position; it is given the first one's states, which nobody reads.
         wanted = positions.query.clamp(min=0)[:, :, None].expand(-1, -1, mixed.shape[2])
         return mixed.gather(1, wanted).unflatten(2, states.shape[2:])
 
@@ -223,6 +229,7 @@ class MaskedTokenMixing(nn.Module):
         """Mix cached states `(B, S, H, Q)` for one new token a row, `(B, 1, H, Q)`; nothing else is computed."""
         row = positions.query.clamp(min=0)  # (B, 1)
         weight = self.weight[:, :, row, positions.key.clamp(min=0)]  # (H, K, B, S)
+        # On the weights, which are fewer numbers than the states.
         weight = weight.masked_fill(positions.key < 0, 0).to(states.dtype)
         mixed = torch.einsum("hkbs,bshkq->bhq", weight, self._taps(states))
         return (mixed + self.bias[:, row[:, 0]].t()[:, :, None].to(mixed.dtype)).unsqueeze(1)
@@ -398,6 +405,7 @@ class MaskedMixerModel(MaskedMixerPreTrainedModel):
 
     def _prepare_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
         if use_cache is None:
+            # In training a cache would keep every state of the graph and serve nobody.
             use_cache = cache is not None or (self.config.use_cache and self.config.causal and not self.training)
         if not use_cache:
             if cache is not None and cache.get_seq_length() > 0:
@@ -445,6 +453,8 @@ class MaskedMixerModel(MaskedMixerPreTrainedModel):
 
         past = None
         if cache is not None and past_length:
+            # Positions lie in every layer alike, so that beams reorder them with the states; one copy is enough to
+            # read.
             past = cache.layers[0].values[:, 0, :, 0].long()  # (B, S - T)
         query = self._query_positions(attention_mask, position_ids, past, batch_size, num_columns, device)
         key = query if past is None else torch.cat([past, query], 1)
@@ -459,6 +469,7 @@ class MaskedMixerModel(MaskedMixerPreTrainedModel):
             self._check_order(key, num_columns)
         columns = torch.arange(num_columns, device=device)
         if past is None and num_columns <= limit:
+            # Worth a look at the device: a text without gaps needs neither scattering nor masks.
             if bool((query == columns).all()):
                 return None, None
             if bool(((query == columns) | (query < 0)).all()):
@@ -489,6 +500,7 @@ class MaskedMixerModel(MaskedMixerPreTrainedModel):
         else:
             query = torch.arange(num_columns, device=device).expand(batch_size, num_columns)
             if past is not None:
+                # After the furthest token of the row, wherever its padding stands.
                 query = query + past.amax(1, keepdim=True) + 1
         if attention_mask is not None:
             query = query.masked_fill(attention_mask[:, -num_columns:] == 0, -1)
@@ -503,7 +515,8 @@ class MaskedMixerModel(MaskedMixerPreTrainedModel):
 
     @staticmethod
     def _check_order(key: torch.Tensor, num_columns: int) -> None:
-        """Refuse new tokens that do not stand after all tokens before them, as in packed rows."""
+        """Refuse new tokens that do not follow all tokens before them, as in packed rows."""
+        # A place holds one token: of two at one position one would take the other's place.
         reached = F.pad(key.cummax(1).values[:, :-1], (1, 0), value=-1)
         wrong = ((key <= reached) & (key >= 0))[:, -num_columns:]
         if bool(wrong.any()):
@@ -605,6 +618,7 @@ class MaskedMixerForCausalLM(MaskedMixerPreTrainedModel, GenerationMixin):
         )
         hidden_states = outputs.last_hidden_state
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        # Columns are cut before the head, which is the widest product of a step.
         logits = self.lm_head(hidden_states[:, columns]).contiguous()  # (B, T, V)
 
         return CausalLMOutputWithPast(

@@ -21,7 +21,8 @@ Source: Badger 2026, arXiv 2602.13466, chunked memory model.
 import copy
 import inspect
 import os
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,17 @@ from .configuration_checks import Fields  # noqa: F401
 from .configuration_masked_mixer import MaskedMixerConfig
 from .configuration_memory import AUTO_MAP, MemoryEncoderDecoderConfig
 from .generation_memory import MemoryGenerationMixin
-from .memory_adapters import MemoryAdapterMixin, adapted_modules, adapters_on, inject_adapters, is_adapter
+from .memory_adapters import (
+    adapted_modules,
+    adapters_off,
+    adapters_on,
+    add_adapters,
+    check_unmerged,
+    inject_adapters,
+    is_adapter,
+    merge_adapters,
+    unmerge_adapters,
+)
 from .memory_cache import Memories, MemoryCache, ReadMark, cut_columns, join_rows, mark_cache, mark_of, share_columns
 from .memory_checkpoint import TRAINED, load_whole, refuse_a_missing_part, save_whole
 from .memory_checks import (
@@ -52,7 +63,6 @@ from .memory_checks import (
     check_call,
     check_capacity,
     check_context_data,
-    check_empty,
     check_flat_mask,
     check_in_full,
     check_no_past,
@@ -60,7 +70,6 @@ from .memory_checks import (
     check_positions,
     check_rolling,
     check_room,
-    check_spelling,
     check_view,
     check_windows,
     is_compiling,
@@ -80,6 +89,7 @@ from .memory_layout import (
     lay_windows,
     no_memories,
     open_plain,
+    text_of_window,
     tokens_of_memories,
 )
 from .memory_parts import (
@@ -101,7 +111,6 @@ TOKENS_PER_GROUP_ELSEWHERE = 65536
 """The same on other devices, which want large batches: bounds memory only."""
 FEW_TOKENS = 4096
 """So many are read at once on any device."""
-LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels")
 
 
 @dataclass
@@ -239,7 +248,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
                 "`push_to_hub` uploads no model by reference. Save it, and publish the folder with "
                 "`huggingface_hub.upload_folder` or `python -m training.publish --by-reference`."
             )
-        self._check_unmerged()
+        check_unmerged(self)
         state: dict[str, torch.Tensor] = {}
         references: dict[str, dict[str, Any]] = {}
         if by_reference:
@@ -283,7 +292,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
-class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
+class MemoryEncoderDecoderModel(MemoryPreTrainedModel):
     """A memory encoder-decoder without language modelling loss: it returns the decoder's hidden states.
 
     Its parameters have the names of [`MemoryEncoderDecoderForCausalLM`], head included, so that one folder serves
@@ -294,6 +303,8 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         encoder (`PreTrainedModel`, *optional*): A ready encoder body to use instead of a fresh one.
         decoder (`PreTrainedModel`, *optional*): A ready causal LM to use instead of a fresh one.
     """
+
+    _gives_logits = False
 
     def __init__(
         self,
@@ -313,6 +324,7 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
             self.window_positions = nn.Embedding(config.num_places, config.decoder.hidden_size)
         # One object a config: what is set on the child (attention implementation, vocabulary size) is set here too.
         self.config.encoder, self.config.decoder = self.encoder.config, self.decoder.config
+        # Once, here: a signature is slow to take, and does not change between calls.
         arguments = inspect.signature(self.decoder.forward).parameters
         self._takes_position_ids = "position_ids" in arguments
         self._takes_logits_to_keep = "logits_to_keep" in arguments
@@ -363,14 +375,9 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         ):
             for name, parameter in part.named_parameters() if frozen else ():
                 parameter.requires_grad_(is_adapter(name))
-        for layer in self._thawed_layers():
+        for layer in thawed_layers(self):
             layer.requires_grad_(True)
         self.train(self.training)
-
-    def _thawed_layers(self) -> list[nn.Module]:
-        """Return the layers of a frozen encoder that train all the same."""
-        first = self.config.encoder_trained_from
-        return [] if first is None else layers_from(self.encoder, first)
 
     def train(self, mode: bool = True) -> "MemoryEncoderDecoderModel":
         """Set training mode, except in frozen parts."""
@@ -379,11 +386,52 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
             self.encoder.eval()
         if self.config.freeze_decoder:
             self.decoder.eval()
-        for layer in self._thawed_layers():
+        for layer in thawed_layers(self):
             layer.train(mode)
         for _, module in adapted_modules(self):
             module.lora_dropout.train(mode)
         return self
+
+    def add_adapters(self, parts: Sequence[str] = ("decoder",), adapter_name: str = "default", **fields: Any) -> None:
+        """Put LoRA into the encoder, the decoder or both, and freeze the weights beside it.
+
+        In the decoder it acts only in rows that see memories: other texts have the plain decoder's logits, bit for
+        bit. Adapters that peft itself puts around the model (`get_peft_model`) act in every row.
+
+        Args:
+            parts (`Sequence[str]`): `"encoder"`, `"decoder"` or both.
+            adapter_name (`str`): Their name.
+            fields: Fields of peft's `LoraConfig`, `r=8, lora_alpha=16` for example; `target_modules` are found.
+
+        Raises:
+            ImportError: If peft is not installed.
+            ValueError: If there are adapters already or a field is unknown.
+
+        Source: Hu et al. 2021, arXiv 2106.09685.
+        """
+        add_adapters(self, parts, adapter_name, fields)
+
+    def adapters_off(self) -> AbstractContextManager[None]:
+        """Read without adapters inside this context: the base weights alone, a teacher for example."""
+        return adapters_off(self)
+
+    def merge_adapters(self, unload: bool = False, all_rows: bool = False) -> None:
+        """Add the adapters to the weights beside them.
+
+        Args:
+            unload (`bool`): Whether to drop the adapters for good: the model then saves as any other. Without it
+                [`unmerge_adapters`] takes them out again.
+            all_rows (`bool`): Whether the decoder's adapters may act in every row from now on. Weights know nothing of
+                rows, so a text without memories no longer has the plain decoder's logits.
+
+        Raises:
+            ValueError: If the decoder has adapters and `all_rows` is not given.
+        """
+        merge_adapters(self, unload, all_rows)
+
+    def unmerge_adapters(self) -> None:
+        """Take merged adapters out of the weights again."""
+        unmerge_adapters(self)
 
     @classmethod
     def from_encoder_decoder_pretrained(
@@ -440,35 +488,10 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         joined = cls.config_class(encoder=encoder.config, decoder=decoder.config, **config)
         model = cls(joined, encoder=encoder, decoder=decoder)
         model._bases = {part: base for part, base in sources.items() if not isinstance(base[0], PreTrainedModel)}
-        model.eval()._start_between(autoencoder)
+        start_between(model.eval(), autoencoder)
         if model.can_generate():
             model.generation_config = copy.deepcopy(decoder.generation_config)
         return model
-
-    @torch.no_grad()
-    def _start_between(self, autoencoder: Any) -> None:
-        """Cast and draw what stands between two pretrained parts, at the scale of the decoder's embeddings."""
-        encoder = () if is_quantized(self.encoder) else self.encoder.parameters()
-        fresh = [module for module in (self.pooling, self.projector, self.window_positions) if module is not None]
-        for module in fresh:
-            module.to(self.decoder.device)
-        for parameter in (*encoder, *(parameter for module in fresh for parameter in module.parameters())):
-            # Parameters only: buffers, such as rotary frequencies, keep their precision.
-            parameter.data = parameter.data.to(self.decoder.dtype)
-        scale = embedding_scale(self.decoder)
-        gain = scale
-        if self.config.projector_start == "identity_on_last":
-            gain = identity_gain(self.encoder, self.projector.norm, self.decoder)
-        self.projector.initialize(gain)
-        if self.window_positions is not None:
-            self.window_positions.weight.normal_(std=scale)
-        if autoencoder is None:
-            return
-        if type(autoencoder.pooling) is type(self.pooling):
-            self.pooling.load_state_dict(autoencoder.pooling.state_dict())
-        if autoencoder.bottleneck is not None and self.config.projector_type == "bottleneck":
-            self.projector.down.load_state_dict(autoencoder.bottleneck.down.state_dict())
-            self.projector.up.load_state_dict(autoencoder.bottleneck.up.state_dict())
 
     def encode_memories(
         self,
@@ -503,50 +526,10 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
                 vocabulary, or a budget is none or above K for some chunk.
         """
         facts = check_context_data(self.config, context_input_ids, context_attention_mask, num_memories)
-        memories = self._encode_context(context_input_ids, context_attention_mask, num_memories, facts)
+        memories = encode_context(self, context_input_ids, context_attention_mask, num_memories, facts)
         if return_num_tokens:
             return memories.embeds, memories.mask, memories.num_tokens
         return memories.embeds, memories.mask
-
-    def _encode_context(
-        self,
-        ids: torch.Tensor,
-        mask: torch.Tensor | None,
-        num_memories: int | torch.Tensor | None,
-        facts: Facts | None,
-    ) -> Memories:
-        """Encode checked contexts `(B, C, L)`, all chunks in one batch."""
-        counts, width = num_memories, None if facts is None else facts.num_budget
-        if counts is not None and not isinstance(counts, torch.Tensor):
-            counts, width = budget_of(self.config, ids, counts, facts, mask), num_memories
-        present = None if facts is None else facts.present
-        shape = (ids.shape[0], ids.shape[1], ids.shape[2])
-        layout = lay_context(self.config, shape, mask, counts, present, width, ids.device)
-        chunk_ids, chunk_mask = ids.flatten(0, 1), None if mask is None else mask.flatten(0, 1)
-        if layout.chunks is not None and chunk_mask is not None:
-            chunk_ids, chunk_mask = chunk_ids[layout.chunks], chunk_mask[layout.chunks]
-        embeds = self._encode(chunk_ids, chunk_mask, layout.num_memories).flatten(0, 1)  # (N * K, D)
-        if len(embeds) == 0:
-            embeds = embeds.new_zeros(1, embeds.shape[1])
-        embeds = embeds[layout.place].masked_fill(layout.mask[..., None] == 0, 0)  # (B, M, D)
-        none = torch.zeros_like(layout.mask[:, :0].sum(1))
-        return Memories(embeds, layout.mask, layout.num_tokens, layout.mask.sum(1), none)
-
-    def _encode(
-        self, chunk_ids: torch.Tensor, chunk_mask: torch.Tensor | None, num_memories: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Encode chunks `(N, L)` into memories `(N, K, D)`; the encoder runs once for all, or for each group."""
-        if len(chunk_ids) == 0:
-            shape = 0, self.config.memories_per_chunk, self.config.decoder.hidden_size
-            return torch.zeros(shape, dtype=self.decoder.dtype, device=chunk_ids.device)
-        groups, parts = [slice(0, len(chunk_ids))], []
-        if chunk_ids.numel() > FEW_TOKENS and not torch.is_grad_enabled():
-            groups = row_groups(len(chunk_ids), chunk_ids.shape[1], chunk_ids.device)
-        for part in groups:
-            mask = None if chunk_mask is None else chunk_mask[part]
-            number = None if num_memories is None else num_memories[part]
-            parts.append(encode_chunks(self.encoder, self.pooling, chunk_ids[part], mask, number, checked=True))
-        return self.projector(torch.cat(parts).to(self.decoder.dtype))
 
     def forward(
         self,
@@ -570,6 +553,8 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
     ) -> MemoryModelOutput | tuple:
         """Read a text; arguments and modes are those of [`MemoryEncoderDecoderForCausalLM.forward`].
 
+        `logits_to_keep` bounds the columns of the features; `labels` and `shift_labels` are checked with the rest.
+
         Returns:
             [`MemoryModelOutput`]: Hidden states in the columns of the text, memories and cache.
         """
@@ -577,514 +562,547 @@ class MemoryEncoderDecoderModel(MemoryAdapterMixin, MemoryPreTrainedModel):
         call = Call(
             Text(input_ids, attention_mask, inputs_embeds, position_ids, tokens),
             context_input_ids, context_attention_mask, context_num_memories, memory_embeds, memory_mask,
-            memory_num_tokens, past_key_values,
-            rolling_memory=rolling_memory,
+            memory_num_tokens, past_key_values, kwargs.pop("labels", None), kwargs.pop("shift_labels", None),
+            kwargs.pop("logits_to_keep", 0), rolling_memory, use_cache,
+            {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions},
             has_memories=context_input_ids is not None or memory_embeds is not None,
         )  # fmt: skip
-        output = self._read(call, use_cache, output_hidden_states, output_attentions, kwargs, head=False)
+        call, facts = check_call(self, call, kwargs)
+        memories = None  # a text that begins, and is given none
+        if call.has_memories or call.continues:
+            memories = memories_of(self, call, facts)  # encode, pool, project: (B, M, D)
+        layout = lay_out(self, call, memories, facts)  # where everything stands: R rows of S columns
+        if layout.apart is not None:
+            output = read_apart(self, call, layout.apart)
+        else:
+            entries, kept = compress(self, layout, memories)  # full windows become memories, too: (n, D)
+            decoded = decode(self, call, layout, entries)  # the decoder's one call: (B, T, X) or flat columns (n, X)
+            features = decoded.features
+            if layout.back is not None:  # a padding column shows what the token before it predicts
+                features = features[layout.back[:, call.columns]]  # (n, X) -> (B, T, X)
+            if self.training and torch.is_grad_enabled():
+                features = touch(self, features)
+            cache = open_cache(call, layout, kept, decoded) if call.use_cache and decoded.cache is not None else None
+            shown = memories if layout.row is None or call.has_memories else kept
+            output = MemoryModelOutput(
+                features, cache, decoded.hidden_states, decoded.attentions,
+                None if shown is None else shown.embeds, None if shown is None else shown.mask,
+            )  # fmt: skip
         wants_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
 
-    def _read(
-        self,
-        call: Call,
-        use_cache: bool | None,
-        output_hidden_states: bool | list[int] | None,
-        output_attentions: bool | None,
-        unknown: dict[str, Any],
-        head: bool,
-    ) -> MemoryModelOutput:
-        """Read one call: memories of the context, layout, one call of the decoder, features laid back.
 
-        Args:
-            call ([`Call`]): The arguments of `forward`.
-            use_cache (`bool`, *optional*): Whether to return a cache.
-            output_hidden_states (`bool` or `list` of `int`, *optional*): As in the library.
-            output_attentions (`bool`, *optional*): As in the library.
-            unknown (`dict`): Keywords that `forward` does not know.
-            head (`bool`): Whether the features are logits rather than hidden states.
+def thawed_layers(model: Any) -> list[nn.Module]:
+    """Return the layers of a frozen encoder that train all the same."""
+    first = model.config.encoder_trained_from
+    return [] if first is None else layers_from(model.encoder, first)
 
-        Returns:
-            [`MemoryModelOutput`], whose `last_hidden_state` holds the features.
-        """
-        if unknown and not torch.compiler.is_compiling():
-            check_spelling(unknown, [*inspect.signature(self.forward).parameters, *LOSS_KEYWORDS])
-        keeps_all = self.decoder.training and is_checkpointing(self.decoder)
-        if keeps_all:
-            check_empty(call.cache)
-            call, use_cache = replace(call, cache=None), False
-        elif use_cache is None:
-            use_cache = call.cache is not None or (
-                not self.training and getattr(self.decoder.config, "use_cache", True)
-            )
-        facts = check_call(self.config, call)
-        options: dict[str, Any] = {}
-        for name, given in (("output_hidden_states", output_hidden_states), ("output_attentions", output_attentions)):
-            given = getattr(self.config, name, None) if given is None else given
-            if given:  # an explicit None would hide the decoder's own setting
-                options[name] = given
-        memories = self._memories(call, facts) if call.has_memories else None
-        columns = None if call.logits_to_keep is None else columns_of(call.logits_to_keep, call.text.tokens)
-        if memories is None and isinstance(call.cache, MemoryCache) and call.cache.num_columns:
-            output = self._read_on(call.text, call.cache, head, columns, options)
-        else:
-            if options.get("output_hidden_states") and facts is not None:
-                facts.lowest = None  # of all layers the states of all columns are returned
-            layout = self._lay_out(call, memories, facts, use_cache, not keeps_all, options)
-            cache = call.cache if use_cache else None
-            output = self._run(layout, call.text, memories, cache, use_cache, head, columns, options)
-        if self.training and torch.is_grad_enabled():
-            output.last_hidden_state = self._touch(output.last_hidden_state)
-        return output
 
-    def _memories(self, call: Call, facts: Facts | None) -> Memories:
-        """Give the memories of a call, one row for each text: those of its context, or ready ones."""
-        if call.context_input_ids is not None:
-            memories = self._encode_context(
-                call.context_input_ids, call.context_attention_mask, call.context_num_memories, facts
-            )
-            check_capacity(self.config, memories.mask.shape[1])
-        else:
-            embeds = call.memory_embeds
-            mask = torch.ones_like(embeds[..., 0], dtype=torch.long)
-            mask = mask if call.memory_mask is None else (call.memory_mask != 0).long()
-            num_tokens = call.memory_num_tokens
-            if num_tokens is None:
-                num_tokens = tokens_of_memories(self.config, embeds.shape[1], embeds.device).expand_as(mask)
-            none = torch.zeros_like(mask[:, :0].sum(1))
-            memories = Memories(embeds, mask, num_tokens, mask.sum(1), none)
-        batch_size = call.text.tokens.shape[0]
-        if memories.batch_size == batch_size:
-            return memories
-        return memories.map(lambda rows: rows.expand(batch_size, *rows.shape[1:]))  # one context for many prompts
+@torch.no_grad()
+def start_between(model: Any, autoencoder: Any) -> None:
+    """Cast and draw what stands between two pretrained parts, at the scale of the decoder's embeddings."""
+    # Packed weights are no numbers of a dtype: casting them would destroy them.
+    encoder = () if is_quantized(model.encoder) else model.encoder.parameters()
+    fresh = [module for module in (model.pooling, model.projector, model.window_positions) if module is not None]
+    for module in fresh:
+        module.to(model.decoder.device)
+    for parameter in (*encoder, *(parameter for module in fresh for parameter in module.parameters())):
+        # Parameters only: buffers, such as rotary frequencies, keep their precision.
+        parameter.data = parameter.data.to(model.decoder.dtype)
+    scale = embedding_scale(model.decoder)
+    gain = scale
+    if model.config.projector_start == "identity_on_last":
+        gain = identity_gain(model.encoder, model.projector.norm, model.decoder)
+    model.projector.initialize(gain)
+    if model.window_positions is not None:
+        model.window_positions.weight.normal_(std=scale)
+    if autoencoder is None:
+        return
+    # A learned pooling is part of what the autoencoder's vectors mean.
+    if type(autoencoder.pooling) is type(model.pooling):
+        model.pooling.load_state_dict(autoencoder.pooling.state_dict())
+    if autoencoder.bottleneck is not None and model.config.projector_type == "bottleneck":
+        model.projector.down.load_state_dict(autoencoder.bottleneck.down.state_dict())
+        model.projector.up.load_state_dict(autoencoder.bottleneck.up.state_dict())
 
-    def _lay_out(
-        self,
-        call: Call,
-        memories: Memories | None,
-        facts: Facts | None,
-        use_cache: bool,
-        shared: bool,
-        options: dict[str, Any],
-    ) -> Layout:
-        """Choose how a text that begins is read, and lay it out."""
-        config, text, cache = self.config, call.text, call.cache
-        past = 0 if cache is None else int(cache.get_seq_length())
-        if memories is not None:
-            return self._lay_out_memories(call, memories, facts, use_cache, shared, past)
-        fixed = config.memory_positions in ("fixed", "spread")
-        batch_size, length = text.tokens.shape[:2]
-        if config.self_memory and text.input_ids is not None and (cache is None or isinstance(cache, MemoryCache)):
-            mask = text.attention_mask
-            if mask is not None and mask.dim() != 2:
-                check_flat_mask(text)
-            counts = [length] * batch_size if facts is None else facts.num_tokens
-            if length > config.window_length and facts is None and mask is not None:
-                counts = mask.sum(1).tolist()  # compiled code cannot go on without
-            if not fixed and max(counts) <= config.window_length:
-                return open_plain(lay_plain(config, text, facts), text, facts, self._no_memories(text))
-            if text.position_ids is not None or "output_attentions" in options:
-                check_windows(text, counts, config.window_length, options.get("output_attentions"))
-            none = [0] * len(counts)
-            room = check_room(config, counts, none, none)
-            mask = None if mask is None or (facts is not None and facts.is_full) else mask[:, -length:].long()
-            lowest = None if facts is None else facts.lowest
-            return lay_windows(config, text, mask, None, counts, config.window_length, lowest, shared, room)
-        mark = mark_of(cache)
-        if mark is None and (call.rolling_memory is not False or past == 0):  # if False, the open window grows on
-            check_in_full(config, text, cache, past)
-        if mark is not None and mark.first_memory is not None:
-            check_view(config, past + length - mark.first_memory)
-        if fixed:
-            check_no_past(past)
-            check_own_cache(cache, True)
-            return lay_front(config, text, self._no_memories(text), facts, False, shared, None)
-        layout = lay_plain(config, text, facts, past)
-        layout.sees_memories = False if mark is None else mark.rows(batch_size)
-        layout.mark = ReadMark() if mark is None and text.input_ids is None else mark
-        return open_plain(layout, text, facts, self._no_memories(text), rolling=False)
 
-    def _lay_out_memories(
-        self, call: Call, memories: Memories, facts: Facts | None, use_cache: bool, shared: bool, past: int
-    ) -> Layout:
-        """Lay out a text with memories: in its slots as it stands, or after them where what follows has windows."""
-        config, text = self.config, call.text
-        rolls = bool(call.rolling_memory)
-        if rolls:
-            check_rolling(config, text.input_ids is not None)
-        if not (rolls or config.memory_positions in ("fixed", "spread") or text.input_ids is None):
-            layout = lay_slots(config, text, memories, facts, past, mark_of(call.cache))
-            if layout.mark is not None and layout.mark.first_memory is not None:
-                check_view(config, past + text.tokens.shape[1] - layout.mark.first_memory)
-            check_own_cache(call.cache, use_cache and layout.needs_own_cache)
-            return layout
-        check_flat_mask(text)
-        check_no_past(past)
-        check_own_cache(call.cache, True)
-        room = None
-        if not rolls:
-            check_view(config, memories.mask.shape[1] + text.tokens.shape[1])
-        elif facts is not None:
-            embedded = [0] * len(facts.num_tokens)
-            if config.max_memories is not None:  # otherwise tokens take the same room as memories
-                embedded = [ahead - number for ahead, number in zip(facts.num_ahead, facts.num_memories, strict=True)]
-            room = check_room(config, facts.num_after, facts.num_ahead, embedded)
-        return lay_front(config, text, memories, facts, rolls, shared, room)
+def encode_context(
+    model: Any,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    num_memories: int | torch.Tensor | None,
+    facts: Facts | None,
+) -> Memories:
+    """Encode checked contexts `(B, C, L)`, all chunks in one batch."""
+    counts, width = num_memories, None if facts is None else facts.num_budget
+    if counts is not None and not isinstance(counts, torch.Tensor):
+        counts, width = budget_of(model.config, ids, counts, facts, mask), num_memories
+    present = None if facts is None else facts.present
+    shape = (ids.shape[0], ids.shape[1], ids.shape[2])
+    layout = lay_context(model.config, shape, mask, counts, present, width, ids.device)
+    chunk_ids, chunk_mask = ids.flatten(0, 1), None if mask is None else mask.flatten(0, 1)
+    if layout.chunks is not None and chunk_mask is not None:
+        chunk_ids, chunk_mask = chunk_ids[layout.chunks], chunk_mask[layout.chunks]
+    embeds = project_chunks(model, chunk_ids, chunk_mask, layout.num_memories).flatten(0, 1)  # (N * K, D)
+    # Where every chunk is absent, all places below still point at a vector; the mask sets it to zero.
+    if len(embeds) == 0:
+        embeds = embeds.new_zeros(1, embeds.shape[1])
+    embeds = embeds[layout.place].masked_fill(layout.mask[..., None] == 0, 0)  # (B, M, D)
+    none = torch.zeros_like(layout.mask[:, :0].sum(1))
+    return Memories(embeds, layout.mask, layout.num_tokens, layout.mask.sum(1), none)
 
-    def _no_memories(self, text: Text) -> Memories:
-        weight: Any = self.get_input_embeddings().weight
-        return no_memories(weight, text.tokens.shape[0], self.config.decoder.hidden_size)
 
-    def _run(
-        self,
-        layout: Layout,
-        text: Text,
-        memories: Memories | None,
-        cache: Cache | None,
-        use_cache: bool,
-        head: bool,
-        columns: torch.Tensor | None,
-        options: dict[str, Any],
-    ) -> MemoryModelOutput:
-        """Decode what was laid out, lay the features back, and open the cache."""
-        if layout.end > (getattr(self.decoder.config, "max_position_embeddings", None) or layout.end):
-            check_positions(self.decoder, layout.end)
-        if memories is not None and layout.row is not None and text.input_ids is not None:
-            # Where a window is not full a slot may stand, masked; its id need not be a row of the table.
-            slots = text.input_ids == (-1 if self.config.memory_token_id is None else self.config.memory_token_id)
-            text = replace(text, input_ids=text.input_ids.masked_fill(slots, 0))
-        if layout.row is None:
-            entries = None if memories is None else memories.embeds.flatten(0, 1)
-            keep = columns if layout.back is None else None
-            given = cache.decoder_cache() if isinstance(cache, MemoryCache) else cache
-            features, outputs = self._decode(layout, text, entries, given, use_cache, head, keep, options)
-            hidden_states, column_mask = outputs.hidden_states, None
-            decoder_cache, attentions = outputs.past_key_values, outputs.attentions
-            if layout.back is not None:
-                features = layout.lay_back(features.flatten(0, 1), columns)
-        else:
-            entries = self._entries(layout, text, memories)
-            features, hidden_states, attentions, decoder_cache, column_mask = self._decode_windows(
-                layout, text, entries, use_cache, head, options
-            )
-            assert layout.back is not None
-            features = features[layout.back if columns is None else layout.back[:, columns]]
-            if hidden_states is not None:
-                hidden_states = tuple(None if states is None else layout.lay_back(states) for states in hidden_states)
-        kept = memories if layout.memories is None else layout.memories
-        if (
-            layout.row is not None and kept is not None and entries is not None
-        ):  # what stands before each text's last column
-            embeds = entries.unflatten(0, kept.mask.shape) if layout.kept is None else entries[layout.kept]
-            kept = replace(kept, embeds=embeds.masked_fill(kept.mask[..., None] == 0, 0))
-        if use_cache and decoder_cache is not None:
-            cache = self._open(layout, text, kept, cache, decoder_cache, column_mask)
-        shown = kept if memories is None and layout.row is not None else memories
-        return MemoryModelOutput(
-            features,
-            cache if use_cache and decoder_cache is not None else None,
-            hidden_states,
-            attentions,
-            None if shown is None else shown.embeds,
-            None if shown is None else shown.mask,
+def project_chunks(
+    model: Any, chunk_ids: torch.Tensor, chunk_mask: torch.Tensor | None, num_memories: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Encode chunks `(N, L)` into memories `(N, K, D)`; the encoder runs once for all, or for each group."""
+    if len(chunk_ids) == 0:
+        shape = 0, model.config.memories_per_chunk, model.config.decoder.hidden_size
+        return torch.zeros(shape, dtype=model.decoder.dtype, device=chunk_ids.device)
+    groups, parts = [slice(0, len(chunk_ids))], []
+    if chunk_ids.numel() > FEW_TOKENS and not torch.is_grad_enabled():
+        groups = row_groups(len(chunk_ids), chunk_ids.shape[1], chunk_ids.device)
+    for part in groups:
+        mask = None if chunk_mask is None else chunk_mask[part]
+        number = None if num_memories is None else num_memories[part]
+        parts.append(encode_chunks(model.encoder, model.pooling, chunk_ids[part], mask, number, True, model.config))
+    return model.projector(torch.cat(parts).to(model.decoder.dtype))
+
+
+def memories_of(model: Any, call: Call, facts: Facts | None) -> Memories:
+    """Give the memories of a call, one row for each text: those of its context, ready ones, or those of its cache."""
+    if call.continues:
+        return call.cache.memories
+    if call.context_input_ids is not None:
+        memories = encode_context(
+            model, call.context_input_ids, call.context_attention_mask, call.context_num_memories, facts
         )
+        check_capacity(model.config, memories.mask.shape[1])
+    else:
+        embeds = call.memory_embeds
+        mask = torch.ones_like(embeds[..., 0], dtype=torch.long)
+        mask = mask if call.memory_mask is None else (call.memory_mask != 0).long()
+        num_tokens = call.memory_num_tokens
+        if num_tokens is None:
+            num_tokens = tokens_of_memories(model.config, embeds.shape[1], embeds.device).expand_as(mask)
+        none = torch.zeros_like(mask[:, :0].sum(1))
+        memories = Memories(embeds, mask, num_tokens, mask.sum(1), none)
+    batch_size = call.text.tokens.shape[0]
+    if memories.batch_size == batch_size:
+        return memories
+    return memories.map(lambda rows: rows.expand(batch_size, *rows.shape[1:]))  # one context for many prompts
 
-    def _entries(self, layout: Layout, text: Text, memories: Memories | None) -> torch.Tensor:
-        """Compress what is full, and give the vectors that the layout's `entries` count `(n, D)`."""
-        vectors = None if memories is None else memories.embeds.flatten(0, 1)
-        if layout.compressed is not None:
-            new = self._encode(text.input_ids.flatten()[layout.compressed], None).flatten(0, 1)  # (N * K, D)
-            vectors = new if vectors is None else torch.cat([vectors.to(new), new])
-        assert layout.prefix is not None and layout.prefix.entries is not None and layout.prefix.mask is not None
-        if layout.prefix.entries.shape[1] == 0:
-            weight: Any = self.get_input_embeddings().weight
-            return weight.new_zeros(0, self.config.decoder.hidden_size)
-        if layout.prefix.text is None:
-            assert vectors is not None
-            embeds = vectors[layout.prefix.entries]  # (B, M, D)
-        else:
-            embeds = self._embed(layout.prefix, text, vectors)
-        return embeds.masked_fill(layout.prefix.mask[..., None] == 0, 0).flatten(0, 1)
 
-    def _embed(self, layout: Layout, text: Text, entries: torch.Tensor | None) -> torch.Tensor:
-        """Give the embeddings `(R, S, D)` of what was laid out: tokens with their places, and entries."""
-        if text.input_ids is None:
-            embeds = text.inputs_embeds
-            embeds = embeds if layout.text is None else embeds.flatten(0, 1)[layout.text]
-        else:
-            ids = text.input_ids if layout.text is None else text.input_ids.flatten()[layout.text]
-            if layout.entries is not None:
-                ids = ids.masked_fill(layout.entries >= 0, 0)  # the slot's id need not be a row of the table
-            embeds = self.get_input_embeddings()(ids)
-        if layout.places is not None and self.window_positions is not None:
-            told = self.window_positions(layout.places.clamp(min=0)) * (layout.places >= 0)[..., None]
-            embeds = embeds + told.to(embeds)
-        if layout.entries is None or entries is None or len(entries) == 0:
-            return embeds
-        vectors = entries.to(embeds)[layout.entries.clamp(min=0)]
-        return torch.where((layout.entries >= 0)[..., None], vectors, embeds)
+def lay_out(model: Any, call: Call, memories: Memories | None, facts: Facts | None) -> Layout:
+    """Choose how a text is read, and lay it out; no part of the model runs."""
+    config, text, cache = model.config, call.text, call.cache
+    if call.continues:
+        return lay_on(config, call, facts is not None and facts.has_holes)
+    past = 0 if cache is None else int(cache.get_seq_length())
+    if memories is not None:
+        return lay_out_memories(config, call, memories, facts, past)
+    fixed = config.memory_positions in ("fixed", "spread")
+    batch_size, length = text.tokens.shape[:2]
+    if config.self_memory and text.input_ids is not None and (cache is None or isinstance(cache, MemoryCache)):
+        mask = text.attention_mask
+        if mask is not None and mask.dim() != 2:
+            check_flat_mask(text)
+        counts = [length] * batch_size if facts is None else facts.num_tokens
+        if length > config.window_length and facts is None and mask is not None:
+            counts = mask.sum(1).tolist()  # compiled code cannot go on without
+        if not fixed and max(counts) <= config.window_length:
+            return open_plain(lay_plain(config, text, facts), text, facts, empty_memories(model, text))
+        if text.position_ids is not None or "output_attentions" in call.options:
+            check_windows(text, counts, config.window_length, call.options.get("output_attentions"))
+        none = [0] * len(counts)
+        room = check_room(config, counts, none, none)
+        mask = None if mask is None or (facts is not None and facts.is_full) else mask[:, -length:].long()
+        lowest = None if facts is None else facts.lowest
+        return lay_windows(config, text, mask, None, counts, config.window_length, lowest, not call.recomputes, room)
+    mark = mark_of(cache)
+    if mark is None and (call.rolling_memory is not False or past == 0):  # if False, the open window grows on
+        check_in_full(config, text, cache, past)
+    if mark is not None and mark.first_memory is not None:
+        check_view(config, past + length - mark.first_memory)
+    if fixed:
+        check_no_past(past)
+        check_own_cache(cache, True)
+        return lay_front(config, text, empty_memories(model, text), facts, False, not call.recomputes, None)
+    layout = lay_plain(config, text, facts, past)
+    layout.sees_memories = False if mark is None else mark.rows(batch_size)
+    layout.mark = ReadMark() if mark is None and text.input_ids is None else mark
+    return open_plain(layout, text, facts, empty_memories(model, text), rolling=False)
 
-    def _decode(
-        self,
-        layout: Layout,
-        text: Text,
-        entries: torch.Tensor | None,
-        cache: Cache | None,
-        use_cache: bool,
-        head: bool,
-        keep: int | torch.Tensor | None,
-        options: dict[str, Any],
-        embeds: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, ModelOutput]:
-        """Run the decoder, here and nowhere else: its body, or the whole causal LM with its head and scalings.
 
-        Returns:
-            Features of the columns to keep `(R, S', X)` (a number of last ones, or a tensor of columns), and all else.
-        """
-        mask = layout.mask
-        if layout.is_full and (use_cache or cache is not None):
-            mask, cache = None, DynamicCache() if cache is None else cache
-        inputs: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache, "use_cache": use_cache}
-        if embeds is not None:
-            inputs["inputs_embeds"] = embeds
-        elif layout.entries is None and layout.places is None and text.input_ids is not None:
-            inputs["input_ids"] = text.input_ids if layout.text is None else text.input_ids.flatten()[layout.text]
-        else:
-            inputs["inputs_embeds"] = self._embed(layout, text, entries)
-        if self._takes_position_ids:
-            inputs["position_ids"] = layout.positions
-        if head and keep is not None and self._takes_logits_to_keep:
-            inputs["logits_to_keep"], keep = keep, None
-        read = self.decoder if head else self.decoder.base_model
-        adapted = self.config.adapters or getattr(self, "peft_config", None)
-        with adapters_on(self.decoder, layout.sees_memories) if adapted else nullcontext():
-            outputs = read(**inputs, **options)
-        features = outputs.logits if head else outputs.last_hidden_state
-        if keep is not None:
-            features = features[:, -keep:] if isinstance(keep, int) else features[:, keep]
-        return features, outputs
+def lay_out_memories(
+    config: PreTrainedConfig, call: Call, memories: Memories, facts: Facts | None, past: int
+) -> Layout:
+    """Lay out a text with memories: in its slots as it stands, or after them where what follows has windows."""
+    text, rolls = call.text, bool(call.rolling_memory)
+    if rolls:
+        check_rolling(config, text.input_ids is not None)
+    if not (rolls or config.memory_positions in ("fixed", "spread") or text.input_ids is None):
+        layout = lay_slots(config, text, memories, facts, past, mark_of(call.cache))
+        if layout.mark is not None and layout.mark.first_memory is not None:
+            check_view(config, past + text.tokens.shape[1] - layout.mark.first_memory)
+        check_own_cache(call.cache, call.use_cache and layout.needs_own_cache)
+        return layout
+    check_flat_mask(text)
+    check_no_past(past)
+    check_own_cache(call.cache, True)
+    room = None
+    if not rolls:
+        check_view(config, memories.mask.shape[1] + text.tokens.shape[1])
+    elif facts is not None:
+        embedded = [0] * len(facts.num_tokens)
+        if config.max_memories is not None:  # otherwise tokens take the same room as memories
+            embedded = [ahead - number for ahead, number in zip(facts.num_ahead, facts.num_memories, strict=True)]
+        room = check_room(config, facts.num_after, facts.num_ahead, embedded)
+    return lay_front(config, text, memories, facts, rolls, not call.recomputes, room)
 
-    def _decode_windows(
-        self,
-        layout: Layout,
-        text: Text,
-        entries: torch.Tensor | None,
-        use_cache: bool,
-        head: bool,
-        options: dict[str, Any],
-    ) -> tuple[torch.Tensor, Any, Any, Cache | None, torch.Tensor | None]:
-        """Decode windows, each after the entries of its text.
 
-        What stands before the windows of a text does not depend on them: it runs once, and its keys and values are
-        shared. Without gradients windows are decoded in groups, so that memory does not grow with the text.
-
-        Returns:
-            Features of flat columns `(n, X)`, hidden states `(n, D)` of all layers and attentions if asked for (those
-            only of one window a text), and the cache of each text's last window with the mask over its columns.
-        """
-        prefix, batch_size = layout.prefix, len(layout.lasts or [])
-        assert prefix is not None and prefix.entries is not None and layout.row is not None
-        assert layout.widths is not None and layout.lasts is not None and entries is not None
-        parts: list[torch.Tensor] = []
-        hidden: list[Any] = []
-        num_entries = prefix.entries.shape[1]
-        shared = DynamicCache() if layout.shares_prefix else None
-        if num_entries and (layout.shares_prefix or layout.wants_prefix):
-            # With a cache to fill, positions that jump are not taken for packed texts, and no mask is needed.
-            prefix = replace(prefix, mask=prefix.mask if shared is None else None)
-            features, outputs = self._decode(
-                prefix, text, None, shared, shared is not None, head and layout.wants_prefix, None,
-                options if layout.wants_prefix else {}, entries.unflatten(0, (batch_size, num_entries)),
-            )  # fmt: skip
-            if layout.wants_prefix:
-                parts.append(features.flatten(0, 1))
-                hidden.append(outputs.hidden_states)
-        if layout.has_filler:
-            filler = torch.full_like(entries[:1], float(self.config.absent_memories == "ones"))
-            if len(filler) == 0:
-                filler = entries.new_full((1, entries.shape[1]), float(self.config.absent_memories == "ones"))
-            entries = torch.cat([entries, filler])
-        opened: list[tuple[Cache, torch.Tensor]] = []
-        assert layout.mask is not None and layout.text is not None and layout.num_wanted is not None
-        num_rows = len(layout.widths)
-        # Columns of a row, the entries that it sees among them, bound a group.
-        groups, width = [slice(0, num_rows)], max(layout.mask.shape[1], layout.text.shape[1])
-        if num_rows * width > FEW_TOKENS and not torch.is_grad_enabled():
-            groups = row_groups(num_rows, width, layout.row.device)
-        for part in groups:
-            rows = layout if len(groups) == 1 else layout.rows(part)
-            given = None if shared is None else shared
-            if shared is not None and len(groups) > 1:
-                width = max(layout.widths[part])
-                given = share_columns(shared, width, rows.row)
-                assert rows.mask is not None
-                rows.mask = torch.cat([rows.mask[:, :width], rows.mask[:, num_entries:]], 1)
-            elif shared is not None and num_entries and num_rows > batch_size:
-                shared.batch_select_indices(layout.row)
-            features, outputs = self._decode(
-                rows, text, entries, given, use_cache or given is not None, head, layout.num_wanted, options
-            )
-            parts.append(features.flatten(0, 1))
-            hidden.append(outputs.hidden_states)
-            if use_cache and len(groups) == 1:
-                opened.append((outputs.past_key_values, rows.mask))
-            elif use_cache:
-                opened += last_windows(layout, rows, part, outputs.past_key_values)
-        states: list[torch.Tensor | None] | None = None
-        if hidden[0] is not None:
-            front = 1 if len(hidden) > len(groups) else 0  # of the prefix all columns, of rows those of the text
-            states = []
-            for layers in zip(*hidden, strict=True):
-                if layers[0] is None:  # a layer that was not asked for
-                    states.append(None)
-                    continue
-                own = [layers[n] if n < front else layers[n][:, -layout.num_wanted :] for n in range(len(layers))]
-                states.append(torch.cat([layer.flatten(0, 1) for layer in own]))
-        decoder_cache, column_mask = opened[0] if opened else (None, None)
-        if len(groups) > 1 and opened:
-            decoder_cache, column_mask = join_rows(opened)
-        elif decoder_cache is not None and column_mask is not None and layout.last is not None:
-            decoder_cache.batch_select_indices(layout.last)
-            column_mask = column_mask[layout.last]
-        attentions = outputs.attentions if num_rows == batch_size and len(groups) == 1 else None
-        features = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return features, states, attentions, decoder_cache, column_mask
-
-    def _open(
-        self,
-        layout: Layout,
-        text: Text,
-        kept: Memories | None,
-        cache: Cache | None,
-        decoder_cache: Cache,
-        column_mask: torch.Tensor | None,
-    ) -> Cache:
-        """Give the cache that the next call continues from: a memory cache where later steps need what it knows."""
-        opening = layout.opening
-        if layout.continues and isinstance(cache, MemoryCache):
-            masked = text.attention_mask is not None
-            cache.append(text.input_ids, text.mask(), None if opening is None else opening.marked, masked)
-            return cache
-        needs_own = opening is not None and (layout.row is not None or opening.rolling or layout.needs_own_cache)
-        if opening is None or kept is None or not (isinstance(cache, MemoryCache) or (cache is None and needs_own)):
-            mark_cache(decoder_cache, layout.mark)
-            return decoder_cache
-        cache = MemoryCache() if cache is None else cache
-        column_mask = opening.column_mask if column_mask is None else column_mask
-        assert isinstance(cache, MemoryCache) and column_mask is not None
-        if layout.num_wanted is not None and not opening.has_gaps:
-            width = column_mask.shape[1] - layout.num_wanted + opening.max_fill
-            if width < column_mask.shape[1]:
-                column_mask = cut_columns(decoder_cache, column_mask, width)
-        return cache.open(
-            decoder_cache, replace(kept, embeds=kept.embeds.detach()), column_mask, opening.next_position,
-            opening.fill,
-            num_columns=text.tokens.shape[1], end=layout.end, max_fill=opening.max_fill,
-            window_input_ids=None if opening.window is None else text.input_ids.flatten()[opening.window],
-            asked=opening.asked, marked=opening.marked, sees_memories=opening.sees_memories,
-            has_gaps=opening.has_gaps, rolling=opening.rolling,
-            first_memory=None if layout.mark is None else layout.mark.first_memory,
-        )  # fmt: skip
-
-    def _read_on(
-        self, text: Text, cache: MemoryCache, head: bool, columns: torch.Tensor | None, options: dict[str, Any]
-    ) -> MemoryModelOutput:
-        """Read the next tokens of texts that a memory cache holds; full windows are compressed, each at its moment."""
-        check_flat_mask(text)
-        length, window_length = text.tokens.shape[1], self.config.window_length
-        if text.input_ids is None and cache.rolling:
-            raise ValueError(
-                "A memory cache continues with token ids, but `inputs_embeds` were given. Pass `input_ids`."
-            )
-        if not cache.rolling or cache.max_fill + length <= window_length:
-            layout = lay_step(self.config, text, cache)
-            if cache.first_memory is not None:
-                check_view(self.config, cache.num_columns + length - cache.first_memory)
-            elif not cache.rolling and cache.memories.mask.shape[1]:
-                check_view(self.config, cache.column_mask.shape[1] + length)
-            output = self._run(layout, text, cache.memories, cache, True, head, columns, options)
-        else:
-            output = self._roll_over(text, cache, head, columns, options)
-        output.memory_embeds, output.memory_mask = cache.memories.embeds, cache.memories.mask
-        return output
-
-    def _roll_over(
-        self, text: Text, cache: MemoryCache, head: bool, columns: torch.Tensor | None, options: dict[str, Any]
-    ) -> MemoryModelOutput:
-        """Read on where windows may be full. Only here the cache is asked how many tokens and memories rows have."""
-        mask, memories, config = text.mask(), cache.memories, self.config
-        width, length = cache.window_input_ids.shape[1], text.tokens.shape[1]
-        filled = (torch.arange(width, device=mask.device) < cache.window_fill[:, None]).to(mask)
-        ids = torch.cat([cache.window_input_ids, text.input_ids], 1)
-        opened = Text(ids, torch.cat([filled, mask], 1), tokens=ids)
-        wanted = width + torch.arange(length, device=mask.device)
-        wanted = wanted if columns is None else wanted[columns]
+def lay_on(config: PreTrainedConfig, call: Call, has_holes: bool) -> Layout:
+    """Lay out the next tokens of texts that a memory cache holds; full windows are compressed, each at its moment."""
+    text, cache, length = call.text, call.cache, call.text.tokens.shape[1]
+    check_flat_mask(text)
+    if text.input_ids is None and cache.rolling:
+        raise ValueError("A memory cache continues with token ids, but `inputs_embeds` were given. Pass `input_ids`.")
+    if cache.rolling and cache.max_fill + length > config.window_length:
+        # Only here the cache is asked how many tokens and memories rows have: a window may be full.
+        opened, width = text_of_window(text, cache), cache.window_input_ids.shape[1]
+        columns = slice(None) if call.options.get("output_hidden_states") else call.columns
         known = read_once(
-            fill=cache.window_fill + mask.sum(1),
-            held=memories.mask.sum(1),
-            embedded=memories.num_embedded,
-            lowest=(opened.attention_mask.cumsum(1) - 1)[:, wanted].amin(1),
+            fill=cache.window_fill + text.mask().sum(1),
+            held=cache.memories.mask.sum(1),
+            embedded=cache.memories.num_embedded,
+            lowest=(opened.attention_mask.cumsum(1) - 1)[:, width:][:, columns].amin(1),
         )
         full = [row for row, fill in enumerate(known["fill"]) if fill > config.window_length]
-        if not full:
-            cache.max_fill = max(known["fill"]) - length  # now it is known
-            return self._read_on(text, cache, head, columns, options)
-        if len(full) < len(mask):
-            return self._read_apart(full, text, cache, head, columns, options)
-        room = check_room(config, known["fill"], known["held"], known["embedded"])
-        front = front_of_memories(memories, known["held"], cache.asked)
-        layout = lay_windows(
-            config, opened, opened.attention_mask, front, known["fill"], config.window_length, known["lowest"],
-            room=room,
-        )  # fmt: skip
-        num_columns = cache.num_columns + length
-        output = self._run(layout, opened, memories, cache, True, head, wanted, options)
-        cache.num_columns = num_columns
-        if output.hidden_states is not None:
-            output.hidden_states = tuple(
-                None if states is None else states[:, width:] for states in output.hidden_states
-            )
-        return output
+        if full and len(full) < len(text.tokens):
+            return Layout(apart=full)
+        if full:
+            room = check_room(config, known["fill"], known["held"], known["embedded"])
+            front = front_of_memories(cache.memories, known["held"], cache.asked)
+            layout = lay_windows(
+                config, opened, opened.attention_mask, front, known["fill"], config.window_length, known["lowest"],
+                room=room, end=cache.end + length,
+            )  # fmt: skip
+            assert layout.back is not None
+            return replace(layout, back=layout.back[:, width:])  # the window's own columns were read before
+        cache.max_fill = max(known["fill"]) - length  # now it is known
+    if cache.first_memory is not None:
+        check_view(config, cache.num_columns + length - cache.first_memory)
+    elif not cache.rolling and cache.memories.mask.shape[1]:
+        check_view(config, cache.column_mask.shape[1] + length)
+    return lay_step(config, text, cache, has_holes)
 
-    def _read_apart(
-        self,
-        full: list[int],
-        text: Text,
-        cache: MemoryCache,
-        head: bool,
-        columns: torch.Tensor | None,
-        options: dict[str, Any],
-    ) -> MemoryModelOutput:
-        """Read the rows whose windows are full apart from the others, which only go on."""
-        others = [row for row in range(len(text.input_ids)) if row not in set(full)]
-        parts, outputs = [], []
-        for numbers in (full, others):
-            rows = torch.tensor(numbers, device=text.input_ids.device)
-            part = cache.select(rows)
-            mask = None if text.attention_mask is None else text.attention_mask[rows]
-            ids = text.input_ids[rows]
-            outputs.append(self._read_on(Text(ids, mask, tokens=ids), part, head, columns, options))
-            parts.append((rows, part))
-        cache.join(parts)
-        order = torch.cat([rows for rows, _ in parts]).argsort()
-        output = outputs[0]
-        output.last_hidden_state = torch.cat([one.last_hidden_state for one in outputs])[order]
-        if output.hidden_states is not None:
-            pairs = zip(*(one.hidden_states for one in outputs), strict=True)
-            output.hidden_states = tuple(None if pair[0] is None else torch.cat(pair)[order] for pair in pairs)
-        output.past_key_values, output.attentions = cache, None
-        return output
 
-    def _touch(self, features: torch.Tensor) -> torch.Tensor:
-        """Give every trainable parameter that this step may leave out a gradient of zero.
+def empty_memories(model: Any, text: Text) -> Memories:
+    """Return no memories for each text."""
+    weight: Any = model.get_input_embeddings().weight
+    return no_memories(weight, text.tokens.shape[0], model.config.decoder.hidden_size)
 
-        Processes that train together wait for all of each other's gradients, whatever texts they drew.
-        """
-        parameters = []
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad and (not name.startswith("decoder.") or is_adapter(name)):
-                parameters.append(parameter)
-        return Touched.apply(features, *parameters) if parameters else features
+
+def read_apart(model: Any, call: Call, full: list[int]) -> MemoryModelOutput:
+    """Read the rows whose windows are full apart from the others, which only go on: two calls, joined again."""
+    text, cache = call.text, call.cache
+    others = [row for row in range(len(text.tokens)) if row not in set(full)]
+    parts: list[tuple[torch.Tensor, MemoryCache]] = []
+    outputs: list[Any] = []
+    for numbers in (full, others):
+        rows = torch.tensor(numbers, device=text.tokens.device)
+        part = cache.select(rows)
+        mask = None if text.attention_mask is None else text.attention_mask[rows]
+        outputs.append(
+            MemoryEncoderDecoderModel.forward(
+                model,
+                text.input_ids[rows],
+                mask,
+                past_key_values=part,
+                logits_to_keep=call.logits_to_keep,
+                return_dict=True,
+                **call.options,
+            )  # fmt: skip
+        )
+        parts.append((rows, part))
+    cache.join(parts)
+    # The two parts were joined one after the other; callers expect the rows as they gave them.
+    order = torch.cat([rows for rows, _ in parts]).argsort()
+    output = MemoryModelOutput(torch.cat([one.last_hidden_state for one in outputs])[order], cache)
+    if outputs[0].hidden_states is not None:
+        pairs = zip(*(one.hidden_states for one in outputs), strict=True)
+        output.hidden_states = tuple(None if pair[0] is None else torch.cat(pair)[order] for pair in pairs)
+    output.memory_embeds, output.memory_mask = cache.memories.embeds, cache.memories.mask
+    return output
+
+
+def compress(model: Any, layout: Layout, memories: Memories | None) -> tuple[torch.Tensor | None, Memories | None]:
+    """Turn full windows into memories beside those that are there.
+
+    Returns:
+        The vectors `(n, D)` that the layout's `entries` count, `None` for none, and what a cache keeps of them: the
+        memories `(B, M, D)` before each text's last column.
+    """
+    vectors = None if memories is None else memories.embeds.flatten(0, 1)  # (B * M, D)
+    if layout.row is None:  # no windows
+        return vectors, layout.memories
+    prefix, kept = layout.prefix, layout.memories
+    assert prefix is not None and prefix.entries is not None and prefix.mask is not None and kept is not None
+    if layout.compressed is not None:
+        new = project_chunks(model, layout.source.input_ids.flatten()[layout.compressed], None).flatten(0, 1)
+        vectors = new if vectors is None else torch.cat([vectors.to(new), new])  # those of windows come last
+    if prefix.entries.shape[1] == 0 or vectors is None:
+        weight: Any = model.get_input_embeddings().weight
+        entries = weight.new_zeros(0, model.config.decoder.hidden_size)
+    else:
+        embeds = vectors[prefix.entries] if prefix.text is None else embed(model, prefix, vectors)  # (B, M, D)
+        entries = embeds.masked_fill(prefix.mask[..., None] == 0, 0).flatten(0, 1)
+    embeds = entries.unflatten(0, kept.mask.shape) if layout.kept is None else entries[layout.kept]
+    return entries, replace(kept, embeds=embeds.masked_fill(kept.mask[..., None] == 0, 0))
+
+
+def embed(model: Any, layout: Layout, entries: torch.Tensor | None) -> torch.Tensor:
+    """Give the embeddings `(R, S, D)` of what was laid out: tokens with their places, and entries."""
+    text = layout.source
+    assert text is not None
+    if text.input_ids is None:
+        embeds = text.inputs_embeds
+        embeds = embeds if layout.text is None else embeds.flatten(0, 1)[layout.text]
+    else:
+        ids = text.input_ids if layout.text is None else text.input_ids.flatten()[layout.text]
+        if layout.entries is not None:
+            ids = ids.masked_fill(layout.entries >= 0, 0)  # the slot's id need not be a row of the table
+        embeds = model.get_input_embeddings()(ids)
+    if layout.places is not None and model.window_positions is not None:
+        told = model.window_positions(layout.places.clamp(min=0)) * (layout.places >= 0)[..., None]
+        embeds = embeds + told.to(embeds)
+    if layout.entries is None or entries is None or len(entries) == 0:
+        return embeds
+    vectors = entries.to(embeds)[layout.entries.clamp(min=0)]
+    return torch.where((layout.entries >= 0)[..., None], vectors, embeds)
+
+
+@dataclass
+class Decoded:
+    """What the decoder gave.
+
+    Attributes:
+        features (`torch.FloatTensor`): Logits or hidden states, `(B, T, X)`, or of flat columns `(n, X)` where the
+            layout says how they are laid back.
+        hidden_states (`tuple`, *optional*): States `(B, T, D)` of all layers, laid back.
+        attentions (`tuple`, *optional*): As the decoder gives them.
+        cache (`Cache`, *optional*): Keys and values, a row for each text.
+        column_mask (`torch.LongTensor` of shape `(B, S)`, *optional*): Which of its columns count; `None`: as laid
+            out.
+    """
+
+    features: torch.Tensor
+    hidden_states: Any = None
+    attentions: Any = None
+    cache: Cache | None = None
+    column_mask: torch.Tensor | None = None
+
+
+def decode(model: Any, call: Call, layout: Layout, entries: torch.Tensor | None) -> Decoded:
+    """Decode what was laid out: a text as it stands, or windows, each after the entries of its text.
+
+    What stands before the windows of a text does not depend on them: it runs once, and its keys and values are
+    shared. Without gradients windows are decoded in groups, so that memory does not grow with the text.
+    """
+    if layout.end > (getattr(model.decoder.config, "max_position_embeddings", None) or layout.end):
+        check_positions(model.decoder, layout.end)
+    if layout.row is None:
+        return decode_whole(model, call, layout, entries)
+    prefix, widths, lasts = layout.prefix, layout.widths or [], layout.lasts or []
+    assert prefix is not None and prefix.entries is not None and entries is not None
+    assert layout.mask is not None and layout.text is not None and layout.num_wanted is not None
+    num_entries, num_rows, num_texts = prefix.entries.shape[1], len(widths), len(lasts)
+    shared = DynamicCache() if layout.shares_prefix else None
+    parts: list[torch.Tensor] = []
+    hidden: list[Any] = []
+    if num_entries and (layout.shares_prefix or layout.wants_prefix):
+        # With a cache to fill, positions that jump are not taken for packed texts, and no mask is needed.
+        prefix = replace(prefix, mask=prefix.mask if shared is None else None)
+        embeds = entries.unflatten(0, (num_texts, num_entries))
+        features, outputs = run(
+            model, call, prefix, None, shared, shared is not None, embeds=embeds, unread=not layout.wants_prefix
+        )
+        if layout.wants_prefix:
+            parts.append(features.flatten(0, 1))
+            hidden.append(outputs.hidden_states)
+    if layout.has_filler:
+        filler = entries.new_full((1, entries.shape[1]), float(model.config.absent_memories == "ones"))
+        entries = torch.cat([entries, filler])
+    opened: list[tuple[Cache, torch.Tensor]] = []
+    # Columns of a row, the entries that it sees among them, bound a group.
+    groups, width = [slice(0, num_rows)], max(layout.mask.shape[1], layout.text.shape[1])
+    if num_rows * width > FEW_TOKENS and not torch.is_grad_enabled():
+        groups = row_groups(num_rows, width, layout.row.device)
+    for part in groups:
+        rows, given = layout, shared
+        if len(groups) > 1:
+            rows, given = group_of(layout, part, shared, num_entries)
+        elif shared is not None and num_entries and num_rows > num_texts:
+            shared.batch_select_indices(layout.row)
+        use_cache = call.use_cache or given is not None
+        features, outputs = run(model, call, rows, entries, given, use_cache, rows.num_wanted)
+        parts.append(features.flatten(0, 1))
+        hidden.append(outputs.hidden_states)
+        if call.use_cache:
+            last = [(outputs.past_key_values, rows.mask)]
+            opened += last if len(groups) == 1 else last_windows(lasts, rows.mask, part, outputs.past_key_values)
+    states = None if hidden[0] is None else join_states(layout, hidden, len(hidden) - len(groups))
+    cache, column_mask = opened[0] if opened else (None, None)
+    if len(groups) > 1 and opened:
+        cache, column_mask = join_rows(opened)
+    elif cache is not None and column_mask is not None and layout.last is not None:
+        cache.batch_select_indices(layout.last)
+        column_mask = column_mask[layout.last]
+    attentions = outputs.attentions if num_rows == num_texts and len(groups) == 1 else None
+    return Decoded(parts[0] if len(parts) == 1 else torch.cat(parts), states, attentions, cache, column_mask)
+
+
+def decode_whole(model: Any, call: Call, layout: Layout, entries: torch.Tensor | None) -> Decoded:
+    """Decode a text as it stands, memories in its slots, after what a cache holds."""
+    cache = call.cache if call.use_cache else None
+    cache = cache.decoder_cache() if isinstance(cache, MemoryCache) else cache
+    keep = call.columns if layout.back is None and isinstance(call.columns, torch.Tensor) else None
+    features, outputs = run(model, call, layout, entries, cache, call.use_cache, keep)
+    features = features if layout.back is None else features.flatten(0, 1)
+    return Decoded(features, outputs.hidden_states, outputs.attentions, outputs.past_key_values)
+
+
+def run(
+    model: Any,
+    call: Call,
+    layout: Layout,
+    entries: torch.Tensor | None,
+    cache: Cache | None,
+    use_cache: bool,
+    keep: int | torch.Tensor | None = None,
+    embeds: torch.Tensor | None = None,
+    unread: bool = False,
+) -> tuple[torch.Tensor, ModelOutput]:
+    """Run the decoder, here and nowhere else: its body, or the whole causal LM with its head and scalings.
+
+    Args:
+        model ([`MemoryEncoderDecoderModel`]): The model.
+        call ([`Call`]): What is asked of it.
+        layout ([`Layout`]): R rows of S columns.
+        entries (`torch.FloatTensor` of shape `(n, D)`, *optional*): What the layout's `entries` count.
+        cache (`Cache`, *optional*): Keys and values before the rows.
+        use_cache (`bool`): Whether to give keys and values back.
+        keep (`int` or `torch.LongTensor`, *optional*): A number of last columns, or columns, to give features of.
+        embeds (`torch.FloatTensor` of shape `(R, S, D)`, *optional*): What stands in the rows, where it is known.
+        unread (`bool`): Whether only keys and values are wanted.
+
+    Returns:
+        Features of the columns to keep `(R, S', X)`, and all else that the decoder gives.
+    """
+    mask = layout.mask
+    if layout.is_full and (use_cache or cache is not None):
+        mask, cache = None, DynamicCache() if cache is None else cache
+    inputs: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache, "use_cache": use_cache}
+    if embeds is not None:
+        inputs["inputs_embeds"] = embeds
+    elif layout.entries is None and layout.places is None and layout.source.input_ids is not None:
+        ids = layout.source.input_ids
+        inputs["input_ids"] = ids if layout.text is None else ids.flatten()[layout.text]
+    else:
+        inputs["inputs_embeds"] = embed(model, layout, entries)
+    if model._takes_position_ids:
+        inputs["position_ids"] = layout.positions
+    head = model._gives_logits and not unread
+    # Not every family can leave columns out before its head; of others they are cut off afterwards.
+    if head and keep is not None and model._takes_logits_to_keep:
+        inputs["logits_to_keep"], keep = keep, None
+    read = model.decoder if head else model.decoder.base_model
+    adapted = model.config.adapters or getattr(model, "peft_config", None)
+    with adapters_on(model.decoder, layout.sees_memories) if adapted else nullcontext():
+        outputs = read(**inputs, **({} if unread else call.options))
+    features = outputs.logits if head else outputs.last_hidden_state
+    if keep is not None:
+        features = features[:, -keep:] if isinstance(keep, int) else features[:, keep]
+    return features, outputs
+
+
+def group_of(layout: Layout, part: slice, shared: Cache | None, num_entries: int) -> tuple[Layout, Cache | None]:
+    """Give some rows of a layout, and the shared keys and values that the widest of them sees."""
+    rows = layout.rows(part)
+    if shared is None:
+        return rows, None
+    assert rows.mask is not None and rows.row is not None and layout.widths is not None
+    # Early windows see few entries: what none of a group sees would only cost time.
+    width = max(layout.widths[part])
+    rows.mask = torch.cat([rows.mask[:, :width], rows.mask[:, num_entries:]], 1)
+    return rows, share_columns(shared, width, rows.row)
+
+
+def last_windows(lasts: list[int], mask: torch.Tensor, part: slice, cache: Cache) -> list[tuple[Cache, torch.Tensor]]:
+    """Keep of a cache of some rows those that are the last window of a text, with the mask over their columns."""
+    own = [number - part.start for number in lasts if part.start <= number < part.stop]
+    if not own:
+        return []
+    if len(own) == len(mask):
+        return [(cache, mask)]
+    index = torch.tensor(own, device=mask.device)
+    cache.batch_select_indices(index)
+    return [(cache, mask[index])]
+
+
+def join_states(layout: Layout, hidden: list[Any], num_front: int) -> tuple[torch.Tensor | None, ...]:
+    """Join what groups of rows gave `(R, S, D)` to the states of each layer, laid back `(B, T, D)`.
+
+    Of the first `num_front`, which are the prefix, all columns count; of rows those of the text, which stand last.
+    """
+    assert layout.num_wanted is not None and layout.back is not None
+    states: list[torch.Tensor | None] = []
+    for layers in zip(*hidden, strict=True):
+        if layers[0] is None:  # a layer that was not asked for
+            states.append(None)
+            continue
+        own = [*layers[:num_front], *(layer[:, -layout.num_wanted :] for layer in layers[num_front:])]
+        states.append(torch.cat([layer.flatten(0, 1) for layer in own])[layout.back])
+    return tuple(states)
+
+
+def open_cache(call: Call, layout: Layout, kept: Memories | None, decoded: Decoded) -> Cache | None:
+    """Give the cache that the next call continues from: a memory cache where later steps need what it knows."""
+    opening, cache, decoder_cache, text = layout.opening, call.cache, decoded.cache, call.text
+    assert decoder_cache is not None
+    if layout.continues and opening is not None:
+        cache.append(text.input_ids, text.mask(), opening.marked, text.attention_mask is not None)
+        return cache
+    needs_own = opening is not None and (layout.row is not None or opening.rolling or layout.needs_own_cache)
+    if opening is None or kept is None or not (isinstance(cache, MemoryCache) or (cache is None and needs_own)):
+        mark_cache(decoder_cache, layout.mark)
+        return decoder_cache
+    # A cache that the caller gave is filled in place, as the library's are: `generate` holds on to it.
+    cache = MemoryCache() if cache is None else cache
+    column_mask: Any = opening.column_mask if decoded.column_mask is None else decoded.column_mask
+    if layout.num_wanted is not None and not opening.has_gaps:
+        width = column_mask.shape[1] - layout.num_wanted + opening.max_fill
+        if width < column_mask.shape[1]:
+            column_mask = cut_columns(decoder_cache, column_mask, width)
+    # Detached, since a cache outlives the step and would keep its whole graph.
+    return cache.open(
+        decoder_cache, replace(kept, embeds=kept.embeds.detach()), column_mask, opening,
+        num_columns=cache.num_columns + text.tokens.shape[1], end=layout.end,
+        window_input_ids=None if opening.window is None else layout.source.input_ids.flatten()[opening.window],
+        first_memory=None if layout.mark is None else layout.mark.first_memory,
+    )  # fmt: skip
+
+
+def touch(model: nn.Module, features: torch.Tensor) -> torch.Tensor:
+    """Give every trainable parameter that this step may leave out a gradient of zero.
+
+    Processes that train together wait for all of each other's gradients, whatever texts they drew.
+    """
+    parameters = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and (not name.startswith("decoder.") or is_adapter(name)):
+            parameters.append(parameter)
+    return Touched.apply(features, *parameters) if parameters else features
 
 
 class Touched(torch.autograd.Function):
@@ -1120,9 +1138,12 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
     ```
     """
 
+    _gives_logits = True
+
     @property
     def base_model(self) -> MemoryEncoderDecoderModel:
         """The body over the same modules: its `last_hidden_state` gives the logits through the head."""
+        # Without `__init__`: that would build and draw a second set of weights.
         body: Any = MemoryEncoderDecoderModel.__new__(MemoryEncoderDecoderModel)
         # The dictionaries of modules and parameters are shared, not copied: one model with two ways out. What others
         # put in the place of `forward` is this model's.
@@ -1164,7 +1185,8 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
         Args:
             input_ids (`torch.LongTensor` of shape `(B, T)`): Decoder token ids, with slots if memories are given.
             attention_mask (`torch.LongTensor` of shape `(B, T)` or, with a cache, `(B, past + T)`, *optional*): 1 for
-                tokens and slots, 0 for padding, which may stand anywhere and is skipped.
+                tokens and slots, 0 for padding, which may stand anywhere and is skipped. Between tokens it has the
+                logits of the token before it, if that is in the same call.
             context_input_ids (`torch.LongTensor` of shape `(B, C, L)`, *optional*): Chunks of encoder token ids.
             context_attention_mask (`torch.LongTensor` of shape `(B, C, L)`, *optional*): 1 for tokens, 0 for padding;
                 a chunk of zeros only is absent and takes no slots.
@@ -1189,7 +1211,8 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
             context_num_memories (`torch.LongTensor` of shape `(B, C)`, *optional*): Memories of each chunk, as
                 [`encode_memories`] takes them. Default: `memories_per_chunk`.
             memory_num_tokens (`torch.LongTensor` of shape `(B, M)`, *optional*): How many tokens each of the ready
-                memories stands for; read with `memory_positions="source"`. Default: those of full chunks.
+                memories stands for; read with `memory_positions="source"`. Default: those of full chunks, without
+                special tokens of the encoder's own, which [`encode_memories`] and a store count.
             rolling_memory (`bool`, *optional*): Whether, after the last slot of a text with memories, full windows
                 become memories as those of plain text do. Default: that text is read in full.
             kwargs: Passed to the loss: `num_items_in_batch`, the global number of targets to divide by, and
@@ -1205,21 +1228,20 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
         Source: Badger 2026, arXiv 2602.13466, chunked memory model; unlike there the first token of a window is
         trained, absent memories are masked, and each window has its own mask.
         """
-        tokens = inputs_embeds if input_ids is None else input_ids
-        call = Call(
-            Text(input_ids, attention_mask, inputs_embeds, position_ids, tokens),
-            context_input_ids, context_attention_mask, context_num_memories, memory_embeds, memory_mask,
-            memory_num_tokens, past_key_values,
-            labels, kwargs.pop("shift_labels", None), None if type(logits_to_keep) is int and logits_to_keep == 0
-            else logits_to_keep, rolling_memory, context_input_ids is not None or memory_embeds is not None,
+        shift_labels = kwargs.pop("shift_labels", None)
+        reading: Any = super().forward(
+            input_ids, attention_mask, context_input_ids, context_attention_mask, memory_embeds, memory_mask,
+            past_key_values, inputs_embeds, position_ids, use_cache, True, output_hidden_states, output_attentions,
+            context_num_memories, memory_num_tokens, rolling_memory,
+            labels=labels, shift_labels=shift_labels, logits_to_keep=logits_to_keep, **kwargs,
         )  # fmt: skip
-        reading = self._read(call, use_cache, output_hidden_states, output_attentions, kwargs, head=True)
-        features: Any = reading.last_hidden_state
-        logits = features.contiguous()  # (B, T, V)
+        # The decoder's own head has made them, with its scalings and soft-caps.
+        logits = reading.last_hidden_state.contiguous()  # (B, T, V)
         loss = None
-        if call.labels is not None or call.shift_labels is not None:
+        if labels is not None or shift_labels is not None:
+            shift_labels = targets_of(labels, attention_mask) if shift_labels is None else shift_labels
             loss = self.loss_function(
-                logits=logits, labels=None, vocab_size=logits.shape[-1], shift_labels=targets_of(call), **kwargs
+                logits=logits, labels=None, vocab_size=logits.shape[-1], shift_labels=shift_labels, **kwargs
             )
         output = MemoryCausalLMOutputWithPast(
             loss, logits, reading.past_key_values, reading.hidden_states, reading.attentions, reading.memory_embeds,
@@ -1229,19 +1251,11 @@ class MemoryEncoderDecoderForCausalLM(MemoryEncoderDecoderModel, MemoryGeneratio
         return output if wants_dict else output.to_tuple()
 
 
-def targets_of(call: Call) -> torch.Tensor:
+def targets_of(labels: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Return the target of each column `(B, T)`: the token after it, wherever windows end."""
-    if call.shift_labels is not None:
-        return call.shift_labels
-    labels, mask = call.labels, call.text.attention_mask
     if mask is not None and mask.shape == labels.shape:  # the first token has nothing before it that predicts it
         labels = labels.masked_fill(mask.long().cumsum(1) == 1, -100)
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
-
-
-def is_checkpointing(model: PreTrainedModel) -> bool:
-    """Whether the library switches the model's cache off to recompute activations."""
-    return model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def row_groups(num_rows: int, tokens_per_row: int, device: torch.device) -> list[slice]:
@@ -1262,27 +1276,6 @@ def row_groups(num_rows: int, tokens_per_row: int, device: torch.device) -> list
         return [slice(0, num_rows)]
     step = max(1, TOKENS_PER_GROUP.get(device.type, TOKENS_PER_GROUP_ELSEWHERE) // tokens_per_row)
     return [slice(start, start + step) for start in range(0, num_rows, step)]
-
-
-def last_windows(layout: Layout, rows: Layout, part: slice, cache: Cache) -> list[tuple[Cache, torch.Tensor]]:
-    """Keep of a cache of some rows those that are the last window of a text, with the mask over their columns."""
-    assert layout.lasts is not None and rows.mask is not None
-    lasts = [number - part.start for number in layout.lasts if part.start <= number < part.stop]
-    if not lasts:
-        return []
-    if len(lasts) == len(rows.mask):
-        return [(cache, rows.mask)]
-    index = torch.tensor(lasts, device=rows.mask.device)
-    cache.batch_select_indices(index)
-    return [(cache, rows.mask[index])]
-
-
-def columns_of(keep: int | torch.Tensor, tokens: torch.Tensor) -> torch.Tensor | None:
-    """Return the columns whose features are wanted; `None`: all."""
-    if isinstance(keep, torch.Tensor):
-        return keep
-    length = tokens.shape[1]
-    return None if keep >= length else torch.arange(length - keep, length, device=tokens.device)
 
 
 def _autoencoder_fields(autoencoder: Any) -> dict[str, Any]:

@@ -83,6 +83,7 @@ class Bottleneck(nn.Module):
         """Map `(..., E)` to the narrow vectors in between, `(..., bottleneck_size)`, with noise in training."""
         narrow = self.down(vectors)
         if self.training and self.noise:
+            # Centred, unlike the paper's: one-sided noise is a shift that a bias learns to take back.
             narrow = narrow + torch.empty_like(narrow).uniform_(-self.noise, self.noise)
         return narrow
 
@@ -111,6 +112,7 @@ class RepeatExpansion(nn.Module):
 
     def _cut(self, expanded: torch.Tensor) -> torch.Tensor:
         """Join the stretches `(B, K, ceil(L / K), ...)` to `(B, L, ...)`: of each the positions that are its own."""
+        # The usual case needs no index, which would copy all of it once more.
         if self.length % self.num_memories == 0:
             return expanded.flatten(1, 2)
         position = torch.arange(self.length, device=expanded.device)
@@ -138,6 +140,8 @@ class UnrollExpansion(RepeatExpansion):
     def __init__(self, num_memories: int, length: int, width: int, stride: int = 1):
         super().__init__(num_memories, length)
         self.stride = stride
+        # Half of the vector, the paper's choice: neighbours read almost the same, positions far apart little in
+        # common.
         self.window = width // 2
         self.projection = nn.Linear(self.window, width)
 
@@ -206,6 +210,7 @@ class MemoryAutoencoder(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        # The library's own rule knows linear maps and norms, not learned queries.
         if any(module is leaf for leaf in self.pooling.modules()):
             initialize_leaf(module)
         else:
@@ -264,6 +269,7 @@ class MemoryAutoencoder(PreTrainedModel):
             kwargs: As in the library.
         """
         for child in (self.config.encoder, self.config.decoder):
+            # Where a part was loaded from is a place of this machine, of no use to anyone else.
             child._name_or_path = ""
         save_whole(super().save_pretrained, save_directory, *args, **kwargs)
 
@@ -282,11 +288,13 @@ class MemoryAutoencoder(PreTrainedModel):
             ValueError: If a row has no token, an id is outside the vocabulary, or a chunk is longer than the encoder
                 takes.
         """
-        memories = encode_chunks(self.encoder, self.pooling, input_ids, attention_mask)
+        # Encoded first, so that ids and shapes are checked before the values of the mask are read.
+        memories = encode_chunks(self.encoder, self.pooling, input_ids, attention_mask, config=self.config)
         if attention_mask is not None and not torch.compiler.is_compiling():
             empty = (attention_mask == 0).all(1)
             if bool(empty.any()):
                 raise ValueError(f"Row {int(empty.nonzero()[0])} has padding only; leave out chunks without tokens.")
+        # A frozen encoder may be loaded in a narrower type than the parts that train.
         memories = memories.to(self.lm_head.weight.dtype)
         return memories if self.bottleneck is None else self.bottleneck(memories)
 
@@ -313,7 +321,9 @@ class MemoryAutoencoder(PreTrainedModel):
                 "memories per chunk, encoder width. `encode` gives them."
             )
         inputs_embeds = self.expansion(self.bridge(memories.to(self.lm_head.weight.dtype)))  # (B, L, D)
+        # No mask: positions after a short chunk's last token are written as well, and nobody looks at them.
         outputs = self.decoder(inputs_embeds=inputs_embeds, use_cache=False, return_dict=True, **asked)
+        # All positions at once, each seeing those before it: nothing that was written is read again.
         return self.lm_head(outputs.last_hidden_state), outputs
 
     @torch.no_grad()

@@ -185,17 +185,18 @@ class MemoryProcessor(ProcessorMixin):
             self._control_ids[own] = tokenizer, len(tokenizer), control
         return control
 
-    def cut_context(self, context: str) -> CutText:
+    def cut_context(self, context: str, lengths: Sequence[int] | None = None) -> CutText:
         """Cut a context into chunks; the text is data, whatever it writes.
 
         Args:
             context (`str`): The text to be remembered.
+            lengths (`Sequence[int]`, *optional*): Tokens of each chunk, together all. Default: full chunks and a rest.
 
         Returns:
             [`CutText`]: Ids, number of text tokens and characters of each chunk, and how many tokens are unknown.
 
         Raises:
-            ValueError: If the context is no string or empty.
+            ValueError: If the context is no string or empty, or the lengths are not those of its chunks.
         """
         if not isinstance(context, str):
             raise ValueError(
@@ -208,7 +209,14 @@ class MemoryProcessor(ProcessorMixin):
             raise ValueError(
                 "A context is empty; expected text of one token or more. Give `None` for a row without a context."
             )
-        return cut_pieces(context, pieces, self.chunk_length, self._frame, tokenizer.unk_token_id)
+        if lengths is not None and (
+            sum(lengths) != len(pieces.ids) or not all(1 <= n <= self.chunk_length for n in lengths)
+        ):
+            raise ValueError(
+                f"`lengths` are {len(lengths)} numbers, {sum(lengths)} tokens together; expected 1 to "
+                f"{self.chunk_length} for each chunk, and together the {len(pieces.ids)} tokens of the context."
+            )
+        return cut_pieces(context, pieces, self.chunk_length, self._frame, tokenizer.unk_token_id, lengths)
 
     def split_context(self, context: str) -> list[list[int]]:
         """Cut a context into chunks of token ids, special tokens of the encoder tokenizer included.
@@ -328,6 +336,7 @@ class MemoryProcessor(ProcessorMixin):
         options: dict[str, Any],
     ) -> BatchFeature:
         """Lay the slots of the contexts into tokenised prompts, and pad both."""
+        # Contexts first: how many slots a prompt gets is only known once they are cut.
         documents = documents_of(context)
         check_call(rows, documents, num_memories, context_num_memories)
         data: dict[str, list] = {}
@@ -337,6 +346,8 @@ class MemoryProcessor(ProcessorMixin):
             sizes = [[len(cut.chunks) for cut in row] for row in cuts]
             budgets, counts = chunk_budgets(sizes, self.memories_per_chunk, context_num_memories)
             if any(map(sum, sizes)):
+                # Several contexts of a row follow each other as one; which slots are whose is a matter of the prompt
+                # alone.
                 chunks = [[chunk for cut in row for chunk in cut.chunks] for row in cuts]
                 data = pad_chunks(chunks, self._reader, sum(map(len, self._frame)) + self.chunk_length)
                 if context_num_memories is not None:
@@ -358,12 +369,15 @@ class MemoryProcessor(ProcessorMixin):
             cuts.append([])
             for j, document in enumerate(row):
                 try:
+                    # Each document by itself: a chunk that held the end of one and the start of another would be a
+                    # memory of neither.
                     cuts[i].append(self.cut_context(document))
                 except ValueError as error:
                     raise ValueError(f"`context[{i}]`, document {j}: {error}") from error
         unknown = sum(cut.num_unknown for row in cuts for cut in row)
         if unknown:
             total = sum(sum(cut.num_tokens) for row in cuts for cut in row)
+            # No error: a few signs that an encoder lacks are common, and what they lose is a share, not the whole.
             warnings.warn(
                 f"{unknown} of {total} tokens of the context ({unknown / total:.0%}) are unknown to the encoder's "
                 f"tokenizer: what they say is not remembered. `processor.unknown_share(text)` tells the share of a "
@@ -413,19 +427,23 @@ class MemoryProcessor(ProcessorMixin):
         """
         if return_assistant_tokens_mask and not (tokenize and return_dict):
             raise ValueError("`return_assistant_tokens_mask=True` needs `tokenize=True` and `return_dict=True`.")
+        # What is left belongs to the template, whose variables nobody can list.
         named = {name: kwargs.pop(name) for name in list(kwargs) if name in CALL_OPTIONS}
         options = resolve_options({**(processor_kwargs or {}), **named})
         tokenizer, split = self.tokenizer, options["split_special_tokens"]
         own = self.chat_template or getattr(tokenizer, "chat_template", None)
         template = choose_template(own, chat_template, bool(kwargs.get("tools")))
+        # A template may write control tokens that the tokenizer does not list as such.
         control = chat_control_tokens(tokenizer, self.memory_token, template)
         chats, batched = as_batch(conversation)
         rendered = render_chats(
             tokenizer, template, chats, self.memory_token, control, split, return_assistant_tokens_mask, **kwargs
         )
         if not tokenize:
+            # A rendered string has lost who wrote what, so slots are laid only where ids are made.
             return [chat.text for chat in rendered] if batched else rendered[0].text
         rows = [chat_row(tokenizer, chat, control, return_assistant_tokens_mask) for chat in rendered]
+        # One conversation may be given one context or a list of them; a batch is always lists.
         if not batched:
             context, num_memories = of_one_chat(context, str), of_one_chat(num_memories, int)
         inputs = self._prepare(rows, context, num_memories, context_num_memories, options)
@@ -439,6 +457,7 @@ class MemoryProcessor(ProcessorMixin):
                 or labels.
             kwargs: Arguments of the tokenizer's `decode`, `skip_special_tokens` for example.
         """
+        # Before the tokenizer, which fails on ids that it has no token for.
         kept = without_slots(token_ids, self.memory_token_id)
         if kept and isinstance(kept[0], list):
             return [self.tokenizer.decode(row, **kwargs) for row in kept]
@@ -457,6 +476,7 @@ class MemoryProcessor(ProcessorMixin):
 
     def to_dict(self) -> dict:
         """The settings as they are saved; tokenizers and the chat template have files of their own."""
+        # Tokenizers are no settings: their own files hold them, and a copy here could disagree.
         output = {name: getattr(self, name) for name in SETTINGS}
         output["has_encoder_tokenizer"] = self.encoder_tokenizer is not None
         output["processor_class"] = type(self).__name__
@@ -477,6 +497,7 @@ class MemoryProcessor(ProcessorMixin):
             push_to_hub (`bool`): Whether to upload the processor afterwards.
             kwargs: Arguments of `push_to_hub`; `repo_id` is the name of the folder by default.
         """
+        # Not passed on: the library would upload before the encoder's tokenizer is in the folder.
         files = super().save_pretrained(save_directory)
         if self.encoder_tokenizer is not None:
             folder = os.path.join(save_directory, ENCODER_TOKENIZER_FOLDER)
@@ -495,6 +516,7 @@ class MemoryProcessor(ProcessorMixin):
             kwargs: Settings to override (`chunk_length` and so on), and the library's own, such as
                 `revision`.
         """
+        # Taken out first: what is left goes to the library, which knows nothing of them.
         overrides = {name: kwargs.pop(name) for name in (*SETTINGS, "chat_template") if name in kwargs}
         settings, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
         settings = {**settings, **overrides}

@@ -113,6 +113,11 @@ def to(value: Any) -> Callable[[Any, random.Random], Any]:
     return lambda was, chance: value
 
 
+def changes(argument: str, *values: Any, **options: bool) -> list[Change]:
+    """A change to each of some values; options as [`Change`] takes them."""
+    return [Change(argument, to(value), **options) for value in values]
+
+
 def one_cell(value: float) -> Callable[[torch.Tensor, random.Random], torch.Tensor]:
     """The change of one element of a tensor."""
 

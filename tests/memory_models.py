@@ -60,3 +60,20 @@ def ragged_batch(num_columns: int = 29) -> tuple[torch.Tensor, torch.Tensor]:
     attention_mask[2, num_columns - 9 :] = 0
     attention_mask[3, [0, 1, 5, 6, 11, num_columns - 1]] = 0
     return input_ids.masked_fill(attention_mask == 0, 0), attention_mask
+
+
+def gradients_of(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Run the backward pass of a loss alone; return the gradients of all parameters that got one."""
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-4, least: float = 1e-4
+) -> None:
+    """The same parameters have gradients, and each differs by a share of its largest number at most."""
+    assert found.keys() == expected.keys() and found
+    for name, gradient in expected.items():
+        largest = gradient.abs().max().clamp(min=least)
+        assert (found[name] - gradient).abs().max() <= tolerance * largest, name

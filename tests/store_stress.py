@@ -172,30 +172,40 @@ def flip_bits(folder: Path, flips: int, seed: int = 0) -> dict[str, int]:
         changed = bytearray(content)
         changed[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
         (place / FILE).write_bytes(changed)
-        seen = False
         try:
             with MemoryStore(place) as store:
-                for text_id, (memories, text) in before.items():
-                    try:
-                        assert store.memories(store.chunks(text_id)).tolist() == memories, "wrong in silence"
-                        assert store.text(text_id) == text, "wrong in silence"
-                    except MemoryStoreError:
-                        seen = True
-                seen = bool(store.verify()) or seen
+                seen = reads_say_so(store, before)
         except MemoryStoreError:
             counts["refused"] += 1
             continue
         counts["seen" if seen else "silent"] += 1
         if seen:
-            report = MemoryStore.repair(place)
-            with MemoryStore(place) as store:
-                found = state_of(store)
-                assert store.verify() == []
-            assert all(before.get(text_id) == one for text_id, one in found.items())
-            lost = len(before) - len(found)
-            assert lost == len(report["lost"]) + report["lost_unnamed"]
-            counts["lost"] += lost
+            counts["lost"] += lost_by_repair(place, before)
     return counts
+
+
+def reads_say_so(store: MemoryStore, before: dict[str, Any]) -> bool:
+    """Read all texts: each is as it was, or reading or `verify` says that something is wrong."""
+    seen = False
+    for text_id, (memories, text) in before.items():
+        try:
+            assert store.memories(store.chunks(text_id)).tolist() == memories, "wrong in silence"
+            assert store.text(text_id) == text, "wrong in silence"
+        except MemoryStoreError:
+            seen = True
+    return bool(store.verify()) or seen
+
+
+def lost_by_repair(place: Path, before: dict[str, Any]) -> int:
+    """Repair a store: what it keeps is as it was. Returns how many texts it gave up."""
+    report = MemoryStore.repair(place)
+    with MemoryStore(place) as store:
+        found = state_of(store)
+        assert store.verify() == []
+    assert all(before.get(text_id) == one for text_id, one in found.items())
+    lost = len(before) - len(found)
+    assert lost == len(report["lost"]) + report["lost_unnamed"]
+    return lost
 
 
 def hash_of(text_id: str) -> int:

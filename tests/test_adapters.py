@@ -34,36 +34,54 @@ def logits_of(model) -> torch.Tensor:
         return model(**slot_inputs()).logits
 
 
-@pytest.mark.parametrize(("encoder", "decoder"), [*(("bert", d) for d in DECODERS), *((e, "llama") for e in ENCODERS)])
-def test_adapters_train_save_load_and_merge(encoder, decoder, tmp_path):
+PAIRS = [*(("bert", d) for d in DECODERS), *((e, "llama") for e in ENCODERS)]
+
+
+def is_new(name: str) -> bool:
+    """Whether a weight is an adapter's or the projector's."""
+    return ".lora_" in name or name.startswith("projector.")
+
+
+def trainable(model) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), PAIRS)
+def test_adapters_train_and_nothing_else_does(encoder, decoder):
     model = join(encoder, decoder)
     plain = logits_of(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.add_adapters(parts=["encoder", "decoder"], r=2, lora_alpha=8)
     assert torch.equal(logits_of(model), plain), "a fresh adapter changes nothing"
-    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert all(".lora_" in name or name.startswith("projector.") for name in trains)
+    trains = trainable(model)
+    assert all(map(is_new, trains))
     assert {name.split(".")[0] for name in trains} == {"encoder", "decoder", "projector"}
     step(model)
-    trained = logits_of(model)
-    assert (trained - plain).abs().max() > 1e-3
+    assert (logits_of(model) - plain).abs().max() > 1e-3
     for name, value in model.state_dict().items():
         old = before.get(name.replace(".base_layer.", "."))
-        moved = ".lora_" in name or name.startswith("projector.")
-        assert moved or torch.equal(value, old), f"{name} is frozen and moved"
+        assert is_new(name) or torch.equal(value, old), f"{name} is frozen and moved"
         if ".lora_B" in name and "wo.lora" not in name:
             assert value.abs().sum() > 0, f"{name} has not trained"
 
+
+@pytest.mark.parametrize(("encoder", "decoder"), PAIRS)
+def test_adapters_save_load_and_merge(encoder, decoder, tmp_path):
+    model = join(encoder, decoder)
+    names = set(model.state_dict())
+    model.add_adapters(parts=["encoder", "decoder"], r=2, lora_alpha=8)
+    trains = trainable(model)
+    step(model)
+    trained = logits_of(model)
     model.save_pretrained(tmp_path)
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert torch.equal(logits_of(loaded), trained)
-    assert {name for name, parameter in loaded.named_parameters() if parameter.requires_grad} == trains
+    assert trainable(loaded) == trains
 
     with model.adapters_off():
         off = logits_of(model)
-    assert not torch.equal(off, trained)
-    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trains
+    assert not torch.equal(off, trained) and trainable(model) == trains
     with pytest.raises(ValueError, match="act in every row"):
         model.merge_adapters()
     model.merge_adapters(all_rows=True)
@@ -73,7 +91,7 @@ def test_adapters_train_save_load_and_merge(encoder, decoder, tmp_path):
     model.unmerge_adapters()
     torch.testing.assert_close(logits_of(model), trained, atol=5e-4, rtol=1e-3)
     model.merge_adapters(unload=True, all_rows=True)
-    assert set(model.state_dict()) == set(before)
+    assert set(model.state_dict()) == names
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(
         logits_of(AutoModelForCausalLM.from_pretrained(tmp_path)), trained, atol=5e-4, rtol=1e-3
@@ -112,6 +130,17 @@ def joined(folders, **fields):
     return MemoryEncoderDecoderForCausalLM.from_encoder_decoder_pretrained(**folders, **fields)
 
 
+def check_same_model(loaded, model):
+    """Weights and buffers are equal, and the same of them train."""
+    for (name, value), (other, saved) in zip(
+        sorted(model.state_dict().items()), sorted(loaded.state_dict().items()), strict=True
+    ):
+        assert name == other and torch.equal(value, saved), name
+    assert trainable(loaded) == trainable(model)
+    buffers = dict(loaded.named_buffers())
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+
+
 @pytest.mark.parametrize("trained", ["projector", "lora", "decoder"])
 def test_saving_by_reference(trained, folders, tmp_path):
     bases = as_bases(folders)
@@ -131,13 +160,7 @@ def test_saving_by_reference(trained, folders, tmp_path):
         assert (place / "trained.safetensors").stat().st_size < whole / 2
     loaded = AutoModelForCausalLM.from_pretrained(place, **bases)
     assert torch.equal(logits_of(loaded), expected)
-    for (name, value), (other, saved) in zip(
-        sorted(model.state_dict().items()), sorted(loaded.state_dict().items()), strict=True
-    ):
-        assert name == other and torch.equal(value, saved), name
-    assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in model.parameters()]
-    buffers = dict(loaded.named_buffers())
-    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+    check_same_model(loaded, model)
     # From reference to value, and back to reference.
     loaded.save_pretrained(tmp_path / "value")
     assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "value")), expected)

@@ -247,11 +247,28 @@ def test_a_cached_step_wants_the_mask_of_all_that_a_cache_of_the_librarys_holds(
 
 @pytest.mark.parametrize(
     ("mask", "given"),
-    [([[1, 1, 1]], "a list"), (torch.ones(3), r"\(3,\)"), (torch.ones(1, 1, 3, 3), r"\(1, 1, 3, 3\)")],
+    [
+        ([[1, 1, 1]], "a list"),
+        (torch.ones(3), r"\(3,\)"),
+        (torch.ones(1, 1, 3, 3), r"\(1, 1, 3, 3\)"),
+        (torch.ones(1, 2), r"\(1, 2\)"),
+    ],
 )
 def test_generate_refuses_masks_that_tell_no_token_from_padding(mask, given):
-    with pytest.raises(ValueError, match=rf"`attention_mask` .*{given}.*expected"):
+    with pytest.raises(ValueError, match=rf"`attention_mask` .*{given}.*[Ee]xpected.*\(1, 3\)"):
         build_model().generate(random_ids(1, 3), attention_mask=mask, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+@pytest.mark.parametrize(
+    ("mask", "given"), [([[1, 1, 1]], "list"), (torch.ones(1, 2), r"\(1, 2\)"), (torch.ones(3), r"\(3,\)")]
+)
+def test_a_mask_of_memories_has_one_value_for_each_and_the_message_says_how_many(call, mask, given):
+    model, memories = build_model(), torch.ones(1, 3, 32)
+    prompt = torch.cat([torch.full((1, 3), SLOT), random_ids(1, 2)], 1)
+    options = {"max_new_tokens": 1} if call == "generate" else {}
+    with pytest.raises(ValueError, match=rf"`memory_mask` has shape {given}.*Expected \(1, 3\): one mask value"):
+        getattr(model, call)(prompt, memory_embeds=memories, memory_mask=mask, **options)
 
 
 def test_a_misspelt_keyword_is_named_and_the_librarys_own_pass():

@@ -1,13 +1,12 @@
 """Baselines equal their plain loops, gradients too, and what they leave out is left out."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaModel
+from transformers import AutoModelForCausalLM
 
 from modeling_memory import (
     MemoryAutoencoder,
@@ -30,8 +29,6 @@ from training.measure.baselines import (
     QUANTISATIONS,
     OracleMemory,
     RecurrentMemory,
-    cut_layers,
-    lift_into_deeper,
     next_token_loss,
     quantise,
     quantised,
@@ -191,42 +188,6 @@ def round_slowly(vector: list[float], kind: str) -> list[float]:
     return [min(known, key=lambda number: abs(number - x)) for x in vector]
 
 
-@pytest.mark.parametrize("kind", ["llama", "masked_mixer"])
-def test_half_depth_and_lifting_equal_the_plain_loop_with_gradients(kind: str):
-    body, tokens = build_encoder(tiny_encoder_config(kind)).eval(), random_ids(2, 6)
-    for name, parameter in body.named_parameters():
-        if "norm" in name:
-            parameter.data += 0.2 * torch.randn_like(parameter)
-    half, deeper = cut_layers(body, 1), lift_into_deeper(cut_layers(body, 1), 3)
-    probes = torch.randn(2, 6, body.config.hidden_size)
-
-    def gradients(states: torch.Tensor, module: Any) -> dict[str, torch.Tensor]:
-        found = torch.autograd.grad((states * probes).sum(), list(module.parameters()), allow_unused=True)
-        return {n: g for (n, _), g in zip(module.named_parameters(), found, strict=True) if g is not None}
-
-    def slowly(model: Any, depth: int, norm: bool) -> torch.Tensor:
-        if kind == "llama":
-            return torch.stack(llama_loop(model, tokens.tolist(), depth, norm))
-        return torch.stack(mixer_loop(SimpleNamespace(**vars_of(model, depth)), tokens.tolist()))
-
-    def vars_of(model: Any, depth: int) -> dict[str, Any]:
-        return {"config": model.config, "layers": model.layers[:depth], "embed_tokens": model.embed_tokens}
-
-    # The first layer of the whole body, no norm after it; then two fresh layers and a fresh norm on top.
-    for fast, source, depth, norm in ((half, body, 1, False), (deeper, deeper, 3, True)):
-        states, slow = fast(tokens).last_hidden_state, slowly(source, depth, norm)
-        torch.testing.assert_close(states, slow, atol=1e-5, rtol=1e-4)
-        one, other = gradients(states, fast), gradients(slow, source)
-        assert set(one) == set(other) and len(one) > 8
-        for name, gradient in one.items():
-            torch.testing.assert_close(gradient, other[name], atol=2e-5, rtol=1e-3, msg=name)
-    kept = {name: tensor for name, tensor in half.state_dict().items() if not name.startswith("norm.")}
-    for name, tensor in kept.items():
-        assert torch.equal(deeper.state_dict()[name], tensor) and torch.equal(body.state_dict()[name], tensor), name
-    if kind == "llama":
-        assert torch.equal(deeper.norm.weight, torch.ones_like(deeper.norm.weight))
-
-
 @pytest.mark.parametrize("split", [True, False])
 def test_no_memory_and_full_context_equal_the_plain_loop_with_gradients(split: bool):
     """Both baselines are asked for the same tokens: of no memory a window sees itself only."""
@@ -253,26 +214,6 @@ def test_no_memory_and_full_context_equal_the_plain_loop_with_gradients(split: b
         model.named_parameters(), *(torch.autograd.grad(x, parameters) for x in (loss, slow)), strict=True
     ):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3, msg=name)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", ["llama", "masked_mixer"])
-def test_half_depth_runs_the_first_layers_and_lifting_adds_fresh_ones(kind: str):
-    body, tokens = build_encoder(tiny_encoder_config(kind)).eval(), random_ids(2, 6)
-    states = body(tokens, output_hidden_states=True).hidden_states
-    half = cut_layers(body, 1)
-    torch.testing.assert_close(half(tokens).last_hidden_state, states[1], atol=1e-6, rtol=1e-5)
-    deeper = lift_into_deeper(half, 2, seed=3)
-    inner = deeper(tokens, output_hidden_states=True).hidden_states
-    torch.testing.assert_close(inner[1], states[1], atol=1e-6, rtol=1e-5)
-    assert not torch.allclose(deeper(tokens).last_hidden_state, body(tokens).last_hidden_state, atol=1e-3)
-    assert body.config.num_hidden_layers == 2 == len(body.layers)
-    if kind == "llama":
-        assert isinstance(body.norm, type(LlamaModel(tiny_encoder_config("llama")).norm))
-    with pytest.raises(ValueError, match="has 2 layers"):
-        cut_layers(body, 3)
-    with pytest.raises(ValueError, match="cut it instead"):
-        lift_into_deeper(body, 1)
 
 
 def test_a_memory_model_whose_llama_encoder_reads_both_ways_equals_the_plain_loop():

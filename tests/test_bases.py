@@ -96,12 +96,7 @@ def test_a_folder_by_reference_is_small_and_loads_in_clean_processes(
     config = json.loads((tmp_path / "hub" / "config.json").read_text())
     (reference,) = config["references"].values()
     assert (reference["id"], reference["revision"]) == ("me/base", COMMIT)
-    card = ModelCard.load(tmp_path / "hub" / "README.md")
-    assert card.data.base_model == ["me/base"]
-    assert f"- decoder: me/base at `{COMMIT}`" in card.text and card.data.license == "mit"
-    assert "the library's own, to fetch the bases" in card.text
-    for path in (tmp_path / "hub").rglob("*.*"):
-        assert str(decoder).encode() not in path.read_bytes(), path
+    check_card_of_base(tmp_path / "hub", str(decoder))
     # What was published by reference is published again, by reference and by value, without naming the base.
     monkeypatch.setattr(publish, "verify_hub_folder", lambda *_, **__: {"hub": {"loaded": ["AutoModel"]}})
     again = [str(tmp_path / "hub"), "--licence", "mit", "--base-folder", f"decoder={decoder}"]
@@ -111,6 +106,60 @@ def test_a_folder_by_reference_is_small_and_loads_in_clean_processes(
     loaded = MemoryEncoderDecoderForCausalLM.from_pretrained(tmp_path / "value")
     for found, wanted in zip(answers(loaded), answers(model), strict=True):
         assert torch.equal(found, wanted)
+
+
+def check_card_of_base(hub, place):
+    """The card names the base by its commit, and nothing names the folder that it was read from."""
+    card = ModelCard.load(hub / "README.md")
+    assert card.data.base_model == ["me/base"] and card.data.license == "mit"
+    assert f"- decoder: me/base at `{COMMIT}`" in card.text
+    assert "the library's own, to fetch the bases" in card.text
+    for path in hub.rglob("*.*"):
+        assert place.encode() not in path.read_bytes(), path
+
+
+@pytest.fixture
+def package(decoder, tmp_path, monkeypatch):
+    """The decoder as an installed package brings it, version 1.2."""
+    site = tmp_path / "site"
+    shutil.copytree(decoder, site / "tiny_base")
+    (site / "tiny_base" / "__init__.py").touch()
+    info = site / "tiny_base-1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-base\nVersion: 1.2\n")
+    (info / "RECORD").write_text("tiny_base/__init__.py,,\n")
+    monkeypatch.syspath_prepend(str(site))
+    return "package:tiny_base"
+
+
+def test_a_base_in_a_package_is_referred_to_by_the_package(checkpoint, package, model, tmp_path, capsys, monkeypatch):
+    """Named for a checkpoint by value, and taken from one that is saved by reference."""
+    checked = []
+
+    def load_as_a_user_does(folder, *_, bases, **__):  # a clean process would not see this test's packages
+        checked.append(bases["decoder"])
+        for found, wanted in zip(answers(publish.load_checkpoint(folder)[0].eval()), answers(model), strict=True):
+            assert torch.equal(found, wanted)
+        return {"hub": {"loaded": ["AutoModel"]}}
+
+    monkeypatch.setattr(publish, "verify_hub_folder", load_as_a_user_does)
+    named = ["--licence", "mit", "--by-reference"]
+    assert publish.main([str(checkpoint), "--to", str(tmp_path / "hub"), *named, "--base", f"decoder={package}"]) == 0
+    assert publish.main([str(tmp_path / "hub"), "--to", str(tmp_path / "again"), *named]) == 0
+    for folder in (tmp_path / "hub", tmp_path / "again"):
+        (reference,) = json.loads((folder / "config.json").read_text())["references"].values()
+        assert (reference["id"], reference["revision"], reference["distribution"]) == (package, "1.2", "tiny-base")
+        assert "decoder.lm_head.weight" not in load_file(folder / "trained.safetensors")
+        card = (folder / "README.md").read_text()
+        assert package in card and str(tmp_path) not in card
+    assert [base.revision for base in checked] == ["1.2", "1.2"]
+    publish.check_bases_on_hub({"decoder": checked[0]})  # nothing is asked of the Hub: no hub answers here
+    given = [str(tmp_path / "hub"), "--to", str(tmp_path / "third"), *named]
+    assert publish.main([*given, "--base-folder", "decoder=."]) == 2
+    assert "package:tiny_base is read where it is" in capsys.readouterr().err
+    (tmp_path / "site" / "tiny_base" / "config.json").unlink()
+    assert publish.main([str(checkpoint), *given[1:], "--base", f"decoder={package}"]) == 2
+    assert "no config.json, so it is no base to refer to by --base" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -180,7 +229,7 @@ def test_from_the_checkpoint_to_a_user_whose_base_is_on_the_hub_too(checkpoint, 
         assert "Weights: mit, that of me/base." in card
         snippet = re.search(r"^```python\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
         done = run(["-P", "-c", snippet[1]], tmp_path, hub.environment(tmp_path / "user"))
-        assert done.returncode == 0 and done.stdout.strip(), done.stderr
+        assert (done.returncode, done.stdout.strip() != "") == (0, True), done.stderr
 
         # A folder that is no copy of what the Hub has at that commit is never pushed.
         other = changed(decoder, tmp_path / "other")

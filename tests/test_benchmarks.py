@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import measure, snippet, speed
+from benchmarks import measure, speed
 from benchmarks.measure import UnequalPathsError, assert_equal, compare, fit_exponent, interleave, save_record, spread
 from tests.reference import memory_loop
 from training.records.record import describe_code
@@ -16,7 +16,7 @@ from training.records.record import describe_code
 SPREAD = {"median", "min", "max", "first_quartile", "third_quartile"}
 
 
-@pytest.mark.parametrize("module", [measure, speed, snippet])
+@pytest.mark.parametrize("module", [measure, speed])
 def test_examples_in_docstrings_are_true(module: Any):
     assert doctest.testmod(module, optionflags=doctest.ELLIPSIS).failed == 0
 
@@ -93,19 +93,22 @@ def test_speed_record_holds_every_repetition_and_how_it_came_about(speed_record:
     assert {"device", "cpu", "cores", "threads", "load_before"} <= set(speed_record["hardware"])
     assert speed_record["dtype"] == "float32" and speed_record["seeds"] == {"weights": 0}
     assert speed_record["sizes"]["window_length"] == 8 and speed_record["peak_memory_bytes"]["process"] > 2**20
-    metrics = speed_record["metrics"]
-    assert set(metrics) == {"encode", "train_step", "generate"}
-    for name in ("encode", "train_step", "generate"):
-        result = metrics[name]
-        assert set(result) == {"given", "equality", "seconds", "spread", "ratio"}
-        assert result["equality"]["largest_difference"] <= result["equality"]["tolerance"]
-        fast, plain = result["seconds"]["fast"], result["seconds"]["plain"]
-        assert len(fast) == len(plain) == 2 and min(fast + plain) > 0
-        ratios = [slow / quick for slow, quick in zip(plain, fast, strict=True)]
-        assert result["ratio"]["min"] == pytest.approx(min(ratios))
-        assert result["ratio"]["median"] == pytest.approx(sum(ratios) / 2)
-        assert set(result["ratio"]) == set(result["spread"]["fast"]) == SPREAD
-    assert metrics["generate"]["given"]["roll_overs"] == 1  # 12 + 10 tokens in windows of 8, of which 8 were full
+    assert set(speed_record["metrics"]) == {"encode", "train_step", "generate"}
+    # 12 + 10 tokens in windows of 8, of which 8 were full
+    assert speed_record["metrics"]["generate"]["given"]["roll_overs"] == 1
+
+
+@pytest.mark.parametrize("name", ["encode", "train_step", "generate"])
+def test_a_comparison_is_of_equal_results_and_keeps_every_ratio(speed_record: dict[str, Any], name: str):
+    result = speed_record["metrics"][name]
+    assert set(result) == {"given", "equality", "seconds", "spread", "ratio"}
+    assert result["equality"]["largest_difference"] <= result["equality"]["tolerance"]
+    fast, plain = result["seconds"]["fast"], result["seconds"]["plain"]
+    assert len(fast) == len(plain) == 2 and min(fast + plain) > 0
+    ratios = [slow / quick for slow, quick in zip(plain, fast, strict=True)]
+    assert result["ratio"]["min"] == pytest.approx(min(ratios))
+    assert result["ratio"]["median"] == pytest.approx(sum(ratios) / 2)
+    assert set(result["ratio"]) == set(result["spread"]["fast"]) == SPREAD
 
 
 def test_full_sizes_are_those_of_the_main_job():

@@ -90,6 +90,25 @@ class TestBody:
         assert model.base_model(random_ids(1, 3)).last_hidden_state.shape == (1, 3, 32)
 
 
+@pytest.mark.parametrize("cache", ["memory", "library", "slots"])
+@torch.no_grad()
+def test_padding_among_the_next_tokens_shows_what_a_single_call_shows(cache):
+    """A hole between tokens has the logits of the token before it, with a cache as without one."""
+    model = build_model(self_memory=cache == "memory")
+    text, mask, given = random_ids(2, WINDOW), torch.ones(2, WINDOW, dtype=torch.long), {}
+    mask[0, 5:7] = 0
+    mask[1, 1] = 0
+    if cache == "slots":
+        text[:, 0] = SLOT
+        given = {"context_input_ids": random_ids(2, 1, CHUNK)}
+    whole = model(text, mask, **given).logits
+    first = model(text[:, :3], mask[:, :3], use_cache=True, **given)
+    assert isinstance(first.past_key_values, MemoryCache) is (cache == "memory")
+    more = model(text[:, 3:], mask, past_key_values=first.past_key_values).logits
+    torch.testing.assert_close(torch.cat([first.logits, more], 1), whole, atol=1e-5, rtol=0)
+    assert torch.equal(more[0, 2], more[0, 1]) and torch.equal(more[0, 3], more[0, 1])
+
+
 class TestResetCaches:
     @pytest.mark.parametrize("make", [MemoryCache, DynamicCache, lambda: MemoryCache(rolling=False)])
     @pytest.mark.parametrize("before", ["slots", "rolling", "embeds", "windows", "front"])

@@ -1,10 +1,7 @@
 """Cards say what the record says, in metadata that the Hub's client reads, with a snippet that runs."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 from huggingface_hub import ModelCard
@@ -13,6 +10,7 @@ from transformers import LlamaForCausalLM
 from modeling_memory import MaskedMixerForCausalLM, MemoryAutoencoder, MemoryAutoencoderConfig, MemoryProcessor
 from tests.conftest import build_tiny_tokenizer, tiny_decoder_config, tiny_encoder_config
 from tests.memory_models import CHUNK, WINDOW, build_model
+from tests.processes import run_snippet
 from tests.records import RECORD
 from training.places import REPOSITORY
 from training.publishing.cards import (
@@ -57,12 +55,16 @@ def test_metadata_and_numbers_are_those_of_the_record(model):
     assert (data.library_name, data.license, data.language) == ("transformers", "apache-2.0", "en")
     assert data.pipeline_tag == "text-generation" and data.model_name == "tiny" and "custom_code" in data.tags
     assert [result.metric_value for result in data.eval_results] == [0.9876, 0.9512]
-    assert "| test split | 95.12 % (94.00 to 96.00) |" in card.text
-    assert "| test split, no memories | 3.12 % |" in card.text and "own autoencoder | 98.76 % |" in card.text
-    assert "| test split | 3.0000 | 1.500 |" in card.text
-    assert "Reproduce: `python -m training.run tiny.yaml` at commit `abc`." in card.text
-    assert "- books, editions of Standard Ebooks (public domain, CC0 1.0): https://" in card.text
-    assert "A memory is the text" in card.text
+    for said in (
+        "| test split | 95.12 % (94.00 to 96.00) |",
+        "| test split, no memories | 3.12 % |",
+        "own autoencoder | 98.76 % |",
+        "| test split | 3.0000 | 1.500 |",
+        "Reproduce: `python -m training.run tiny.yaml` at commit `abc`.",
+        "- books, editions of Standard Ebooks (public domain, CC0 1.0): https://",
+        "A memory is the text",
+    ):
+        assert said in card.text
     assert "3d0c" not in str(card) and "some CPU" not in str(card), "checksums and hardware are the record's"
 
 
@@ -253,17 +255,7 @@ def test_the_snippet_runs_as_it_stands(kind, tmp_path):
     """In an empty process beside the folder, which has the name that the card gives it."""
     model, processor = build(kind)
     folder = write_hub_folder(model, processor, tmp_path / "me" / "tiny", None, {"model_name": "me/tiny"})
-    snippet = re.search(r"^```python\n(.*?)^```$", ModelCard.load(folder / "README.md").text, re.MULTILINE | re.DOTALL)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    hidden = "import sys; sys.modules['modeling_memory'] = None\n"
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", hidden + snippet[1]],
-        cwd=tmp_path,
-        env={**environment, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_snippet(ModelCard.load(folder / "README.md").text, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 

@@ -176,17 +176,22 @@ def test_tokens_that_swallow_white_space_do_so_beside_typed_ones():
     assert typed[-2:] == plain[-2:] and len(typed) == len(plain) + 1
 
 
-@pytest.mark.parametrize("template", [SMOLLM2, PARTS])
-def test_memories_stand_at_their_parts_in_templates_of_both_kinds(template):
-    processor = processor_of(byte_level(), template, memories_per_chunk=2)
-    slot = processor.memory_token_id
+def chat_of_three():
+    """A chat with three contexts at parts of its turns, and the contexts."""
     chat = [
         turn(text_part("First "), MEMORY, text_part(" and <memory> then "), MEMORY, text_part("!")),
         turn("I see.", role="assistant"),
         turn(MEMORY, text_part("what?")),
     ]
+    return chat, ["abcdefgh", "ab", "abcdefghi"]
+
+
+@pytest.mark.parametrize("template", [SMOLLM2, PARTS])
+def test_memories_stand_at_their_parts_in_templates_of_both_kinds(template):
+    processor = processor_of(byte_level(), template, memories_per_chunk=2)
+    slot = processor.memory_token_id
+    chat, contexts = chat_of_three()
     before = [dict(one) for one in chat]
-    contexts = ["abcdefgh", "ab", "abcdefghi"]
     batch = processor.apply_chat_template(chat, context=contexts, tokenize=True)
     assert chat == before, "no argument is changed"
     shown = processor.tokenizer.decode(batch["input_ids"][0])
@@ -204,6 +209,12 @@ def test_memories_stand_at_their_parts_in_templates_of_both_kinds(template):
         [chat, [turn("plain")], [turn([MEMORY])]], context=[contexts, None, "abcd"], tokenize=True, padding_side="left"
     )
     assert [row.count(slot) for row in both["input_ids"]] == [12, 0, 2]
+
+
+@pytest.mark.parametrize("template", [SMOLLM2, PARTS])
+def test_parts_of_other_kinds_and_other_numbers_of_contexts_are_refused(template):
+    processor = processor_of(byte_level(), template, memories_per_chunk=2)
+    chat, contexts = chat_of_three()
     for wrong in (contexts[:2], [*contexts, "x"]):
         with pytest.raises(ValueError, match=f"contains '<memory>' 3 times .row 0., but has {len(wrong)} contexts"):
             processor.apply_chat_template(chat, context=wrong, tokenize=True)

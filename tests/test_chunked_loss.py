@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from tests.memory_models import assert_same_gradients, gradients_of
 from tests.test_launch import CASES, build_trainer
 from training.data.objectives import IGNORED
 from training.train.chunked_loss import check_head, chunked_cross_entropy, without_head
@@ -56,24 +57,13 @@ def test_objectives_are_equal_with_and_without(case: str, tmp_path: Any):
     batches = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
     model = trainer.model.train()
     for name in CASES[case]["objectives"]:
-        results = []
-        for chunked in (False, True):
-            model.zero_grad()
-            if chunked:
-                loss, correct, count = run_objective_chunked(model, batches[name], 16)
-            else:
-                loss, logits, targets = run_objective(model, batches[name])
-                correct, count = (
-                    ((logits.argmax(-1) == targets) & (targets != IGNORED)).sum(),
-                    (targets != IGNORED).sum(),
-                )
-            loss.backward()
-            gradients = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
-            results.append((loss.item(), int(correct), int(count), gradients))
-        assert results[0][0] == pytest.approx(results[1][0], rel=1e-5) and results[0][1:3] == results[1][1:3]
-        assert results[0][3].keys() == results[1][3].keys() and results[0][3]
-        for key, gradient in results[0][3].items():
-            assert (gradient - results[1][3][key]).abs().max() <= 1e-4 * gradient.abs().max().clamp(min=1e-4), key
+        loss, correct, count = run_objective_chunked(model, batches[name], 16)
+        found = gradients_of(model, loss)
+        whole, logits, targets = run_objective(model, batches[name])
+        assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
+        assert int(correct) == int(((logits.argmax(-1) == targets) & (targets != IGNORED)).sum())
+        assert int(count) == int((targets != IGNORED).sum())
+        assert_same_gradients(found, gradients_of(model, whole))
     with torch.no_grad():
         assert run_objective(model.eval(), batches[name])[1].shape[-1] == model.get_output_embeddings().out_features
 

@@ -13,7 +13,7 @@ import torch
 
 from tests.test_evaluate import saved  # noqa: F401
 from tests.test_run import recipe, short_recipe  # noqa: F401
-from training import ceiling, domains, estimate, evaluate, fidelity, probe
+from training import domains, estimate, evaluate, probe
 from training import run as run_module
 from training.command_line import (
     TRACEBACK,
@@ -103,16 +103,15 @@ def test_senseless_values_of_options_are_refused(read: Any, text: str, capsys: A
     assert told.startswith(f"error: argument --value: {text!r}") and told.count("\n") == 1
 
 
-@pytest.mark.parametrize("verb", [ceiling, probe])
-def test_threads_below_one_are_refused_by_every_command_that_takes_them(verb: Any, capsys: Any):
-    assert verb.main(["model", "--threads", "-1"]) == 2
+def test_threads_below_one_are_refused(capsys: Any):
+    assert probe.main(["model", "--threads", "-1"]) == 2
     assert "argument --threads: '-1': expected a whole number of 1 or more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "line",
-    [(ceiling, "/nowhere"), (probe, "/nowhere"), (domains, "/nowhere --to {out}/d.json"),
-     (estimate, "/nowhere"), (fidelity, "/nowhere"), (run_module, "/nowhere"), (evaluate, "/nowhere --suite copy"),
+    [(probe, "/nowhere"), (domains, "/nowhere --to {out}/d.json"),
+     (estimate, "/nowhere"), (run_module, "/nowhere"), (evaluate, "/nowhere --suite copy"),
      (evaluate, "{model} --suite clm --text {text} --no-memory /nowhere"),
      (evaluate, "{model} --suite clm --text {text} --full-context /nowhere"),
      (evaluate, "{model} --suite clm --text {text} --record {text}/record.json"),

@@ -23,6 +23,9 @@ def test_source_positions_are_bounded_by_tokens():
     assert source.max_position_embeddings == 128
     assert source.fits(60, 8) and not source.fits(60, 9) and not source.fits(61, 8)
     assert source.num_places == 4
+
+
+def test_source_positions_count_whole_chunks_within_what_the_decoder_sees():
     # A memory of a group of 2 or 1 tokens: whole chunks count, whatever their groups.
     uneven = config(memory_positions="source", memories_per_chunk=3)
     assert [uneven.positions_of(number) for number in (0, 1, 3, 4)] == [0, 4, 4, 8]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import VOCAB_SIZE
-from tests.memory_models import CHUNK, WINDOW, build_model
+from tests.memory_models import CHUNK, WINDOW, assert_same_gradients, build_model, gradients_of
 from tests.test_launch import ALL, SPECIAL
 from tests.test_run import recipe, short_recipe  # noqa: F401  (fixtures)
 from tests.test_trainer import trainer
@@ -93,32 +93,24 @@ def test_padding_has_no_effect_on_losses_and_gradients(layout: str):
     )
     rows = rows_of(documents(60))
     items = [rows[i] for i in range(6)]
-    assert len({len(item[1]) for item in items}) > 3
-
-    def total(batches: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-        model.zero_grad()
-        losses = {}
-        for name in ALL:
-            loss = sum(run_objective(model, batch[name])[0] for batch in batches)
-            loss.backward()
-            losses[name] = loss.item()
-        return losses, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     joined = collate(items)
     alone = [collate([item]) for item in items]
-    assert int(joined["num_tokens"]) == sum(len(item[1]) for item in items)
+    lengths = [len(item[1]) for item in items]
+    # Of a copy the whole windows of each row, at most 16 tokens.
+    asked = dict.fromkeys(ALL, sum(min(length // WINDOW * WINDOW, 16) for length in lengths))
+    if layout == "self":
+        asked["causal"] = sum(length - 1 for length in lengths)
+    else:
+        del asked["causal"]
+    assert len(set(lengths)) > 3 and int(joined["num_tokens"]) == sum(lengths)
     for name in ALL:
         counts = [int((targets_of(batch[name]) != IGNORED).sum()) for batch in (joined, *alone)]
-        assert counts[0] == sum(counts[1:])
-        if name != "causal":  # the whole windows of each row, at most 16 tokens
-            assert counts[0] == sum(min(len(item[1]) // WINDOW * WINDOW, 16) for item in items)
-        elif layout == "self":
-            assert counts[0] == sum(len(item[1]) - 1 for item in items)
-    (losses, gradients), (expected, expected_gradients) = total([joined]), total(alone)
-    for name in ALL:
-        assert losses[name] == pytest.approx(expected[name], rel=1e-5)
-    for name, gradient in expected_gradients.items():
-        assert (gradients[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max().clamp(min=1e-3), name
+        assert counts[0] == sum(counts[1:]) == asked.get(name, counts[0])
+        loss = run_objective(model, joined[name])[0]
+        expected = sum(run_objective(model, batch[name])[0] for batch in alone)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert_same_gradients(gradients_of(model, loss), gradients_of(model, expected), least=1e-3)
 
 
 def test_tokens_per_second_count_no_padding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

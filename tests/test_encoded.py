@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.memory_models import CHUNK, WINDOW, build_model
+from tests.memory_models import CHUNK, WINDOW, assert_same_gradients, build_model, gradients_of
 from tests.test_launch import ALL, ROW, ROWS, SOURCE, SPECIAL, stream
 from training.data import encoded as encoded_module
 from training.data.encoded import encode_once
@@ -38,20 +38,13 @@ def test_losses_and_gradients_equal_those_of_live_memories(tmp_path: Path, field
     ready, live = collator(items), collator([item[:2] for item in items])
     for name in ALL:
         assert "memory_states" in ready[name] and "context_input_ids" not in ready[name]
-        results = []
-        for batch in (live[name], ready[name]):
-            model.zero_grad()
-            loss, _, _ = run_objective(model, batch)
-            loss.backward()
-            results.append(
-                (loss.item(), {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None})
-            )
-        assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
-        assert results[0][1].keys() == results[1][1].keys() and any("projector" in key for key in results[0][1])
-        for key, gradient in results[0][1].items():
-            assert (gradient - results[1][1][key]).abs().max() <= 1e-4 * gradient.abs().max().clamp(min=1e-4), key
+        loss, expected = (run_objective(model, batch[name])[0] for batch in (ready, live))
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+        found = gradients_of(model, loss)
+        assert any("projector" in key for key in found)
+        assert_same_gradients(found, gradients_of(model, expected))
         chunked, _, _ = run_objective_chunked(model, ready[name], 8)
-        assert chunked.item() == pytest.approx(results[0][0], rel=1e-5)
+        assert chunked.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_second_stage_finds_the_states_and_another_encoder_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

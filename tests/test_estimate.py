@@ -57,6 +57,15 @@ def tiny_pair(recipe: dict[str, Any], folder: Path) -> None:
             recipe["tokenizer"]["path"] = str(folder / name)
 
 
+def test_a_base_that_is_encoder_and_decoder_is_built_for_both():
+    models = build_on_meta(load_recipe("smollm2"))
+    assert list(models) == ["near", "four", "sixteen", "questions"]
+    for model in models.values():
+        assert sum(p.numel() for n, p in model.decoder.named_parameters() if ".lora_" not in n) == PUBLISHED["smollm2"]
+        assert sum(p.numel() for p in model.encoder.parameters()) == 49152 * 576, "the token table, a copy of its own"
+        assert model.projector.out.weight.shape == (576, 16 * 576)
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_tiny_models_of_the_same_classes_take_a_step(name: str, tmp_path: Path):
     recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
@@ -80,14 +89,16 @@ def test_tiny_models_of_the_same_classes_take_a_step(name: str, tmp_path: Path):
 def test_counts_by_hand(tmp_path: Path):
     """A decoder without memories: what two layers of it cost, written down."""
     path = tmp_path / "recipe.yaml"
-    raw = yaml.safe_load((RECIPES / "decoder_sizes.yaml").read_text())
-    decoder = raw["stages"][0]
+    raw = yaml.safe_load((RECIPES / "quickstart.yaml").read_text())
+    raw["stages"], raw["publish"] = raw["stages"][:2], {"stage": "autoencoder"}
+    decoder = raw["stages"][1]
+    del decoder["warm_start"], raw["evaluation"]
     decoder["model"] |= {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
                          "num_key_value_heads": 2, "vocab_size": 50}  # fmt: skip
     decoder["training"] |= {"optimizer": "adamw", "batch_size": 3, "bf16": False}
     path.write_text(yaml.safe_dump(raw), "utf-8")
     recipe = load_recipe(path)
-    found = estimate_stage(recipe.stages[0], build_on_meta(recipe)["decoder"])
+    found = estimate_stage(recipe.stages[1], build_on_meta(recipe)["decoder"])
     layer = 4 * 8 * 8 + 3 * 8 * 16 + 2 * 8
     weights = 2 * layer + 8 + 50 * 8  # two layers, the last norm, the head; the token table costs no operations
     tokens = 3 * 128

@@ -115,7 +115,20 @@ def check_pair(model: MemoryEncoderDecoderForCausalLM, tmp_path) -> None:
     tokens = model.get_input_embeddings()(torch.arange(5, VOCAB_SIZE))
     assert 0.2 < memories.float().std() / tokens.float().std() < 5
 
-    # Free writing equals one uncached forward a token.
+    check_writing(model, inputs)
+    check_backward(model, inputs)
+    model.save_pretrained(tmp_path)
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    buffers = dict(loaded.named_buffers())
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffers[name], buffer), name
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, logits)
+
+
+def check_writing(model: MemoryEncoderDecoderForCausalLM, inputs: dict[str, torch.Tensor]) -> None:
+    """Free writing equals one uncached forward a token."""
     written = model.generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     with torch.no_grad():
@@ -125,7 +138,9 @@ def check_pair(model: MemoryEncoderDecoderForCausalLM, tmp_path) -> None:
             ids, mask = torch.cat([ids, scores.argmax(-1, keepdim=True)], 1), torch.cat([mask, mask[:, :1] | 1], 1)
     assert torch.equal(written, ids)
 
-    # Backward reaches projector and decoder, never the frozen encoder.
+
+def check_backward(model: MemoryEncoderDecoderForCausalLM, inputs: dict[str, torch.Tensor]) -> None:
+    """Backward reaches projector and decoder, never the frozen encoder."""
     model.train()
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == SLOT, -100)
     model(**inputs, labels=labels).loss.backward()
@@ -134,15 +149,6 @@ def check_pair(model: MemoryEncoderDecoderForCausalLM, tmp_path) -> None:
     assert all(p.grad is None for p in model.encoder.parameters())
     model.zero_grad()
     model.eval()
-
-    model.save_pretrained(tmp_path)
-    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
-    buffers = dict(loaded.named_buffers())
-    for name, buffer in model.named_buffers():
-        assert torch.equal(buffers[name], buffer), name
-    with torch.no_grad():
-        assert torch.equal(loaded(**inputs).logits, logits)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -350,8 +356,12 @@ def test_exact_budgets(pooling, tmp_path):
             model.encode_memories(context, num_memories=budget)
     with pytest.raises(ValueError, match="is 5 for chunk 1 of row 0; expected 1 to 4"):
         model.encode_memories(context, num_memories=torch.tensor([[1, 5, 1], [1, 1, 1]]))
-    # The text reads as many as it has slots, and training reaches what the pooling learns.
-    model.train()
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "first", "queries", "pooled_queries"])
+def test_a_text_reads_as_many_memories_as_it_has_slots_and_training_reaches_the_pooling(pooling, tmp_path):
+    model = join("bert", "llama", pooling=pooling, memories_per_chunk=4).train()
+    context = random_ids(2, 3, 4, seed=3)
     counts = torch.tensor([[1, 2, 2], [3, 1, 1]])
     input_ids = torch.cat([torch.full((2, 5), SLOT), random_ids(2, 4)], 1)
     labels = input_ids.masked_fill(input_ids == SLOT, -100)

@@ -18,7 +18,6 @@ from training.fidelity import (
     accuracy_by_part,
     details_of,
     evaluate_fidelity,
-    main,
     matching_characters,
     random_rows,
     text_fidelity,
@@ -42,6 +41,8 @@ def test_a_perfect_copy_is_perfect_and_a_wrong_one_loses_what_it_lost():
     assert wrong["bleu"] < 100 > wrong["character_precision"] * 100
     assert text_fidelity(["abc"], [""])["character_precision"] == 0.0
     assert text_fidelity(["no details here"], ["x"])["digits_kept"] is None
+    with pytest.raises(ValueError, match="reference 0 is empty"):
+        text_fidelity([""], ["a"])
 
 
 @pytest.mark.parametrize(
@@ -118,14 +119,3 @@ def test_evaluate_command_with_another_domain(tmp_path: Path, capsys: Any):
     assert set(json.loads(record.read_text())["metrics"]) == {"fidelity", "fidelity, sea"}
     assert evaluate_main([*given_words, "--suite", "copy", "--domain", f"sea={other}"]) == 2
     assert "--domain is for" in capsys.readouterr().err
-
-
-def test_pairs_from_elsewhere(tmp_path: Path, capsys: Any):
-    file = tmp_path / "pairs.jsonl"
-    file.write_text(json.dumps({"reference": "in 1765", "written": "in 1765"}) + "\n", encoding="utf-8")
-    assert main([str(file), "--record", str(tmp_path / "record.json")]) == 0
-    assert "exact 100.0% of 1" in capsys.readouterr().out and (tmp_path / "record.json").is_file()
-    for content, message in (("{}", "expected an object"), ('{"reference": "", "written": "a"}', "is empty")):
-        file.write_text(content, encoding="utf-8")
-        assert main([str(file)]) == 2
-        assert message in capsys.readouterr().err

@@ -20,7 +20,7 @@ from modeling_memory import (
     MemoryStore,
 )
 from tests.conftest import VOCAB_SIZE, build_tiny_tokenizer, tiny_encoder_config
-from tests.fuzzing import Area, Arguments, Change, one_cell, to
+from tests.fuzzing import Area, Arguments, Change, changes, one_cell, to
 from tests.memory_models import CHUNK, SLOT, WINDOW, build_model
 from training import ask, evaluate, probe, publish, remember, run
 
@@ -282,20 +282,20 @@ def processor_area(tmp_path: Path) -> Area:
             "batch_decode": lambda chance: (processor().batch_decode, {"sequences": ids(chance, 2, 5)}),
         },
         [
-            *(Change("text", to(value)) for value in (3, 2.5, b"text", [], [3], [None], [b"a", b"b"], {"a": "b"})),
+            *changes("text", 3, 2.5, b"text", [], [3], [None], [b"a", b"b"], {"a": "b"}),
             Change("text", to("a <eos> b"), is_senseless=False),
             Change("text", to("\ud800 lone"), is_senseless=False),
-            *(Change("context", to(value)) for value in (3, b"text", "", [], [3], [""], {"a": "b"})),
+            *changes("context", 3, b"text", "", [], [3], [""], {"a": "b"}),
             Change("context", to(["a"] * 9), is_senseless=False),
             Change("context", to("a <memory> b"), is_senseless=False),
-            *(Change("num_memories", to(value)) for value in (-1, 1.5, "2", [1, -1], [1], [1, 1.5], [1, 2, 3])),
-            *(Change("padding", to(value), adds=False) for value in ("longestt", 7, 2.5)),
-            *(Change("max_length", to(value)) for value in (-5, 0, 1, "8", 2.5)),
-            *(Change("return_tensors", to(value)) for value in ("pts", 7)),
-            *(Change("token_ids", to(value)) for value in ("a", None, 2.5, ["a"], [5, 2.5], {"a": 1})),
+            *changes("num_memories", -1, 1.5, "2", [1, -1], [1], [1, 1.5], [1, 2, 3]),
+            *changes("padding", "longestt", 7, 2.5, adds=False),
+            *changes("max_length", -5, 0, 1, "8", 2.5),
+            *changes("return_tensors", "pts", 7),
+            *changes("token_ids", "a", None, 2.5, ["a"], [5, 2.5], {"a": 1}),
             Change("token_ids", to([-1]), is_senseless=False),  # as labels have it where nothing is to be learnt
             Change("token_ids", to([SLOT, SLOT]), is_senseless=False),
-            *(Change("sequences", to(value)) for value in ("a", None, 2.5, [["a"]])),
+            *changes("sequences", "a", None, 2.5, [["a"]]),
             Change("sequences", lambda was, chance: was.float()),
         ],
     )
@@ -320,14 +320,12 @@ def store_area(tmp_path: Path) -> Area:
     def batches(**arguments: Any) -> list:
         return [memories for _, memories in store.iterate(**arguments)]
 
-    wrong_ids = ("nope", 3, 2.5, None, ["a", 3], [None])
-    positive = (0, -1, 1.5, "2", None)
     return Area(
         {
             "append": with_a("append", texts=lambda: {"c": TEXT}, batch_size=4, on_duplicate="replace"),
             "delete": with_a("delete", text_ids="a"),
             "merge": with_a("merge", other=other, on_duplicate="skip"),
-            "nearest": with_a("nearest", queries=lambda: torch.randn(1, WIDTH), k=2, block_size=8, backend="torch"),
+            "nearest": with_a("nearest", queries=lambda: torch.randn(1, WIDTH), k=2, block_size=8),
             "memories": with_a("memories", chunks=lambda: store.chunks("a")),
             "expand": with_a("expand", chunks=lambda: store.chunks("a")),
             "text": with_a("text", text_id="a"),
@@ -348,38 +346,50 @@ def store_area(tmp_path: Path) -> Area:
                 },
             ),
         },
-        [
-            *(Change("texts", to(one)) for one in ([], "text", None, 3, {"d": ""}, {"d": 3}, {3: "d"}, {"d": None})),
-            Change("texts", to({}), is_senseless=False),
-            Change("texts", to({"d": "a <memory> b"}), is_senseless=False),
-            Change("texts", to({"": "no name"}), is_senseless=False),
-            *(Change("on_duplicate", to(value)) for value in ("keep", 3, None)),
-            *(Change("batch_size", to(value)) for value in positive),
-            *(Change("block_size", to(value)) for value in positive),
-            *(Change("k", to(value)) for value in positive),
-            Change("k", to(10_000), is_senseless=False),
-            *(Change("backend", to(value)) for value in ("numpy", 3)),
-            Change("queries", one_cell(NAN)),
-            Change("queries", one_cell(INF)),
-            Change("queries", lambda was, chance: was[:, :-1]),
-            Change("queries", lambda was, chance: was[None]),
-            Change("queries", to("the cat")),
-            Change("queries", to(None)),
-            Change("queries", lambda was, chance: was.long(), is_senseless=False),
-            Change("queries", lambda was, chance: torch.zeros_like(was), is_senseless=False),
-            *(Change("text_ids", to(value)) for value in wrong_ids if value is not None),
-            *(Change("text_id", to(value)) for value in wrong_ids),
-            *(Change("wanted", to(value)) for value in wrong_ids if value is not None),
-            *(Change("chunks", to(value)) for value in (3, [3], [None])),
-            *(Change("chunks", to(value), is_senseless=False) for value in ("a", ["a"], None)),
-            Change("chunks", to([]), is_senseless=False),
-            *(Change("other", to(value)) for value in ("path", None, 3, [])),
-            *(Change("folder", to(value)) for value in (3, None, "")),
-            *(Change("dtype", to(value)) for value in ("float12", 3, None)),
-            *(Change("lock_seconds", to(value)) for value in (-1, NAN, "1", None)),
-            *(Change("text", to(value)) for value in (3, None, ["a"])),
-        ],
+        [*changes_of_writing(), *changes_of_reading()],
     )
+
+
+def changes_of_writing() -> list[Change]:
+    """What may be wrong in texts and queries, and in how they are read."""
+    positive = (0, -1, 1.5, "2", None)
+    return [
+        *changes("texts", [], "text", None, 3, {"d": ""}, {"d": 3}, {3: "d"}, {"d": None}),
+        Change("texts", to({}), is_senseless=False),
+        Change("texts", to({"d": "a <memory> b"}), is_senseless=False),
+        Change("texts", to({"": "no name"}), is_senseless=False),
+        *changes("on_duplicate", "keep", 3, None),
+        *changes("batch_size", *positive),
+        *changes("block_size", *positive),
+        *changes("k", *positive),
+        Change("k", to(10_000), is_senseless=False),
+        Change("queries", one_cell(NAN)),
+        Change("queries", one_cell(INF)),
+        Change("queries", lambda was, chance: was[:, :-1]),
+        Change("queries", lambda was, chance: was[None]),
+        Change("queries", to("the cat")),
+        Change("queries", to(None)),
+        Change("queries", lambda was, chance: was.long(), is_senseless=False),
+        Change("queries", lambda was, chance: torch.zeros_like(was), is_senseless=False),
+    ]
+
+
+def changes_of_reading() -> list[Change]:
+    """What may be wrong in what names texts and chunks, and in how a store is opened."""
+    wrong_ids = ("nope", 3, 2.5, None, ["a", 3], [None])
+    return [
+        *(Change("text_ids", to(value)) for value in wrong_ids if value is not None),
+        *changes("text_id", *wrong_ids),
+        *(Change("wanted", to(value)) for value in wrong_ids if value is not None),
+        *changes("chunks", 3, [3], [None]),
+        *changes("chunks", "a", ["a"], None, is_senseless=False),
+        Change("chunks", to([]), is_senseless=False),
+        *changes("other", "path", None, 3, []),
+        *changes("folder", 3, None, ""),
+        *changes("dtype", "float12", 3, None),
+        *changes("lock_seconds", -1, NAN, "1", None),
+        *changes("text", 3, None, ["a"]),
+    ]
 
 
 class CommandError(Exception):
@@ -429,7 +439,6 @@ def commands_area(folder: Path) -> Area:
     def fixed(main: Callable, words: list[str], **options: str) -> Callable:
         return lambda chance: (_command(main, words), dict(options))
 
-    counts = ("0", "-1", "x", "1.5", "nan")
     asked = {"nearest": "2", "max_new_tokens": "2", "temperature": "0.5", "top_p": "0.9", "device": "cpu"}
     return Area(
         {
@@ -450,25 +459,35 @@ def commands_area(folder: Path) -> Area:
             "publish": fixed(publish.main, ["$checkpoint", "--to", "$to"], checkpoint=nowhere, to=nowhere),
             "run": fixed(run.main, ["$recipe"], recipe=str(folder / "nan.yaml")),
         },
-        [
-            *(Change("model", to(value)) for value in (nowhere, "", text)),
-            *(Change("store", to(value)) for value in (nowhere, "", text)),
-            *(Change("text", to(str(folder / name))) for name in ("bytes.txt", "empty", "nowhere.txt")),
-            *(Change("text", to(str(folder / name)), is_senseless=False) for name in ("rows.jsonl", "broken.jsonl")),
-            Change("to", to(text)),
-            *(Change(name, to(value)) for name in ("nearest", "max_new_tokens", "limit") for value in counts),
-            *(Change(name, to(value)) for name in ("threads", "batch_size") for value in counts),
-            *(Change("temperature", to(value)) for value in ("-1", "nan", "x", "0")),
-            *(Change("top_p", to(value)) for value in ("-1", "nan", "x", "7")),
-            *(Change("device", to(value)) for value in ("nope", "", "cuda:99")),
-            *(Change("suite", to(value)) for value in ("nope", "")),
-            *(Change("lengths", to(value)) for value in ("0", "x", "-4", "")),
-            *(Change("checkpoint", to(value)) for value in ("", text)),
-            *(Change("recipe", to(str(folder / name))) for name in ("brackets.yaml", "nowhere.yaml", "text.txt")),
-        ],
+        changes_of_options(folder),
         senseless_calls=frozenset({"evaluate", "probe", "publish", "run"}),
         refused_with=(CommandError,),
     )
+
+
+def changes_of_options(folder: Path) -> list[Change]:
+    """What may be wrong in the options of a command."""
+    text, nowhere = str(folder / "text.txt"), str(folder / "nowhere")
+    counts = ("0", "-1", "x", "1.5", "nan")
+    return [
+        *changes("model", nowhere, "", text),
+        *changes("store", nowhere, "", text),
+        *(Change("text", to(str(folder / name))) for name in ("bytes.txt", "empty", "nowhere.txt")),
+        *(Change("text", to(str(folder / name)), is_senseless=False) for name in ("rows.jsonl", "broken.jsonl")),
+        Change("to", to(text)),
+        *changes("nearest", *counts),
+        *changes("max_new_tokens", *counts),
+        *changes("limit", *counts),
+        *changes("threads", *counts),
+        *changes("batch_size", *counts),
+        *changes("temperature", "-1", "nan", "x", "0"),
+        *changes("top_p", "-1", "nan", "x", "7"),
+        *changes("device", "nope", "", "cuda:99"),
+        *changes("suite", "nope", ""),
+        *changes("lengths", "0", "x", "-4", ""),
+        *changes("checkpoint", "", text),
+        *(Change("recipe", to(str(folder / name))) for name in ("brackets.yaml", "nowhere.yaml", "text.txt")),
+    ]
 
 
 AREAS = {

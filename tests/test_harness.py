@@ -364,17 +364,22 @@ def test_the_suite_measures_all_modes_on_the_same_rows(model, data, tmp_path, ca
     check_record(record)
     assert record["run"]["status"] == "success" and record["recipe"]["tasks"] == ["boolq", "wikitext"]
     for task, metric in (("boolq", "acc"), ("wikitext", "word_perplexity")):
-        found = record["metrics"][task]
-        assert found["headline"] == metric and list(found["modes"]) == list(MODES)
-        assert all(values["scores"][metric]["num_items"] == 2 for values in found["modes"].values())
-        low, high = found["modes"]["memory"]["minus_full"][metric]["interval"]
-        assert low <= found["modes"]["memory"]["minus_full"][metric]["value"] <= high
-        assert found["modes"]["memory"]["counts"]["memory_requests"] >= 2
-        assert found["modes"]["none"]["counts"]["memory_requests"] == 0
+        check_modes(record["metrics"][task], metric)
         assert f"{task:20} {metric:18} memory" in printed
     table = scores(record)
     assert table.cell("boolq", "memory").endswith("%") or "(" in table.cell("boolq", "memory")
     assert table.cell("boolq", "through memories") == "100%"
+
+
+def check_modes(found, metric):
+    """Two items in every mode, a difference within its interval, and memories where there should be some."""
+    modes = found["modes"]
+    assert found["headline"] == metric and list(modes) == list(MODES)
+    assert {values["scores"][metric]["num_items"] for values in modes.values()} == {2}
+    gap = modes["memory"]["minus_full"][metric]
+    assert gap["interval"][0] <= gap["value"] <= gap["interval"][1]
+    assert modes["memory"]["counts"]["memory_requests"] >= 2
+    assert modes["none"]["counts"]["memory_requests"] == 0
 
 
 def test_the_suite_names_a_refusal():

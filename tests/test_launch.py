@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from modeling_memory import MemoryAutoencoder, MemoryAutoencoderConfig
 from tests.conftest import VOCAB_SIZE, tiny_decoder_config, tiny_encoder_config
 from tests.memory_models import BLANK, CHUNK, COPY, SLOT, WINDOW, build_model
+from tests.processes import be_one_of_two
 from training.data.documents import DocumentRows
 from training.data.objectives import IGNORED, BatchSpec, SpecialTokens
 from training.data.rows import ObjectiveCollator, TokenRows
@@ -191,10 +192,7 @@ def main(folder: Path) -> None:
     if torch.distributed.get_rank() == 0:
         results["world_size"] = torch.distributed.get_world_size()
         torch.save(results, folder / "two.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    be_one_of_two(main)

@@ -250,6 +250,7 @@ def test_a_frozen_encoder_stays_frozen_and_in_evaluation(tmp_path):
     model.save_pretrained(tmp_path)
     for probe in (model, MemoryAutoencoder.from_pretrained(tmp_path)):
         probe.train()
+        trains = {name for name, _ in probe.named_parameters() if not name.startswith("encoder.")}
         assert probe.training and probe.decoder.training
         assert not any(module.training for module in probe.encoder.modules())
         assert not any(parameter.requires_grad for parameter in probe.encoder.parameters())
@@ -259,10 +260,8 @@ def test_a_frozen_encoder_stays_frozen_and_in_evaluation(tmp_path):
         probe(input_ids, labels=input_ids).loss.backward()
         optimizer.step()
         changed = {name for name, value in probe.state_dict().items() if not torch.equal(value, before[name])}
-        assert changed and not any(name.startswith("encoder.") for name in changed)
-        assert {name for name, p in probe.named_parameters() if p.grad is not None} == {
-            name for name, p in probe.named_parameters() if not name.startswith("encoder.")
-        }
+        assert changed and changed <= trains
+        assert {name for name, p in probe.named_parameters() if p.grad is not None} == trains
 
 
 def test_freezing_survives_activation_checkpointing():

@@ -293,23 +293,23 @@ def test_every_projector_reads_all_states_of_a_group(projector_type):
     assert (reached[0, 0] > 0).all() and (reached[0, 1] == 0).all()
 
 
+@torch.no_grad()
+def check_states(cut, body, ids, norm):
+    """The states are those of the body at that depth; after a layer, and not before the first, with its last norm."""
+    found = cut(ids).last_hidden_state
+    expected = body(ids, output_hidden_states=True).hidden_states[cut.config.num_hidden_layers]
+    torch.testing.assert_close(found, expected if norm is None else body.get_submodule(norm)(expected))
+
+
 @pytest.mark.parametrize("kind", ["llama", "bert", "gpt2", "masked_mixer"])
 @pytest.mark.parametrize("layers", [0, 1, 2])
 def test_the_first_layers_of_a_body(kind, layers):
     body, ids = encoder(kind), torch.tensor([TEXTS[0]])
     before = {name: value.clone() for name, value in body.state_dict().items()}
     cut = first_layers(body, layers)
-    with torch.no_grad():
-        found = cut(ids).last_hidden_state
-        states = body(ids, output_hidden_states=True).hidden_states if kind != "masked_mixer" else None
-        if layers == 2:
-            assert cut is body
-        elif states is not None and layers == 0:
-            assert torch.equal(found, states[0]), "what the first layer reads, without the last norm"
-        elif states is not None:
-            norm = {"llama": "norm", "gpt2": "ln_f"}.get(kind)
-            expected = states[1] if norm is None else body.get_submodule(norm)(states[1])
-            torch.testing.assert_close(found, expected)
+    assert (cut is body) == (layers == 2)
+    if kind != "masked_mixer" and layers < 2:
+        check_states(cut, body, ids, {"llama": "norm", "gpt2": "ln_f"}.get(kind) if layers else None)
     assert cut.config.num_hidden_layers == layers and body.config.num_hidden_layers == 2
     assert cut.get_input_embeddings().weight is body.get_input_embeddings().weight
     for name, value in body.state_dict().items():

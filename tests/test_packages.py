@@ -12,6 +12,7 @@ from transformers.utils import quantization_config
 from modeling_memory import MemoryEncoderDecoderForCausalLM as Model
 from modeling_memory.memory_parts import locate
 from tests.memory_models import random_ids
+from tests.processes import write_metadata
 
 FILE = "tiny-1.0.Q8_0.gguf"
 SIZES = {
@@ -69,11 +70,7 @@ def site(tmp_path_factory):
     (place / "tiny_weights").mkdir()
     (place / "tiny_weights" / "__init__.py").write_text("raise RuntimeError('finding weights must run no code')")
     write_gguf(place / "tiny_weights" / FILE)
-    info = place / "tiny_weights-1.2.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.2\n")
-    (info / "top_level.txt").write_text("tiny_weights\n")
-    (info / "RECORD").write_text("tiny_weights/__init__.py,,\n")
+    write_metadata(place, "tiny_weights", "1.2")
     return place
 
 

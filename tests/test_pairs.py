@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM, MemoryProcessor
+from tests.memory_models import assert_same_gradients, gradients_of
 from training.data.objectives import IGNORED, BatchSpec, SpecialTokens
 from training.data.pairs import PairCollator, PairedRows, encode_pairs, evaluate_pairs, pair_texts
 from training.data.tokenizer import complete_tokenizer, train_tokenizer
@@ -93,16 +94,18 @@ def test_no_character_is_lost_and_none_is_counted_twice(text: str, chunk_length:
     assert len(spans) == len(chunks)
     assert "".join(text[start:end] for start, end in spans) == text
     paired = pair_texts(both, [text, text])
-    alone = decoder()(text, add_special_tokens=False).input_ids
-    assert paired.tokens.tolist() == [*alone, decoder().eos_token_id] * 2
-    assert paired.bounds[0] == 0 and paired.bounds[-1] == len(paired.tokens) and (paired.bounds.diff() >= 0).all()
+    alone = decoder()(text, add_special_tokens=False, return_offsets_mapping=True)
+    assert paired.tokens.tolist() == [*alone["input_ids"], decoder().eos_token_id] * 2
+    assert paired.bounds[[0, -1]].tolist() == [0, len(paired.tokens)] and (paired.bounds.diff() >= 0).all()
     ids, mask = paired.encoder_side(torch.arange(paired.num_chunks))
     assert [row[seen.bool()].tolist() for row, seen in zip(ids, mask, strict=True)] == chunks * 2
-    # A chunk's tokens begin within its characters.
-    offsets = decoder()(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    check_beginnings(text, spans, paired.bounds.tolist(), alone["offset_mapping"])
+
+
+def check_beginnings(text: str, spans: list, bounds: list[int], offsets: list) -> None:
+    """A chunk's tokens begin within its characters."""
     for chunk, (start, end) in enumerate(spans):
-        first, last = paired.bounds[chunk], paired.bounds[chunk + 1]
-        own = offsets[first : min(int(last), len(offsets))]
+        own = offsets[bounds[chunk] : min(bounds[chunk + 1], len(offsets))]
         assert all(start <= begin < max(end, start + 1) or end == len(text) for begin, _ in own)
 
 
@@ -164,20 +167,18 @@ def test_states_that_were_encoded_once_train_like_live_ones(tmp_path: Path, pool
     sizes = set()
     for first in range(0, 40, 5):
         items = [rows[i] for i in range(first, first + 3)]
+        batches = live(items), ready(items)
         for name in names:
-            results = []
-            for batch in (live(items)[name], ready(items)[name]):
-                model.zero_grad()
-                loss, _, _ = run_objective(model, batch)
-                loss.backward()
-                gradients = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
-                results.append((loss.item(), gradients))
-                sizes.add(int((batch["input_ids"] == 300).sum(1)[0]) // 2)
-            assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
-            assert results[0][1].keys() == results[1][1].keys()
-            for key, gradient in results[0][1].items():
-                assert (gradient - results[1][1][key]).abs().max() <= 1e-4 * gradient.abs().max().clamp(min=1e-3), key
+            sizes |= {int((batch[name]["input_ids"] == 300).sum(1)[0]) // 2 for batch in batches}
+            expected, loss = (run_objective(model, batch[name])[0] for batch in batches)
+            assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+            assert_same_gradients(gradients_of(model, loss), gradients_of(model, expected), least=1e-3)
     assert sizes == set(budget or (3,)), "every budget is drawn"
+
+
+def test_a_text_is_encoded_once_and_by_a_frozen_encoder_only(tmp_path: Path):
+    model, paired = tiny_pair(), pair_texts(processor(), [TEXT * 4])
+    states = encode_pairs(model, paired, tmp_path, bf16=False, device=CPU)
     again = encode_pairs(model, paired, tmp_path, bf16=False, device=CPU)
     assert (again == states).all() and len(list(tmp_path.iterdir())) == 1
     model.add_adapters(parts=["encoder"], r=2)
@@ -185,33 +186,41 @@ def test_states_that_were_encoded_once_train_like_live_ones(tmp_path: Path, pool
         encode_pairs(model, paired, tmp_path, bf16=False, device=CPU)
 
 
-def test_evaluation_equals_one_row_at_a_time_without_padding():
+FIVE_ROWS = {"chunks_per_row": 3, "num_rows": 5}
+
+
+def adapted_pair() -> Any:
+    """A pair whose adapters do something."""
     model = tiny_pair()
     model.add_adapters(r=2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
-    paired = pair_texts(processor(), [TEXT * 4])
-    given = {"chunks_per_row": 3, "num_rows": 5}
-    for objective in ("causal", "copy"):
-        found = evaluate_pairs(model, collator("causal", "copy"), paired, objective=objective, budgets=(3, 1), **given)
-        fewer = found.pop()
-        (found,) = found
-        assert fewer["no_memory"]["loss"] == found["no_memory"]["loss"] and fewer["memory"] != found["memory"]
-        assert set(found) == {"memory", "wrong_memory", "no_memory", "plain_no_memory", "plain_full_context"}
-        (single,) = evaluate_pairs(
-            model, collator("causal", "copy"), paired, objective=objective, batch_size=1, **given
-        )
-        for name, metrics in found.items():
-            assert metrics["loss"] == pytest.approx(single[name]["loss"], rel=1e-4), name
-            assert metrics["num_tokens"] == found["memory"]["num_tokens"]
-            low, high = metrics["loss_interval"]
-            assert low <= metrics["loss"] <= high
-            gain = metrics["loss"] - found["memory"]["loss"]
-            assert name == "memory" or metrics["gain_of_memory"] == pytest.approx(gain, abs=1e-9)
-        assert found["plain_no_memory"]["loss"] != found["no_memory"]["loss"], "plain means without adapters"
-    # Full context, written down: source and text, token by token, the decoder as it was.
+    return model
+
+
+@pytest.mark.parametrize("objective", ["causal", "copy"])
+def test_evaluation_equals_one_row_at_a_time_without_padding(objective: str):
+    model, paired = adapted_pair(), pair_texts(processor(), [TEXT * 4])
+    given = {"objective": objective, **FIVE_ROWS}
+    found, fewer = evaluate_pairs(model, collator("causal", "copy"), paired, budgets=(3, 1), **given)
+    assert fewer["no_memory"]["loss"] == found["no_memory"]["loss"] and fewer["memory"] != found["memory"]
+    assert set(found) == {"memory", "wrong_memory", "no_memory", "plain_no_memory", "plain_full_context"}
+    (single,) = evaluate_pairs(model, collator("causal", "copy"), paired, batch_size=1, **given)
+    for name, metrics in found.items():
+        assert metrics["loss"] == pytest.approx(single[name]["loss"], rel=1e-4), name
+        assert metrics["num_tokens"] == found["memory"]["num_tokens"]
+        low, high = metrics["loss_interval"]
+        assert low <= metrics["loss"] <= high
+        gain = metrics["loss"] - found["memory"]["loss"]
+        assert name == "memory" or metrics["gain_of_memory"] == pytest.approx(gain, abs=1e-9)
+    assert found["plain_no_memory"]["loss"] != found["no_memory"]["loss"], "plain means without adapters"
+
+
+def test_the_full_context_is_source_and_text_read_by_the_decoder_as_it_was():
+    """Written down, token by token."""
+    model, paired = adapted_pair(), pair_texts(processor(), [TEXT * 4])
     rows = torch.linspace(0, paired.num_chunks // 3 - 1, 5).round().long()
     total = count = 0.0
     with torch.no_grad(), model.adapters_off():
@@ -221,7 +230,7 @@ def test_evaluation_equals_one_row_at_a_time_without_padding():
             for place in range(middle, end - 1):
                 total -= logits[place - first, paired.tokens[place + 1]].item()
                 count += 1
-    (found,) = evaluate_pairs(model, collator("causal", "copy"), paired, objective="causal", **given)
+    (found,) = evaluate_pairs(model, collator("causal", "copy"), paired, objective="causal", **FIVE_ROWS)
     assert found["plain_full_context"]["loss"] == pytest.approx(total / count, rel=1e-4)
 
 
@@ -279,14 +288,17 @@ def test_a_recipe_joins_two_pretrained_models(recipe: Path, tmp_path: Path, caps
     assert len(norms) >= 4 and len(set(norms)) > 1
     thawed = record["stages"]["thaw"]["parameters_by_part"]["encoder"]
     assert 0 < thawed["trainable"] < thawed["total"]
-    # The folder of the stage is a whole model: its own processor makes what it reads.
-    folder = tmp_path / "out" / "hub"
+    assert len(list((tmp_path / "cache").glob("token-states-*"))) == 1
+    check_hub_folder(tmp_path / "out" / "hub")
+
+
+def check_hub_folder(folder: Path) -> None:
+    """The folder of the stage is a whole model: its own processor makes what it reads."""
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     both = MemoryProcessor.from_pretrained(folder)
     assert both.encoder_tokenizer is not None
     inputs = both(text="The", context=TEXT.strip(), return_tensors="pt", padding_side="left")
     assert model.generate(**inputs, max_new_tokens=3, min_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
-    assert len(list((tmp_path / "cache").glob("token-states-*"))) == 1
 
 
 def test_a_stopped_run_of_a_pair_goes_on_to_the_same_weights(recipe: Path, tmp_path: Path, monkeypatch: Any):

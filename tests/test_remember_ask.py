@@ -158,7 +158,7 @@ def test_used_memories_are_shown_with_what_the_model_makes_of_each(saved, filled
 
 def test_regeneration_is_the_blank_copy_of_each_window(filled):
     chunks = filled.chunks(["letters/a.txt", "rows.jsonl#0"])
-    written = ask.regenerate(filled, chunks)
+    written = filled.regenerate(chunks)
     per_window = WINDOW // CHUNK
     expected = []
     for text_id in ("letters/a.txt", "rows.jsonl#0"):

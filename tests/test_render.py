@@ -1,4 +1,4 @@
-"""What README and docs show is what the records say: values of cells, pages, figures, snippets."""
+"""What README and docs show is what the records say: values of cells, pages, figures."""
 
 import copy
 import doctest
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cost_tables, drawings, quality_tables, render, smollm2_tables, snippet, speed, table
+from benchmarks import cost_tables, drawings, quality_tables, render, smollm2_tables, speed, table
 from benchmarks.table import Table
 from training.places import REPOSITORY
 from training.records.record import read_json
@@ -89,7 +89,6 @@ VALUES: list[tuple[str, str, str | int, Callable[[dict[str, Any]], str]]] = [
     ),
     ("quickstart_stages", "**all**", "seconds", lambda r: f"**{sum(r['times'].values()):.0f}**"),
     ("speed", "encode 64 contexts of 8 chunks of 32 tokens", 3, lambda r: f"{_ratio(r, 'encode'):.1f}"),
-    ("fidelity_curve", "64", "tokens right", lambda r: f"{_longest(r)['memory']['token_accuracy']:.2%}"),
     (
         "fidelity",
         "free-running: texts without an error",
@@ -102,23 +101,11 @@ VALUES: list[tuple[str, str, str | int, Callable[[dict[str, Any]], str]]] = [
         "32 tokens",
         lambda r: f"{_model(r, 'MiniLM-L6')['32']['embedding']['token_accuracy']:.1%}",
     ),
-    (
-        "ceiling",
-        "the encoder's, one pass",
-        "loss (nats per token)",
-        lambda r: f"{r['metrics']['against_ceiling']['one_pass']['loss']:.4f}",
-    ),
-    ("capacity", "tokens right", "8", lambda r: f"{r['metrics']['capacity']['by_length']['8']['token_accuracy']:.1%}"),
-    ("rolling_quality", "rolling memory", 1, lambda r: f"{r['metrics']['quality']['losses']['rolling'][0]:.3f}"),
 ]
 
 
 def _ratio(record: dict[str, Any], name: str) -> float:
     return record["metrics"][name]["ratio"]["median"]
-
-
-def _longest(record: dict[str, Any]) -> dict[str, Any]:
-    return max(record["metrics"]["runs"].values(), key=lambda run: run["chunk_length"])["conditions"]
 
 
 def _model(record: dict[str, Any], name: str) -> dict[str, Any]:
@@ -213,14 +200,14 @@ def root(tmp_path: Path) -> Path:
     shutil.copytree(RESULTS, tmp_path / "benchmarks" / "results")
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text(f"# Title\n\n{PAGE}\nThe end.\n")
-    (tmp_path / "docs" / "page.md").write_text("<!-- table:fidelity_curve -->\n<!-- end -->\n")
+    (tmp_path / "docs" / "page.md").write_text("<!-- table:quickstart -->\n<!-- end -->\n")
     return tmp_path
 
 
 @pytest.fixture
 def quick_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw two figures only: the rest is the same."""
-    monkeypatch.setattr(render, "DRAWINGS", {name: render.DRAWINGS[name] for name in ("fidelity_curve", "probe")})
+    monkeypatch.setattr(render, "DRAWINGS", {name: render.DRAWINGS[name] for name in ("quickstart", "probe")})
 
 
 def run(root: Path, *options: str) -> int:
@@ -228,22 +215,25 @@ def run(root: Path, *options: str) -> int:
 
 
 @pytest.mark.usefixtures("quick_figures")
-def test_pages_and_figures_are_made_from_the_records_and_checked(root: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_check_writes_nothing_and_names_what_differs(root: Path, capsys: pytest.CaptureFixture[str]):
     before = (root / "README.md").read_text()
     assert run(root, "--check") == 1
     printed = capsys.readouterr()
-    assert "README.md differs" in printed.out and "docs/figures/fidelity_curve_*.png differs" in printed.out
+    assert "README.md differs" in printed.out and "docs/figures/quickstart_*.png differs" in printed.out
     assert "python -m benchmarks.render" in printed.err
     assert (root / "README.md").read_text() == before and not (root / "docs" / "figures").exists()
 
+
+@pytest.mark.usefixtures("quick_figures")
+def test_pages_and_figures_are_made_from_the_records_once(root: Path, capsys: pytest.CaptureFixture[str]):
     assert run(root) == 0
     assert run(root, "--check") == 0
     readme = (root / "README.md").read_text()
-    assert "old" not in readme.split("\n") and "Before fidelity_curve." in readme and "The end." in readme
-    assert "[Record](benchmarks/results/fidelity_curve.json):" in readme
-    assert "(../benchmarks/results/fidelity_curve.json)" in (root / "docs" / "page.md").read_text()
+    assert "old" not in readme.split("\n") and "Before quickstart." in readme and "The end." in readme
+    assert "[Record](benchmarks/results/quickstart.json):" in readme
+    assert "(../benchmarks/results/quickstart.json)" in (root / "docs" / "page.md").read_text()
     names = {path.name for path in (root / "docs" / "figures").iterdir()}
-    assert names == {"fidelity_curve_accuracy.png", "probe_accuracy.png"}
+    assert names == {"quickstart_loss.png", "probe_accuracy.png"}
 
     times = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
     capsys.readouterr()
@@ -263,16 +253,16 @@ def test_a_changed_number_record_or_drawing_is_found(
     assert run(root, "--check") == 1
     page.write_text(text)
     assert run(root, "--check") == 0
-    record = load("fidelity_curve")
-    _longest(record)["memory"]["loss"] = 4.5
-    (root / "benchmarks" / "results" / "fidelity_curve.json").write_text(json.dumps(record))
+    record = load("quickstart")
+    record["metrics"]["autoencoder"]["memory"]["token_accuracy"] = 0.5
+    (root / "benchmarks" / "results" / "quickstart.json").write_text(json.dumps(record))
     capsys.readouterr()
     assert run(root, "--check") == 1
     out = capsys.readouterr().out
-    assert "README.md" in out and "docs/page.md" in out and "docs/figures/fidelity_curve_*.png" in out
+    assert "README.md" in out and "docs/page.md" in out and "docs/figures/quickstart_*.png" in out
     assert "probe" not in out
-    gone = root / "docs/figures/fidelity_curve_gone.png"
-    shutil.copy(root / "docs/figures/fidelity_curve_accuracy.png", gone)
+    gone = root / "docs/figures/quickstart_gone.png"
+    shutil.copy(root / "docs/figures/quickstart_loss.png", gone)
     assert run(root) == 0 and run(root, "--check") == 0
     assert not gone.exists(), "no code draws it"
     source = render.inspect.getsource
@@ -281,18 +271,13 @@ def test_a_changed_number_record_or_drawing_is_found(
     monkeypatch.setattr(render.inspect, "getsource", lambda module: source(module) + "\nLINE_WIDTH = 2\n")
     capsys.readouterr()
     assert run(root, "--check") == 1
-    assert "docs/figures/fidelity_curve_*.png" in capsys.readouterr().out
+    assert "docs/figures/quickstart_*.png" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", render.DRAWINGS)
 def test_every_figure_is_drawn_from_its_record(name: str, tmp_path: Path):
     names = drawings.DRAWINGS[name](load(name), tmp_path)
     assert names and all((tmp_path / drawn).stat().st_size > 3000 for drawn in names)
-
-
-def test_a_document_that_ends_early_ends_the_curve():
-    cell = {"losses_by_document": {"a": [[1.0, 4.0], [3.0, None]]}}
-    assert quality_tables.document_losses(cell, "a") == [(2.0, 1.0, 3.0)]
 
 
 @pytest.mark.usefixtures("quick_figures")
@@ -356,41 +341,3 @@ def test_committed_records_are_whole_and_full_sized():
         assert record["run"]["status"] == "success", path.name
         assert record["code"]["commit"] and record["hardware"]["threads"], path.name
         assert not record.get("quick", False), path.name
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# snippets
-
-
-def test_the_readme_shows_what_its_present_snippet_printed():
-    record = read_json(RESULTS / "use.json")
-    code = snippet.find_snippet((REPOSITORY / "README.md").read_text(), "use")
-    compile(code, "README.md", "exec")
-    assert record is None or record["snippet"] == code, "run python -m benchmarks.snippet use"
-
-
-def test_a_snippet_is_run_as_it_stands_and_recorded(tmp_path: Path):
-    page, out = tmp_path / "page.md", tmp_path / "use.json"
-    code = "from pathlib import Path\n\nprint(Path('README.md').exists(), 6 * 7)\n"
-    page.write_text(f"text\n\n<!-- snippet:use -->\n```python\n{code}```\n\nmore\n\n```python\nraise\n```\n")
-    assert snippet.main(["use", "--page", str(page), "--out", str(out)]) == 0
-    record = read_json(out)
-    assert record["snippet"] == code and record["output"] == "True 42\n"
-    assert record["code"]["commit"] and str(tmp_path) not in out.read_text()
-    assert quality_tables.use(record).text == ["True 42"]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("<!-- snippet:other -->\n```python\n1\n```\n", "no python block after <!-- snippet:use -->"),
-        ("<!-- snippet:use -->\n```python\n1 / 0\n```\n", "status 1: ZeroDivisionError: division by zero"),
-    ],
-)
-def test_a_snippet_that_is_missing_or_fails_leaves_no_record(
-    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    (tmp_path / "page.md").write_text(text)
-    assert snippet.main(["use", "--page", str(tmp_path / "page.md"), "--out", str(tmp_path / "use.json")]) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "use.json").exists()

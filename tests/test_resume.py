@@ -124,13 +124,16 @@ def test_sigterm_saves_and_leaves_and_the_same_command_goes_on(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert main([str(short_recipe), f"output_dir={stopped}"]) == 0
     assert_same_weights(whole, stopped, STAGES)
+    check_sessions(folder)
+
+
+def check_sessions(folder: Path) -> None:
+    """A stage's seconds are those of its two sessions, from step 0 to 3 and from 3 to 4."""
     stage = json.loads((folder / "stage.json").read_text())
     first, second = json.loads((folder / "sessions.json").read_text())
     assert (first["from_step"], first["to_step"], second["from_step"], second["to_step"]) == (0, 3, 3, 4)
     assert stage["sessions"] == 2
-    both = (
-        first["seconds"] + second["seconds"]
-    )  # of the stage besides: the writing of its model, on a busy machine seconds
+    both = first["seconds"] + second["seconds"]  # the stage has beside them: the writing of its model
     assert both - 0.01 <= stage["seconds"] < both + 10
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,15 +24,14 @@ from training import run as run_module
 from training.data.objectives import SpecialTokens
 from training.estimate import build_on_meta
 from training.recipes import recipe as recipe_module
-from training.recipes.recipe import REPOSITORY, find_recipe, load_recipe
+from training.recipes.recipe import REPOSITORY, load_recipe
 from training.records.figures import write_figures
 from training.records.record import check_record, write_json, write_record
 from training.run import main
 from training.train.build import build_stage_model, child_config
 from training.train.trainer import MemoryTrainer
 
-# The architecture of `smollm2` is read from an installed package; tests/test_smollm2.py runs the recipe on a tiny one.
-RECIPES = sorted(set((REPOSITORY / "configuration" / "recipes").glob("*.yaml")) - {find_recipe("smollm2")})
+RECIPES = sorted((REPOSITORY / "configuration" / "recipes").glob("*.yaml"))
 SENTENCE = "the old house stood by a river where boats went down to sea and people sang of wind rain snow"
 
 
@@ -87,42 +87,61 @@ def test_run_leaves_record_figures_and_hub_folder_and_a_second_call_says_all_is_
     printed = capsys.readouterr().out
     out = tmp_path / "out"
     record = json.loads((out / "record.json").read_text())
-    check_record(record)
-    assert str(tmp_path) not in (out / "record.json").read_text()
-    assert record["run"]["status"] == "success" and record["run"]["command"].startswith("python -m training.run")
     names = [stage["name"] for stage in yaml.safe_load(recipe.read_text())["stages"]]
+    assert str(tmp_path) not in (out / "record.json").read_text()
     assert list(record["stages"]) == names
-    for stage in record["stages"].values():
-        assert stage["steps"] == 4 and stage["seconds"] > 0 and stage["parameters"]["total"] > 0
-        assert any(key.endswith("_token_accuracy") for log in stage["series"] for key in log)
-        assert any(key.startswith("eval_") for log in stage["series"] for key in log)
-    frozen = record["stages"]["blank_copy"]["parameters"]
-    assert frozen["trainable"] < frozen["total"]
-    # The three models that clm compares have read the same rows of text.
-    compared = [record["stages"][name] for name in ("combined", "no_memory", "full_context")]
-    assert len({stage["targets"]["causal"] for stage in compared}) == 1
+    check_record(record)
+    check_metrics(record)
+    check_figures_and_page(out, (*names, "blank copy loss", record["run"]["command"]))
+    assert re.search("(?s)seconds by part.*blank_copy.*regenerated from the memories alone.*Hub folder", printed)
+    hub = MemoryEncoderDecoderForCausalLM.from_pretrained(out / "hub").state_dict()
+    assert all(torch.equal(hub[name], tensor) for name, tensor in weights(out, "combined").items())
+    assert not list(out.rglob("*.part"))  # nothing half written is left, neither files nor folders
+
+    before = times_of(out)
+    assert main([str(recipe)]) == 0
+    again = capsys.readouterr().out
+    assert again.startswith("all done") and "== stage" not in again and "blank_copy" in again
+    assert before == times_of(out)
+
+
+def times_of(folder: Path) -> dict[Path, int]:
+    """When each file of a folder was written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def check_metrics(record: dict[str, Any]) -> None:
+    """What a run of all stages puts into its record."""
+    assert record["run"]["status"] == "success" and record["run"]["command"].startswith("python -m training.run")
     assert set(record["metrics"]) == {"autoencoder", "retention", "blank_copy", "copy", "clm"}
     assert {"memory", "no_memory", "wrong_memory", "no_memory_model", "full_context_model"} <= set(
         record["metrics"]["clm"]
     )
     assert record["inputs"]["files"]["train"].keys() == {"train.txt"}
+    check_stages(record["stages"])
+
+
+def check_stages(stages: dict[str, Any]) -> None:
+    """What each stage of a run leaves."""
+    for stage in stages.values():
+        logged = {key for log in stage["series"] for key in log}
+        assert stage["steps"] == 4 and min(stage["seconds"], stage["parameters"]["total"]) > 0
+        assert {"eval_loss"} <= logged and any(key.endswith("_token_accuracy") for key in logged)
+    frozen = stages["blank_copy"]["parameters"]
+    assert frozen["trainable"] < frozen["total"]
+    # The three models that clm compares have read the same rows of text.
+    compared = [stages[name] for name in ("combined", "no_memory", "full_context")]
+    assert len({stage["targets"]["causal"] for stage in compared}) == 1
+
+
+def check_figures_and_page(out: Path, parts: tuple[str, ...]) -> None:
+    """A run's figures, and the page that shows it without another file or a network."""
     for figure in ("loss.png", "token_accuracy.png", "accuracy_by_position.png"):
         assert (out / "figures" / figure).stat().st_size > 5000
     page = (out / "summary.html").read_text()
-    assert page.count("data:image/png;base64,") == 3 and "http" not in page and str(tmp_path) not in page
-    for part in (*names, "blank copy loss", "regenerated from the memories alone", record["run"]["command"]):
+    assert page.count("data:image/png;base64,") == 3 and "http" not in page and str(out.parent) not in page
+    for part in (*parts, "regenerated from the memories alone"):
         assert escape(part) in page, part
-    for part in ("seconds by part", "blank_copy", "regenerated from the memories alone", "Hub folder"):
-        assert part in printed
-    hub = MemoryEncoderDecoderForCausalLM.from_pretrained(out / "hub").state_dict()
-    assert all(torch.equal(hub[name], tensor) for name, tensor in weights(out, "combined").items())
-    assert not list(out.rglob("*.part"))  # nothing half written is left, neither files nor folders
-
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
-    assert main([str(recipe)]) == 0
-    again = capsys.readouterr().out
-    assert again.startswith("all done") and "== stage" not in again and "blank_copy" in again
-    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("killed_in", ["autoencoder", "blank_copy"])

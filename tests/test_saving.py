@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -145,6 +146,76 @@ def test_a_file_that_cannot_grow_stops_the_save(tmp_path):
     run = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=False)
     assert run.stdout.startswith("stopped:"), run.stdout + run.stderr
     assert files_of(tmp_path) == before and not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def killed_save(model, place, mode, rename):
+    """Save in a process that dies before its so-manieth rename, without any clean-up."""
+    if (process := os.fork()) == 0:
+        replace, calls = os.replace, []
+
+        def deadly(source, target):
+            calls.append(source)
+            if len(calls) == rename:
+                os._exit(9)
+            replace(source, target)
+
+        memory_checkpoint.os.replace = deadly
+        try:
+            save(model, place, mode)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
+    assert any(path.is_dir() for path in place.iterdir()), "what the dead process left"
+
+
+@pytest.mark.parametrize(
+    ("first", "then"), [("value", "value"), ("reference", "reference"), ("value", "shards"), ("shards", "reference")]
+)
+def test_a_save_that_is_killed_between_two_files_leaves_the_old_model(first, then, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory_checkpoint, "LONGEST_MOVE", 0.0)
+    model, place, renamed = joined(folders), tmp_path / "model", []
+    save(model, place, first)
+    old, names = logits_of(model), files_of(place).keys()
+    changed(model)
+    shutil.copytree(place, tmp_path / "copy")
+    with monkeypatch.context() as context:
+        replace = os.replace
+        context.setattr(
+            memory_checkpoint.os, "replace", lambda source, to: (renamed.append(source.name), replace(source, to))
+        )
+        save(model, tmp_path / "copy", then)
+    assert renamed[-1] == "config.json"
+    moments = [number for number, name in enumerate(renamed, 1) if memory_checkpoint.WEIGHTS.fullmatch(name)]
+    for moment in {2, *moments[:3], *moments[-2:], len(renamed)}:
+        killed_save(model, place, then, moment)
+        assert torch.equal(logits_of(load(place, folders)), old)
+        assert files_of(place).keys() == names and not [path for path in place.iterdir() if path.is_dir()]
+    killed_save(model, place, then, len(renamed))
+    save(model, place, then)  # the next save puts back, too
+    assert torch.equal(logits_of(load(place, folders)), logits_of(model))
+
+
+def test_what_cannot_be_put_back_is_named(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory_checkpoint, "LONGEST_MOVE", 0.0)
+    model = joined(folders)
+    save(model, tmp_path, "value")
+    killed_save(model, tmp_path, "value", 9)
+    with monkeypatch.context() as context, pytest.raises(ValueError, match="killed half-way.*folder writable"):
+        fail_to_rename(context)
+        load(tmp_path, folders)
+    assert torch.equal(logits_of(load(tmp_path, folders)), logits_of(model))
+
+
+def test_weights_may_be_read_by_whoever_may_read_the_config(folders, tmp_path):
+    for mask in (0o022, 0o027):
+        previous = os.umask(mask)
+        try:
+            for mode in MODES:
+                save(joined(folders), tmp_path / f"{mode}{mask}", mode)
+                modes = {path.stat().st_mode & 0o777 for path in (tmp_path / f"{mode}{mask}").glob("[cmt]*[ns]")}
+                assert modes == {0o666 & ~mask}
+        finally:
+            os.umask(previous)
 
 
 def test_every_kind_of_model_is_saved_whole(tmp_path, monkeypatch):
@@ -326,6 +397,33 @@ def test_a_config_leads_nowhere_but_to_the_hub_and_to_packages(reference):
         MemoryEncoderDecoderConfig(**parts, references={"decoder": {"dtype": "float32", "sha256": SHA}})
     with pytest.raises(ValueError, match="`references` has 'head'"):
         MemoryEncoderDecoderConfig(**parts, references={"head": good})
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("decoder.rms_norm_eps", []), ("decoder.id2label", 7), ("decoder.hidden_act", "x"), ("encoder.head_dim", "8"),
+        ("decoder.num_attention_heads", -1), ("decoder.num_key_value_heads", 0), ("encoder.hidden_size", None),
+        ("encoder.model_type", "no"), ("encoder.rope_parameters", True), ("dtype", "../x"), ("dtype", float("nan")),
+        ("dtype", 3), ("pad_token_id", [1, 2]), ("adapters", {"a": {}}), ("references", {"decoder": {}}),
+        ("encoder", {}), ("decoder", "llama"),
+    ],
+)  # fmt: skip
+def test_a_config_of_nonsense_ends_in_an_error_that_says_so(place, value, folders, tmp_path):
+    joined(folders).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    *parents, name = place.split(".")
+    (config[parents[0]] if parents else config)[name] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError) as caught:
+        Model.from_pretrained(tmp_path)
+    assert len(str(caught.value)) > 40
+
+
+def test_an_option_that_nobody_knows_is_named_as_in_the_library(tmp_path):
+    build_model().save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'no_such_option'"):
+        Model.from_pretrained(tmp_path, no_such_option=1)
 
 
 @pytest.mark.parametrize("kind", [Model, MemoryAutoencoder])

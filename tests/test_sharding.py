@@ -4,9 +4,6 @@ accelerate ignores FSDP on a CPU, so what FSDP2 calls is called directly. Run as
 two-process program.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM
 from tests.memory_models import BLANK, CHUNK, COPY, SLOT, WINDOW, build_model, random_ids
+from tests.processes import be_one_of_two, run_two
 from training.data.objectives import IGNORED, BatchSpec, SpecialTokens, combine_losses, targets_of
 from training.data.rows import ObjectiveCollator
-from training.places import REPOSITORY
 from training.train.optimizer import build_optimizer
 from training.train.trainer import checkpoint_activations, run_objective
 
@@ -72,11 +69,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def test_sharded_training_equals_plain_training_with_frozen_and_tied_parameters(tmp_path: Path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "tests.test_sharding", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=400)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_two("tests.test_sharding", tmp_path)
     saved = torch.load(tmp_path / "sharded.pt", weights_only=True)
     assert saved["world_size"] == 2 and saved["sharded_parameters"] > 20
     for case in CASES:
@@ -123,10 +116,7 @@ def main(folder: Path) -> None:
         }
     if rank == 0:
         torch.save(results, folder / "sharded.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    be_one_of_two(main)

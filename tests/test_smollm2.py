@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM, MemoryProcessor
+from tests.processes import write_metadata
 from training.data import making
 from training.data.making import cloze, make_cloze, passages, write_questions
 from training.data.questions import read_questions
@@ -54,11 +55,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(place / "tiny_chat")
     (place / "tiny_chat" / "__init__.py").touch()
-    info = place / "tiny_chat-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-chat\nVersion: 1.0\n")
-    (info / "top_level.txt").write_text("tiny_chat\n")
-    (info / "RECORD").write_text("tiny_chat/__init__.py,,\n")
+    write_metadata(place, "tiny_chat", "1.0")
     return place
 
 
@@ -72,7 +69,8 @@ def tiny(folder: Path, base: str) -> list[str]:
     """Overrides by which SmolLM2's recipe runs in seconds."""
     overrides = [
         f"output_dir={folder}", f"tokenizer.path={base}", "tokenizer.gguf_file=null", "threads=1",
-        f"pretrained.smollm2.path={base}", "pretrained.smollm2.gguf_file=null", "data.max_train_tokens=20000",
+        f"pretrained.smollm2.path={base}", "pretrained.smollm2.gguf_file=null", "pretrained.smollm2.config={}",
+        "data.max_train_tokens=20000",
         "data.train=[training/corpora/books/validation.parquet]", f"data.validation=[{TEXT}]",
         "data.test=[training/corpora/wikinews/test.parquet]", "evaluation.num_rows=2",
         "evaluation.num_generated_rows=1", "publish.verify=false",
@@ -94,25 +92,30 @@ def test_the_recipe_trains_all_its_stages_and_publishes_by_reference(installed: 
         keys = {key for log in record["stages"][stage]["series"] for key in log}
         assert {f"{name}_loss" for name in ("copy", "recall", "causal", "distillation")} <= keys
     assert any("eval_qa_loss" in log for log in record["stages"]["questions"]["series"])
-    model = AutoModelForCausalLM.from_pretrained(folder / "hub")
+    questions = read_questions([folder / "stages" / "questions" / "questions_0.jsonl"])
+    assert len(questions) == 12 and all(one.answer in one.context for one in questions)
+    check_small_folder(folder / "hub", installed)
+
+
+def check_small_folder(hub: Path, base: str) -> None:
+    """The published folder holds what was trained, rounded, and names its base for the rest."""
+    model = AutoModelForCausalLM.from_pretrained(hub)
     config = model.config
     assert (config.memories_per_chunk, config.max_group, config.copy_token_id) == (4, 16, SPECIALS.index("<file_sep>"))
     assert model.dtype == torch.bfloat16
-    kept = (folder / "hub" / "trained.safetensors").stat().st_size
+    kept = (hub / "trained.safetensors").stat().st_size
     assert kept < 2 * 2 * sum(p.numel() for p in model.parameters() if p.requires_grad), "what was trained, rounded"
-    references = json.loads((folder / "hub" / "config.json").read_text())["references"]
-    assert {one["id"] for one in references.values()} == {installed}
-    questions = read_questions([folder / "stages" / "questions" / "questions_0.jsonl"])
-    assert len(questions) == 12 and all(one.answer in one.context for one in questions)
+    references = json.loads((hub / "config.json").read_text())["references"]
+    assert {one["id"] for one in references.values()} == {base}
     # The markers that training used are those of the published model, though its tokenizer calls them otherwise.
-    processor = MemoryProcessor.from_pretrained(folder / "hub")
+    processor = MemoryProcessor.from_pretrained(hub)
     ids = special_tokens_of(processor.tokenizer, config.copy_token_id, config.blank_token_id)
     assert (ids.copy, ids.blank) == (3, 4)
 
 
 def test_what_the_recipe_cannot_refer_to_or_make_is_named(site: Path, tmp_path: Path):
     raw = yaml.safe_load((REPOSITORY / "configuration" / "recipes" / "smollm2.yaml").read_text())
-    raw["pretrained"]["smollm2"] |= {"path": str(site / "tiny_chat"), "gguf_file": None}
+    raw["pretrained"]["smollm2"] |= {"path": str(site / "tiny_chat"), "gguf_file": None, "config": {}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
     with pytest.raises(ValueError, match="stages.near takes its encoder and decoder from no package"):
         load_recipe(tmp_path / "recipe.yaml")

@@ -101,18 +101,7 @@ def test_every_part_is_measured_once_and_its_cells_are_what_they_say(
     assert smollm2.main(command) == 0
     record = json.loads((tmp_path / "record.json").read_text())
     metrics = record["metrics"]
-    assert metrics["num_documents"] == 3 and metrics["num_questions"] == 3
-    assert "equally trained controls" in record["missing"]
-    assert list(metrics["continue"]) == ["64 tokens, 0 as text", "128 tokens, 0 as text", "128 tokens, 64 as text"]
-    first = metrics["continue"]["64 tokens, 0 as text"]
-    assert not [name for name in first["loss"] if name.startswith(("MiniLM", "BM25"))], "nothing to be near to"
-    assert set(row_names()) <= set(metrics["continue"]["128 tokens, 64 as text"]["loss"])
-    cells = json.loads((tmp_path / "cells.json").read_text())["cells"]
-    for name, expected in losses_by_hand(pair).items():
-        assert cells[f"continue 64 0 {name}"][0] == pytest.approx(expected, rel=1e-4), name
-    assert set(metrics["copy"]["free_running"]) == {f"{n} tokens, memories/{r}" for n in (32, 64, 128) for r in RATES}
-    assert all(0 <= one["f1"]["mean"] <= 1 for one in metrics["questions"].values())
-    assert metrics["first_token"]["stored_bytes_per_source_token"] == 32 * 4 / 16
+    check_cells(record, json.loads((tmp_path / "cells.json").read_text())["cells"], losses_by_hand(pair))
     # A second call reads nothing anew, and one with another limit measures again.
     for name in ("text", "memories", "write"):
         monkeypatch.setattr(Reader, name, lambda *args, **kwargs: pytest.fail("measured twice"))
@@ -120,6 +109,37 @@ def test_every_part_is_measured_once_and_its_cells_are_what_they_say(
     again = json.loads((tmp_path / "record.json").read_text())
     assert again["metrics"]["continue"] == metrics["continue"] and again["missing"]["questions"] == "not asked for"
     check_tables(record, again)
+
+
+def test_controls_are_read_with_their_own_adapters(command: list[str], pair: Path, tmp_path: Path):
+    """A control whose adapters are those of the model reads as the model does with its adapters on."""
+    wanted = ["--part", "continue", "--rates", "4", "--control", f"full={pair}", "--control", f"last/4={pair}"]
+    assert smollm2.main([*command, *wanted]) == 0
+    record = json.loads((tmp_path / "record.json").read_text())
+    column = record["metrics"]["continue"]["64 tokens, 0 as text"]
+    for row in ("full", "last/4"):
+        assert column["loss"][f"{row}, trained on it"] == column["loss"][f"{row}, adapters on"]
+        assert column["loss"][f"{row}, trained on it"] != column["loss"][row]
+    assert "none, trained on it" not in column["loss"] and "control none" in record["missing"]
+    assert "memories/8" not in column["loss"]
+    with pytest.raises(SystemExit):
+        smollm2.main([*command, "--control", "half=x"])
+
+
+def check_cells(record: dict[str, Any], cells: dict[str, Any], by_hand: dict[str, float]) -> None:
+    """Every part has its cells, and losses are those of the model called by hand."""
+    metrics = record["metrics"]
+    assert (metrics["num_documents"], metrics["num_questions"]) == (3, 3)
+    assert "control full" in record["missing"]
+    assert list(metrics["continue"]) == ["64 tokens, 0 as text", "128 tokens, 0 as text", "128 tokens, 64 as text"]
+    first = metrics["continue"]["64 tokens, 0 as text"]
+    assert not [name for name in first["loss"] if name.startswith(("MiniLM", "BM25"))], "nothing to be near to"
+    assert set(row_names()) <= set(metrics["continue"]["128 tokens, 64 as text"]["loss"])
+    for name, expected in by_hand.items():
+        assert cells[f"continue 64 0 {name}"][0] == pytest.approx(expected, rel=1e-4), name
+    assert set(metrics["copy"]["free_running"]) == {f"{n} tokens, memories/{r}" for n in (32, 64, 128) for r in RATES}
+    assert all(0 <= one["f1"]["mean"] <= 1 for one in metrics["questions"].values())
+    assert metrics["first_token"]["stored_bytes_per_source_token"] == 32 * 4 / 16
 
 
 def check_tables(record: dict[str, Any], partial: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM
 from tests.memory_models import CHUNK, SLOT, WINDOW, build_model, random_ids
@@ -141,6 +142,90 @@ def test_embeddings_after_memories_equal_slots():
     written = model.generate(slotted, max_new_tokens=7, **given, **GREEDY)[:, 7:]
     embeds = model.get_input_embeddings()(ids)
     assert torch.equal(model.generate(inputs_embeds=embeds, max_new_tokens=7, **given, **GREEDY), written)
+
+
+def table_model(positions: int = 16, **fields) -> MemoryEncoderDecoderForCausalLM:
+    """A model whose decoder has so many rows of positions, no more; K does not divide L."""
+    torch.manual_seed(0)
+    decoder = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=2, n_positions=positions))
+    return MemoryEncoderDecoderForCausalLM.from_encoder_decoder_pretrained(
+        build_model("llama").encoder, decoder, chunk_length=CHUNK, memories_per_chunk=3, memory_positions="source",
+        **fields,
+    )  # fmt: skip
+
+
+def largest_memories(rows: int = 1) -> dict[str, torch.Tensor]:
+    """Of three chunks the memories that stand for two tokens each; the others, for one token each, are absent."""
+    memory_mask = torch.tensor([[1, 0, 0] * 3]).expand(rows, -1)
+    return {"memory_embeds": torch.ones(rows, 9, 32), "memory_mask": memory_mask}
+
+
+@pytest.mark.parametrize("kind", ["slots", "embeds"])
+@torch.no_grad()
+def test_positions_beyond_a_table_are_refused_and_none_before(kind):
+    """Three memories take six positions, so ten tokens are the last that 16 rows hold."""
+    model, table = table_model(), 16
+    for num_tokens in (10, 11):
+        text = random_ids(1, num_tokens)
+        given = {"input_ids": torch.cat([torch.full((1, 3), SLOT), text], 1)}
+        if kind == "embeds":
+            given = {"inputs_embeds": model.get_input_embeddings()(text)}
+        if num_tokens == 10:
+            assert torch.isfinite(model(**given, **largest_memories()).logits).all()
+            continue
+        with pytest.raises(ValueError, match=f"needs 17 positions.* has {table}"):
+            model(**given, **largest_memories())
+
+
+@pytest.mark.parametrize("kind", ["slots", "embeds", "unequal"])
+def test_generate_refuses_before_the_first_token_what_a_table_cannot_hold(kind):
+    model = table_model()
+    rows = 2 if kind == "unequal" else 1
+    text, given = random_ids(rows, 4), largest_memories(rows)
+    slots = torch.full((rows, 3), SLOT)
+    if kind == "unequal":  # the row with fewer memories has the longer way: one memory, of a long passage
+        given["memory_mask"] = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0, 0]])
+        given["memory_num_tokens"] = torch.tensor([[1] * 9, [4] + [1] * 8])
+        slots[1, :2] = 5
+    inputs = {"inputs": torch.cat([slots, text], 1)}
+    if kind == "embeds":
+        inputs = {"inputs_embeds": model.get_input_embeddings()(text)}
+    taken = 4 + 2 if kind == "unequal" else 6
+    room = 16 - taken - 4 + 1  # the last token is written and not read
+    model.generate(**inputs, **given, **GREEDY, max_new_tokens=room)
+    model.decoder.register_forward_pre_hook(lambda *_: pytest.fail("a token was read"))
+    with pytest.raises(ValueError, match="needs 17 positions"):
+        model.generate(**inputs, **given, **GREEDY, max_new_tokens=room + 1)
+
+
+@torch.no_grad()
+def test_places_after_the_last_token_take_no_position_beyond_the_table():
+    model = table_model(20, window_length=2 * CHUNK, self_memory=True, memory_policy="drop_oldest")
+    text = random_ids(1, 18)  # the third window has places for 24
+    whole = model(text).logits
+    out = model(text[:, :5], use_cache=True)
+    for column in range(5, 18):
+        out = model(text[:, column : column + 1], past_key_values=out.past_key_values)
+        torch.testing.assert_close(out.logits[:, -1], whole[:, column], atol=ATOL, rtol=0)
+
+
+@torch.no_grad()
+def test_special_tokens_of_an_encoder_count_wherever_memories_come_from():
+    """A chunk that an encoder frames is longer than `chunk_length`: positions and their bound count all of it."""
+    model = source_model()
+    framed = random_ids(1, 2, CHUNK + 2)
+    slots = torch.tensor([[SLOT, SLOT, 7, 8]])
+    embeds, memory_mask, num_tokens = model.encode_memories(framed, return_num_tokens=True)
+    assert num_tokens.tolist() == [[CHUNK + 2] * 2]
+    ready = {"memory_embeds": embeds, "memory_mask": memory_mask, "memory_num_tokens": num_tokens}
+    expected = memory_loop.read_slots_in_source(model, [list(framed[0])], slots[0])
+    ends = []
+    for given in ({"context_input_ids": framed}, ready):
+        for rolling in (False, True):
+            out = model(slots, **given, rolling_memory=rolling, use_cache=True)
+            torch.testing.assert_close(out.logits[0], expected, atol=ATOL, rtol=0)
+            ends.append((out.past_key_values.end, int(out.past_key_values.next_position)))
+    assert ends == [(2 * CHUNK + 6, 2 * CHUNK + 6)] * 4
 
 
 def test_numbers_of_tokens_that_do_not_fit_are_refused():

@@ -16,8 +16,8 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModel
 
-from benchmarks.snippet import find_snippet, run_snippet
 from modeling_memory import MemoryAutoencoder
+from tests.processes import run_snippet
 from training import run
 from training.places import REPOSITORY
 from training.publishing import hub_folder
@@ -178,18 +178,7 @@ def test_a_starters_card_shows_free_running_results_and_lost_tokens(name):
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_starters_snippet_runs_where_the_package_is_not_installed(name, tmp_path):
     (tmp_path / name).symlink_to(folder_named(name))
-    snippet = re.search(r"^```python\n(.*?)^```$", (folder_named(name) / "README.md").read_text(), re.M | re.S)
-    assert snippet is not None
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    hidden = "import sys; sys.modules['modeling_memory'] = None\n"
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", hidden + snippet[1]],
-        cwd=tmp_path,
-        env={**environment, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_snippet((folder_named(name) / "README.md").read_text(), tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     if name.startswith(("starter-tiny", "starter-autoencoder")):
         assert "remembered" in done.stdout
@@ -213,7 +202,7 @@ def test_the_autoencoder_reaches_what_its_card_says():
 
 
 def test_the_readmes_first_lines_print_what_the_page_says():
-    code = find_snippet((REPOSITORY / "README.md").read_text(encoding="utf-8"), "use")
-    record = read_json(REPOSITORY / "benchmarks" / "results" / "use.json")
-    assert record is not None and code == record["snippet"], "run python -m benchmarks.snippet use"
-    assert run_snippet(code, REPOSITORY) == record["output"]
+    page = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    code, shown = re.search(r"^```python\n(.*?)^```\n.*?^```text\n(.*?)^```$", page, re.M | re.S).groups()
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout == shown

@@ -1,6 +1,10 @@
-"""The store's benchmark on a few texts: a whole record."""
+"""The store's benchmarks on a few texts: whole records."""
 
-from benchmarks import store
+import json
+
+import pytest
+
+from benchmarks import any_text, retrieval, store, store_tables
 from training.records.record import read_json
 
 
@@ -13,3 +17,44 @@ def test_the_record_is_whole(tmp_path, capsys, monkeypatch):
     assert {"open", "fetch a chunk", "exact search", "verify", "delete half"} <= set(metrics["milliseconds"])
     assert metrics["bytes_per_chunk"]["float16"] == 64 and metrics["bytes_per_chunk"]["int8"] == 36
     assert "ms  open" in capsys.readouterr().out
+
+
+def test_passages_are_found_by_every_way_and_intervals_are_over_passages(tmp_path, capsys):
+    rows = [
+        {"context": "The sign was newly painted, and the windows had red curtains.", "question": "Which curtains?"},
+        {"context": "He asked for a room with a view of the sea.", "question": "What did he ask for?"},
+        {"context": "He asked for a room with a view of the sea.", "question": "A view of what, the sea?"},
+    ]
+    file = tmp_path / "asked.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "retrieval.json"
+    assert retrieval.main(["model_cards/starter-tiny", str(file), "--out", str(out)]) == 0
+    metrics = read_json(out)["metrics"]
+    assert (metrics["passages"], metrics["questions"]) == (2, 3) and set(metrics["ways"]) == {"BM25", "memories"}
+    assert metrics["ways"]["BM25"]["top_1"] == 1.0 and "BM25" in capsys.readouterr().out
+    table = store_tables.retrieval(read_json(out))
+    assert table.cell("BM25", "right one first") == "100.0% (100.0 to 100.0)"
+
+
+def test_texts_of_any_length_are_measured_and_a_run_goes_on(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "two.jsonl"
+    text = "The sign was newly painted, and the windows had red curtains. He asked for a room with a view. " * 3
+    file.write_text("".join(json.dumps({"text": f"Title\n{i} {text}"}) + "\n" for i in range(2)))
+    out, notes = tmp_path / "any.json", tmp_path / "notes.json"
+    command = ["model_cards/starter-tiny", "model_cards/starter-autoencoder-64", "--text", f"prose={file}"]
+    command += ["--documents", "2", "--lengths", "6", "40", "--out", str(out), "--notes", str(notes)]
+    monkeypatch.setattr(any_text, "measure_formats", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        any_text.main(command)
+    measured = len(read_json(notes))
+    monkeypatch.undo()
+    monkeypatch.setattr(any_text, "measure_memory", lambda *_: pytest.fail("measured twice"))
+    assert measured == 6 and any_text.main(command) == 0
+    record = read_json(out)
+    cell = record["metrics"]["starter-tiny"]["kinds"]["prose"]["40"]
+    assert cell["quoted, keep_text"]["share"] == cell["quoted, split"]["share"] == 1.0
+    assert cell["copied, free-running"]["documents"] == 2 and cell["chunks, split"] >= 1.0
+    formats = record["metrics"]["starter-tiny"]["formats"]
+    assert formats["float32"]["bytes_a_token"] >= 64 >= 4 * formats["int8"]["bytes_a_token"] - 4 * 4
+    for table in (store_tables.any_text, store_tables.short_chunks, store_tables.formats):
+        assert len(table(record).rows) > 3

@@ -280,6 +280,22 @@ FORGERIES = {
 }
 
 
+def check_reads(store, wanted):
+    """Whatever is read is right, or is refused by name."""
+    query, rows = make_text("a0").memories[0], sum(len(one.counts) for one in wanted.values())
+    for text_id, text in wanted.items():
+        for read, right in {
+            lambda one: store.text(one): text.text,
+            lambda one: store.memories(store.chunks(one)).tolist(): text.memories.tolist(),
+            lambda one: len(store.nearest(query, 99)[0]): rows,
+            lambda one: store.to_arrow().read_all().num_rows: rows,
+        }.items():
+            try:
+                assert read(text_id) == right
+            except MemoryStoreError as error:
+                assert "damaged" in str(error) or "has no text" in str(error)
+
+
 @pytest.mark.parametrize("name", FORGERIES)
 def test_a_forged_or_damaged_row_is_told_wherever_it_is_read(tmp_path, name):
     build(tmp_path / "store", "a").close()
@@ -293,18 +309,7 @@ def test_a_forged_or_damaged_row_is_told_wherever_it_is_read(tmp_path, name):
             MemoryStore.repair(tmp_path / "store")
         return
     assert store.verify()
-    query = make_text("a0").memories[0]
-    for text_id, text in wanted.items():
-        for read, right in {
-            lambda one: store.text(one): text.text,
-            lambda one: store.memories(store.chunks(one)).tolist(): text.memories.tolist(),
-            lambda one: len(store.nearest(query, 99)[0]): sum(len(one.counts) for one in wanted.values()),
-            lambda one: store.to_arrow().read_all().num_rows: sum(len(one.counts) for one in wanted.values()),
-        }.items():
-            try:
-                assert read(text_id) == right
-            except MemoryStoreError as error:
-                assert "damaged" in str(error) or "has no text" in str(error)
+    check_reads(store, wanted)
     store.close()
     report = MemoryStore.repair(tmp_path / "store")
     assert report["set_aside"] == [f"{FILE}.damaged"]

@@ -188,21 +188,24 @@ def test_a_document_is_data_to_both_tokenizers(decoder: Callable, encoder: Calla
     processor = MemoryProcessor(decoder(), other, chunk_length=8)
     reader = other or processor.tokenizer
     cut = processor.cut_context(EVIL)
-    ends = {"[CLS]", "[SEP]"} & set(reader.get_vocab()) if other is not None else set()
-    frame = 2 if ends else 0
+    framed = other is not None and not {"[CLS]", "[SEP]"}.isdisjoint(reader.get_vocab())
     for chunk, count in zip(cut.chunks, cut.num_tokens, strict=True):
-        assert len(chunk) == count + frame
-        body = chunk[1:-1] if frame else chunk
+        assert len(chunk) == count + 2 * framed
+        body = chunk[framed : len(chunk) - framed]
         assert forbidden(reader).isdisjoint(body), "only the tokens that the tokenizer itself puts around a chunk"
     assert processor.split_context(EVIL) == cut.chunks
     if reader.is_fast:
         assert "".join(EVIL[start:end] for start, end in processor.chunk_spans(EVIL)) == EVIL
-    # Slots are where the application puts them, as many as there are chunks.
+    check_slots(processor, len(cut.chunks))
+
+
+def check_slots(processor: MemoryProcessor, number: int) -> None:
+    """Slots are where the application puts them, as many as there are chunks."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whole words are few, and others unknown
         batch = processor(text="It says:<memory>", context=EVIL)
     slots = [token == processor.memory_token_id for token in batch["input_ids"][0]]
-    assert sum(slots) == len(cut.chunks) and not slots[0] and slots[-1]
+    assert (sum(slots), slots[0], slots[-1]) == (number, False, True)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

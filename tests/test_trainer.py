@@ -4,8 +4,6 @@ Run as a module by `torchrun`, this file is its own two-process program: it trai
 """
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel, TrainerCallback
 
 from tests.conftest import VOCAB_SIZE, tiny_decoder_config
+from tests.processes import be_one_of_two, run_two
 from training.data.objectives import IGNORED, BatchSpec, SpecialTokens
 from training.data.rows import ObjectiveCollator, TokenRows, draw_lengths
 from training.recipes.recipe import TrainingRecipe
@@ -157,33 +156,41 @@ def test_varied_sources_are_one_window_two_windows_in_turn():
             assert (got[len(alone) :] == filler).all()
 
 
-@pytest.mark.parametrize("objective", ["reconstruction", "copy", "blank_copy"])
-def test_shortened_rows_are_the_drawn_beginnings_whatever_the_batch(objective: str):
-    options: dict[str, Any] = {"layout": "slots"} if objective != "reconstruction" else {}
-    collate = ObjectiveCollator(
-        [objective], BatchSpec(SPECIAL, chunk_length=4, window_length=4, shortened=0.6, **options)
-    )
+def shortening(objective: str, **options: Any) -> tuple[ObjectiveCollator, list[Any]]:
+    """What cuts 60% of the sources short, and 24 rows."""
+    options = {"layout": "self" if objective == "reconstruction" else "slots", "shortened": 0.6, **options}
     source = TokenRows(tokens(), row_length=ROW, num_items=24, seed=1)
-    items = [source[i] for i in range(24)]
+    spec = BatchSpec(SPECIAL, chunk_length=4, window_length=4, **options)
+    return ObjectiveCollator([objective], spec), [source[i] for i in range(24)]
+
+
+@pytest.mark.parametrize("objective", ["reconstruction", "copy", "blank_copy"])
+def test_shortened_rows_are_the_drawn_beginnings(objective: str):
+    collate, items = shortening(objective)
     batch = collate(items)[objective]
-    pieces = ROW // 4 if objective == "reconstruction" else 1
+    chunked = objective == "reconstruction"
+    pieces = ROW // 4 if chunked else 1
     numbers = torch.tensor([number * pieces + piece for number, _ in items for piece in range(pieces)])
     lengths = draw_lengths(numbers, ROW // pieces, 0.6).tolist()
     assert len(set(lengths)) > 2
     for row, length in enumerate(lengths):
         text = items[row // pieces][1].view(pieces, -1)[row % pieces, :length].tolist()
-        labels = batch["labels" if objective == "reconstruction" else "shift_labels"][row]
-        end = [SPECIAL.eos] if objective != "reconstruction" and length < ROW else []
+        labels = batch["labels" if chunked else "shift_labels"][row]
+        end = [SPECIAL.eos] if not chunked and length < ROW else []
         assert labels[labels != IGNORED].tolist() == text + end
-        read = "" if objective == "reconstruction" else "context_"
+        read = "" if chunked else "context_"
         mask = batch[f"{read}attention_mask"][row].bool()
         assert batch[f"{read}input_ids"][row][mask].tolist() == text
+
+
+@pytest.mark.parametrize("objective", ["reconstruction", "copy", "blank_copy"])
+def test_rows_are_shortened_alike_in_any_batch_and_not_in_evaluation(objective: str):
+    collate, items = shortening(objective)
+    batch = collate(items)[objective]
     alone = [collate(items[start : start + 3])[objective] for start in range(0, 24, 3)]
     name = "labels" if objective == "reconstruction" else "shift_labels"
     assert torch.cat([part[name][part[name] != IGNORED] for part in alone]).equal(batch[name][batch[name] != IGNORED])
-    whole = ObjectiveCollator([objective], BatchSpec(SPECIAL, chunk_length=4, window_length=4, **options))(items)[
-        objective
-    ]
+    whole = shortening(objective, shortened=0.0)[0](items)[objective]
     for key, tensor in collate.for_evaluation()(items)[objective].items():
         assert torch.equal(tensor, whole[key])
 
@@ -243,11 +250,7 @@ def test_accumulation_equals_one_batch_with_unequal_targets(tmp_path: Path, batc
 
 def test_two_processes_equal_one_with_unequal_targets(tmp_path: Path):
     whole, log = first_gradients(tmp_path / "whole", batch_size=8)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "tests.test_trainer", str(tmp_path)]
-    root = Path(__file__).resolve().parent.parent
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_two("tests.test_trainer", tmp_path)
     saved = torch.load(tmp_path / "two.pt", weights_only=True)
     assert saved["world_size"] == 2
     assert_close(whole, saved["gradients"], 1e-5)
@@ -397,10 +400,7 @@ def main(folder: Path) -> None:
     if torch.distributed.get_rank() == 0:
         gradients = {name.removeprefix("module."): gradient for name, gradient in gradients.items()}
         torch.save({"world_size": world_size, "gradients": gradients, "log": log}, folder / "two.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    be_one_of_two(main)

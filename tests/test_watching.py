@@ -49,23 +49,27 @@ def by_hand(model: Any, tokens: torch.Tensor) -> dict[str, float]:
         memories += list(own)
         norms += [vector.pow(2).sum().sqrt().item() for vector in own]
         token_norms += [vector.pow(2).sum().sqrt().item() for vector in embeds]
+    norm = sum(norms) / len(norms)
+    result = {
+        "memory_norm": norm,
+        "memory_norm_to_tokens": norm / (sum(token_norms) / len(token_norms)),
+        "memory_effective_rank": rank_by_hand(memories),
+        "memory_attention_share": sum(share for _, share in shares) / len(shares),
+        "memory_column_share": sum(count / (count + i + 1) for i in range(WINDOW)) / WINDOW,
+    }
+    for layer in sorted({layer for layer, _ in shares}):
+        own_shares = [share for index, share in shares if index == layer]
+        result[f"memory_attention_share_{layer}"] = sum(own_shares) / len(own_shares)
+    return result
+
+
+def rank_by_hand(memories: list[torch.Tensor]) -> float:
+    """The exponential of the entropy of the singular values, as shares of their sum."""
     centred = torch.stack(memories) - torch.stack(memories).mean(0)
     values = torch.linalg.eigvalsh(centred.double().T @ centred.double()).clamp(min=0).sqrt()
     weights = [value / values.sum().item() for value in values.tolist()]
     entropy = -sum(weight * torch.tensor(weight).log().item() for weight in weights if weight > 1e-7)
-    norm = sum(norms) / len(norms)
-    layers = sorted({layer for layer, _ in shares})
-    result = {
-        "memory_norm": norm,
-        "memory_norm_to_tokens": norm / (sum(token_norms) / len(token_norms)),
-        "memory_effective_rank": torch.tensor(entropy).exp().item(),
-        "memory_attention_share": sum(share for _, share in shares) / len(shares),
-        "memory_column_share": sum(count / (count + i + 1) for i in range(WINDOW)) / WINDOW,
-    }
-    for layer in layers:
-        own_shares = [share for index, share in shares if index == layer]
-        result[f"memory_attention_share_{layer}"] = sum(own_shares) / len(own_shares)
-    return result
+    return torch.tensor(entropy).exp().item()
 
 
 @pytest.mark.parametrize("case", FIELDS)

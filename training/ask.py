@@ -7,7 +7,8 @@ python -m training.ask runs/smollm2/hub runs/letters --question "Who wrote the f
 ```
 
 All of a store is used where the model has room for it, else the chunks nearest to the prompt: those of the passages
-that share most words with it (BM25) where text was kept, else those with the nearest memories. In reading order they
+that share most words with it (BM25; with a sentence encoder both orders are fused) where text was kept, else those
+with the nearest memories. In reading order they
 stand where the prompt has its memory token, or in front of it. Which they are is said on stderr.
 
 L chunk length, K memories per chunk, D decoder width.
@@ -23,9 +24,10 @@ import torch
 import transformers
 
 from modeling_memory import MemoryQuestionAnswering, MemoryStore, RememberedContexts
-from modeling_memory.serving.asking import Used, choose, regenerate
+from modeling_memory.serving.asking import Used, choose
 
 from .command_line import Parser, device, positive_number, run_command, whole_number
+from .measure.sentences import SentenceEncoder
 from .places import program
 from .remember import load_memory_model
 
@@ -108,6 +110,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="put the N nearest chunks into the prompt as text",
     )
+    add(
+        "--sentence-encoder",
+        metavar="NAME",
+        help="folder, Hub id or package:MODULE/FOLDER of an encoder that helps to find passages",
+    )
     add("--question", action="store_true", help="ask the prompt as a question in the decoder's chat template")
     add("--show", action="store_true", help="show which memories are used")
     add("--regenerate", action="store_true", help="show what the model regenerates from each memory alone")
@@ -131,14 +138,16 @@ def run(options: argparse.Namespace, command: str, ask: Callable[[str], str] = i
         writing |= {"temperature": options.temperature, "top_p": options.top_p}
         transformers.set_seed(options.seed)
 
+    embed = SentenceEncoder(options.sentence_encoder, options.device) if options.sentence_encoder else None
+
     def reply(prompt: str) -> dict[str, Any]:
-        used = choose(store, prompt, options.texts, options.nearest, options.expand)
+        used = choose(store, prompt, options.texts, options.nearest, options.expand, embed)
         print(summary(used), file=sys.stderr)
         if any(one.score is not None and one.by == "cosine" for one in used):
             note = "found by memories, which compare how text begins, not what it means"
             note += "" if store.keeps_text else "; `remember --keep-text` lets a store be searched by words"
             print(note, file=sys.stderr)
-        regenerated = regenerate(store, [one.chunk for one in used]) if options.regenerate else None
+        regenerated = store.regenerate([one.chunk for one in used]) if options.regenerate else None
         if options.show or options.regenerate:
             print("\n".join(used_lines(store, used, regenerated)))
         written = answer(store, prompt, used, options.question, **writing)

@@ -115,7 +115,9 @@ def pretrained_on_meta(recipe: Recipe, name: str) -> Any:
             "estimate what it needs"
         )
     config = child_config(described, {}, f"pretrained.{name}.config")
-    if not any(stage.from_.get("encoder") == name for stage in recipe.stages):
+    # One that is both is given whole: its body is taken where the parts are joined.
+    parts = {part for stage in recipe.stages for part, source in stage.from_.items() if source == name}
+    if parts != {"encoder"}:
         return AutoModelForCausalLM.from_config(config)
     is_t5 = type(config) in AutoModelForTextEncoding._model_mapping
     body = (AutoModelForTextEncoding if is_t5 else AutoModel).from_config(config)
@@ -141,16 +143,15 @@ def estimate_stage(stage: StageRecipe, model: PreTrainedModel) -> Estimate:
     moments = 2 if training.optimizer == "adamw" else 1.5  # Muon keeps one for matrices; tables have two
     state = parameters * (FLOAT + HALF * training.bf16) + trainable * FLOAT * (1 + moments)
     tokens = training.batch_size * rows.row_length
-    passes = len(stage.objectives) or 1
+    read = tokens * (len(stage.objectives) or 1)
     activations = operations = 0.0
-    parts = [model.encoder, model.decoder] if hasattr(model, "encoder") else [model]
-    for part in parts:
-        is_encoder = hasattr(model, "encoder") and part is model.encoder
-        live = not is_encoder or any(parameter.requires_grad for parameter in part.parameters())
-        read = 0 if is_encoder and rows.encode_once else tokens * passes
-        weights = _used_weights(part)
-        moved = _used_weights(part, trained=True)
-        operations += 2.0 * read * (weights * (2 if live else 1) + moved)
+    encoder: Any = getattr(model, "encoder", None)
+    for part in (model,) if encoder is None else (encoder, model.decoder):
+        # A frozen encoder keeps nothing for a backward pass, and none of its operations if it reads once.
+        live = part is not encoder or any(parameter.requires_grad for parameter in part.parameters())
+        weights, moved = _used_weights(part), _used_weights(part, trained=True)
+        if part is not encoder or not rows.encode_once:
+            operations += 2.0 * read * (weights * (1 + live) + moved)
         if live:
             activations += _activation_bytes(part, tokens, training.bf16, training.gradient_checkpointing)
     vocabulary = getattr(model.config, "vocab_size", None) or 0

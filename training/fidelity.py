@@ -2,7 +2,6 @@
 
 ```bash
 python -m training.evaluate runs/quickstart/hub --suite fidelity --limit 64
-python -m training.fidelity pairs.jsonl          # {"reference": "...", "written": "..."} a line, from any system
 ```
 
 | figure | counts |
@@ -17,25 +16,17 @@ year of four digits from 1000 to 2099; a name is a capitalised word of two lette
 sentence. These are rules of thumb for English; equal rules for all systems make the shares comparable.
 """
 
-import argparse
 import difflib
-import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .command_line import Parser, check_place, run_command
-from .data.texts import file_checksums
 from .measure.metrics import bootstrap_interval, wilson_interval
 from .measure.suites import Evaluation, evaluate_suite, write_freely
-from .places import program
-from .records.record import Measurement, write_record
 
 MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
 DETAILS = {
@@ -194,58 +185,3 @@ def text_lines(found: dict[str, Any]) -> list[str]:
         f"{kind} {found[f'{kind}_kept']:.1%} of {found[f'num_{kind}']}" for kind in DETAILS if found[f"num_{kind}"]
     ]
     return [*lines, "kept: " + (", ".join(kept) or "no digits, dates or names in these texts")]
-
-
-def read_pairs(file: Path) -> tuple[list[str], list[str]]:
-    """Read `{"reference": ..., "written": ...}` a line.
-
-    Raises:
-        ValueError: If the file is missing or a line is no such object.
-    """
-    if not file.is_file():
-        raise ValueError(f"{file} is no file; give a JSON Lines file with the fields reference and written")
-    references, written = [], []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            pair = json.loads(line)
-            texts = pair["reference"], pair["written"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}, line {number}: expected an object with reference and written") from error
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{file}, line {number}: reference and written must be texts")
-        references.append(texts[0])
-        written.append(texts[1])
-    return references, written
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Build the command line."""
-    parser = Parser(
-        prog=program("fidelity"),
-        description="How faithfully were texts written back? Pairs from any system.",
-    )
-    parser.add_argument("pairs", help="JSON Lines file with the fields reference and written")
-    parser.add_argument("--record", metavar="FILE", help="write a record there")
-    return parser
-
-
-def run(options: argparse.Namespace, command: str) -> None:
-    """Compare pairs from a file."""
-    measurement = Measurement(command)
-    place = check_place(options.record) if options.record else None
-    found = text_fidelity(*read_pairs(Path(options.pairs)))
-    print("\n".join(text_lines(found)))
-    if place is not None:
-        inputs = {"files": file_checksums([options.pairs])}
-        write_record(place, measurement.record(torch.device("cpu"), inputs=inputs, recipe={}, metrics={"text": found}))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command(build_parser(), run, arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

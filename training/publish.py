@@ -73,7 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="PART=ID[@REVISION]",
-        help="what encoder or decoder comes from (default: what the checkpoint says); a part not named goes by value",
+        help="what encoder or decoder comes from, a Hub id or package:NAME (default: what the checkpoint says); a "
+        "part not named goes by value",
     )
     reference.add_argument(
         "--base-folder", action="append", default=[], metavar="PART=FOLDER", help="a copy of it, against a download"

@@ -8,10 +8,11 @@ accelerate launch --config_file configuration/accelerate/ddp.yaml -m training.re
 A text is a `.txt` or `.md` file, or a row of a `.jsonl` or `.parquet` file or of a dataset of the Hub. Its id is the
 file's path as given, with `#row` where a file holds several. What is stored is on the disk; after an interruption the
 same command goes on with what is missing, and a text that has changed since is remembered anew. A row that holds no
-text is named and left out. Several processes share the texts and write to one store.
+text is named and left out. Several processes share the texts, store each their own, and are merged at the end.
 """
 
 import argparse
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,8 @@ from transformers import PreTrainedModel
 
 from modeling_memory import MemoryProcessor, MemoryStore
 from modeling_memory.store.codec import DTYPES
+from modeling_memory.store.quoting import why_not_checkable
+from modeling_memory.store.remembering import ON_LOSS
 from modeling_memory.store.texts import text_digest
 
 from .command_line import MISTAKE, Parser, run_command, whole_number
@@ -34,6 +37,7 @@ from .data.sources import HUB, SUFFIXES, HubDataset, read_file
 from .evaluate import find_model
 from .places import program
 from .publishing.hub_folder import load_checkpoint
+from .remember_ray import remember_by_ray
 
 COMMIT_CHARACTERS = 200_000
 """Characters of text that are stored by one change: what an interruption may cost, and how often the bar moves."""
@@ -121,6 +125,8 @@ def remember(
     *,
     batch_size: int = 256,
     commit_characters: int = COMMIT_CHARACTERS,
+    on_loss: str | None = None,
+    beside: MemoryStore | None = None,
     bar: Any = None,
 ) -> dict[str, int]:
     """Store texts that are not in a store yet, or have changed since.
@@ -130,6 +136,8 @@ def remember(
         texts (`Iterator`): Ids and texts.
         batch_size (`int`): Chunks that the encoder reads at a time.
         commit_characters (`int`): Characters of one change of the store.
+        on_loss (`str`, *optional*): What becomes of chunks that do not come back whole; see `MemoryStore.append`.
+        beside ([`MemoryStore`], *optional*): Another store, whose texts are not stored again.
         bar (`tqdm`, *optional*): Counts characters, and shows chunks beside them.
 
     Returns:
@@ -145,7 +153,8 @@ def remember(
             bar.set_postfix_str(f"{counts['chunks']:,} chunks")
 
     def commit() -> None:
-        counts["stored"] += store.append(waiting, batch_size=batch_size, on_duplicate="replace", progress=progress)
+        options: dict[str, Any] = {"batch_size": batch_size, "on_duplicate": "replace", "on_loss": on_loss}
+        counts["stored"] += store.append(waiting, **options, progress=progress)
         advance(sum(map(len, waiting.values())))
         waiting.clear()
 
@@ -154,8 +163,9 @@ def remember(
             bar.update(characters)
 
     for text_id, text in texts:
-        is_known = text_id in store
-        if is_known and store.digest(text_id) == text_digest(text):
+        holders = [one for one in (store, beside) if one is not None and text_id in one]
+        is_known = bool(holders)
+        if any(one.digest(text_id) == text_digest(text) for one in holders):
             counts["known"] += 1
             advance(len(text))
             continue
@@ -170,6 +180,19 @@ def remember(
     return counts
 
 
+def own_part(folder: str, number: int) -> Path:
+    """Where one of several processes stores its texts until they are merged."""
+    return Path(f"{folder}.part-{number}")
+
+
+def merge_parts(store: MemoryStore, folder: str) -> None:
+    """Take over what several processes have stored each for itself."""
+    for place in sorted(Path(folder).parent.glob(f"{Path(folder).name}.part-*")):
+        with MemoryStore(place) as part:
+            store.merge(part, on_duplicate="replace")
+        shutil.rmtree(place)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
     parser = Parser(prog=program("remember"), description="Keep texts as memories on disk.")
@@ -179,6 +202,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--to", required=True, metavar="STORE", help="folder of the store; begun if it is not there")
     add("--dtype", choices=tuple(DTYPES), help="number format of a new store (float16)")
     add("--keep-text", action="store_true", help="let a new store keep the texts, to show and expand chunks")
+    add(
+        "--on-loss",
+        choices=ON_LOSS,
+        help="what becomes of chunks that do not come back from their memories: they are counted (warn, the default "
+        "where the model can be asked), kept as text, or split until they come back",
+    )
     add("--text-column", default="text", metavar="NAME", help="column or field of the text (text)")
     add(
         "--batch-size",
@@ -187,6 +216,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="chunks that the encoder reads at a time (256)",
     )
+    add("--engine", choices=("ray",), help="encode by Ray Data, an actor for each worker (extra `ray`)")
+    add("--workers", type=whole_number(), default=1, metavar="N", help="actors of Ray (1)")
+    add("--parquet", metavar="FOLDER", help="with --engine ray: keep the memories there as Parquet, do not merge them")
     add("--threads", type=whole_number(), metavar="N", help="processor threads")
     return parser
 
@@ -197,8 +229,10 @@ def run(options: argparse.Namespace, command: str) -> tuple[int, dict[str, Any]]
     sources = find_sources(options.texts)
     model, processor = load_memory_model(options.model, state.device)
     with state.main_process_first():
-        kind = {"dtype": options.dtype or "float16", "keep_text": options.keep_text}
+        kind: dict[str, Any] = {"dtype": options.dtype or "float16", "keep_text": options.keep_text}
         store = MemoryStore.open(options.to, model, processor, create=True, **kind)
+        if state.is_main_process:
+            merge_parts(store, options.to)  # of a run that was cut off
     if options.dtype not in (None, store.dtype) or (options.keep_text and not store.keeps_text):
         raise ValueError(
             f"{options.to} was begun with the format {store.dtype} and {'the' if store.keeps_text else 'no'} text. "
@@ -208,14 +242,41 @@ def run(options: argparse.Namespace, command: str) -> tuple[int, dict[str, Any]]
     if state.is_main_process and not any(isinstance(source, HubDataset) for source in sources):  # not streamed twice
         texts = named_texts(sources, options.text_column, lambda told: None)
         total = sum(len(text) for _, text in texts) // state.num_processes
+    on_loss, why = options.on_loss, why_not_checkable(model, processor)
+    if on_loss is None and why is None:
+        on_loss = "warn"
     refused: list[str] = []
     texts = named_texts(sources, options.text_column, refused.append)
     texts = islice(texts, state.process_index, None, state.num_processes)
     shown = {"unit": "char", "unit_scale": True, "disable": not state.is_main_process}
+    append = {"batch_size": options.batch_size, "on_loss": on_loss}
     with tqdm(desc="remember", total=total, **shown) as bar:
-        counts = remember(store, texts, batch_size=options.batch_size, bar=bar)
+        if options.engine == "ray":
+            folder = Path(options.parquet or f"{options.to}.parts")
+            counts = remember_by_ray(
+                store,
+                options.model,
+                texts,
+                folder,
+                workers=options.workers,
+                threads=options.threads or 1,
+                keep_files=options.parquet is not None,
+                append=append,
+                bar=bar,
+            )
+        elif state.num_processes == 1:
+            counts = remember(store, texts, **append, bar=bar)
+        else:
+            # A file for each process: none waits for another while the encoder works.
+            place = own_part(options.to, state.process_index)
+            like: dict[str, Any] = {"dtype": store.dtype, "keep_text": store.keeps_text}
+            with MemoryStore.open(place, model, processor, create=True, **like) as own:
+                counts = remember(own, texts, **append, beside=store, bar=bar)
     everywhere: list[dict[str, int]] = gather_object([counts])
     totals = {name: sum(one[name] for one in everywhere) for name in counts}
+    if state.is_main_process:
+        merge_parts(store, options.to)
+    state.wait_for_everyone()
     store.reload()
     if state.is_main_process:
         seconds = time.perf_counter() - started
@@ -227,6 +288,14 @@ def run(options: argparse.Namespace, command: str) -> tuple[int, dict[str, Any]]
             f"{options.to}: {len(store)} texts, {store.num_tokens:,} tokens in {store.num_chunks:,} chunks, "
             f"{store.num_bytes:,} bytes ({store.num_bytes / max(store.num_tokens, 1):.1f} per token), {store.dtype}"
         )
+        if store.num_checked:
+            kept = "; their text is kept" if store.keeps_text or on_loss != "warn" else ""
+            print(
+                f"{store.num_checked - store.num_lost:,} of {store.num_checked:,} chunks come back word for word, "
+                f"{store.num_lost:,} do not{kept if store.num_lost else ''}"
+            )
+        elif why is not None:
+            print(f"whether chunks come back word for word was not tried: {why}")
         if store.num_unknown:
             share = store.num_unknown / store.num_tokens
             print(f"{store.num_unknown:,} tokens ({share:.1%}) are none that the encoder knows: remembered as nothing")

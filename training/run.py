@@ -4,7 +4,6 @@
 python -m training.run debug_cpu
 python -m training.run configuration/recipes/quickstart.yaml seed=1 stages.decoder.training.max_steps=100
 accelerate launch -m training.run configuration/recipes/quickstart.yaml
-python -m training.run debug_cpu --grid 'seed=[0, 1, 2]'      # a queue of runs, see training/recipes/grid.py
 ```
 """
 
@@ -21,12 +20,11 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from .command_line import Parser, run_command, whole_number
+from .command_line import Parser, run_command
 from .data.pairs import evaluate_pairs
 from .measure.suites import Evaluation, default_length, evaluate_suite, results_table, spread_rows
 from .places import program
 from .publish import verify_hub_folder, write_hub_folder
-from .recipes.grid import run_grid
 from .recipes.recipe import Recipe, StageRecipe, load_recipe
 from .records.figures import write_figures
 from .records.record import (
@@ -116,7 +114,7 @@ class Run:
 
     def measure(self, runner: StageRunner, inputs: Inputs, stages: dict[str, Any]) -> dict[str, Any]:
         """Run the recipe's suites on the test split; kept in a file of their own, so that a resumed run has them."""
-        settings, path = self.recipe.evaluation, self.folder / "evaluation.json"
+        path = self.folder / "evaluation.json"
         asked = {
             "evaluation": self.recipe.to_mapping()["evaluation"],
             "stages": {name: data_digest(runner.identity(self.recipe.stage(name))) for name in stages},
@@ -124,7 +122,13 @@ class Run:
         before = read_json(path)
         if before is not None and before["asked"] == asked:
             return before["metrics"]
-        metrics: dict[str, Any] = {}
+        metrics = self.measure_stages(runner, inputs)
+        write_json(path, {"asked": asked, "metrics": metrics})
+        return metrics
+
+    def measure_stages(self, runner: StageRunner, inputs: Inputs) -> dict[str, Any]:
+        """Run the recipe's suites on the test split."""
+        settings, metrics = self.recipe.evaluation, dict[str, Any]()
         published = self.recipe.stage(self.recipe.published_stage)
         model = runner.load(published.name).to(self.device)
         autoencoder = settings.autoencoder or (published.name if published.kind == "autoencoder" else None)
@@ -148,7 +152,6 @@ class Run:
                 length = length or default_length(evaluation, suite)
                 rows = spread_rows(inputs.tokens["test"], row_length=length, limit=settings.num_rows)
                 metrics[suite] = evaluate_suite(evaluation, suite, rows, baselines if suite == "clm" else None)
-        write_json(path, {"asked": asked, "metrics": metrics})
         return metrics
 
     def measure_pairs(self, runner: StageRunner, stage: StageRecipe, model: Any) -> dict[str, Any]:
@@ -292,26 +295,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="key=value",
         help="replace a value of the recipe: dotted key, stages by name, value as YAML; e.g. output_dir=runs/mine",
     )
-    parser.add_argument(
-        "--grid",
-        action="append",
-        default=[],
-        metavar="key=[a, b]",
-        help="run the recipe for each value, with several of these for all combinations; ends with one table",
-    )
-    parser.add_argument(
-        "--processes", type=whole_number(), metavar="N", help="grid: runs at a time (default: one a core)"
-    )
-    parser.add_argument("--to", metavar="FOLDER", help="grid: where runs and table go (default: runs/grid)")
     return parser
 
 
 def run(options: argparse.Namespace, command: str) -> tuple[int, dict[str, Any]]:
-    """Run a recipe, or a grid of them; returns 1 if a run of a grid failed, and the record or table."""
-    if options.grid:
-        folder = Path(options.to or "runs/grid")
-        table = run_grid(options.recipe, options.overrides, options.grid, folder, processes=options.processes)
-        return int(any(row["status"] == "failed" for row in table["rows"])), table
+    """Run a recipe; returns its status and record."""
     before = signal.signal(signal.SIGTERM, stop_at_once)
     try:
         return 0, Run(load_recipe(options.recipe, options.overrides), command).run()

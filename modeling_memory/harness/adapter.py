@@ -151,6 +151,7 @@ class MemoryLM(TemplateLM):
         chosen = "cuda" if torch.cuda.is_available() else "cpu"
         # The harness asks for "cuda:0" where nobody chose, also on machines without one.
         wanted = chosen if device is None or (device.startswith("cuda") and chosen == "cpu") else device
+        # Dropout would make a score a matter of luck.
         self.model = self.model.to(wanted).eval()
         self._device = self.model.device
         beside = _load_tokenizer(tokenizer or pretrained, hub)
@@ -199,6 +200,7 @@ class MemoryLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Tokenise as the harness's own model does: with the tokenizer's special tokens unless told otherwise."""
+        # Not passed on as None, which tokenizers take for False.
         given = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return self.tokenizer.encode(string, **given)
 
@@ -226,6 +228,7 @@ class MemoryLM(TemplateLM):
             if context:
                 ids, targets = self._encode_pair(context, continuation)
             else:
+                # A first token has nothing that predicts it, so one stands before it.
                 ids, targets = [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
             if not targets:
                 raise ValueError(f"The continuation {continuation!r} is no token; expected one token or more.")
@@ -255,15 +258,19 @@ class MemoryLM(TemplateLM):
             context, options = request.args
             options = dict(normalize_gen_kwargs(dict(options), self.max_gen_toks))
             until = handle_stop_sequences(list(options.pop("until")), self.tokenizer.decode(self.eot_token_id))
+            # An empty prompt is a valid request, and no model writes after nothing.
             ids = self.tok_encode(context) or [self.prefix_token_id]
             cut = self._cut(ids, [])
             tasks.append(request.task_name or "request")
             rows.append([cut])
+            # What is left are options of `generate`, and belongs to it.
             wanted.append((options.pop("max_gen_toks"), until, options))
         self._count_rows(tasks, rows, [new for new, _, _ in wanted])
         laid = [self._lay(row[0], new) for row, (new, _, _) in zip(rows, wanted, strict=True)]
+        # Batches go by length; the harness expects answers in the order of its requests.
         texts: list[str] = [""] * len(rows)
         bar = tqdm(total=len(rows), disable=disable_tqdm, desc="Writing")
+        # A batch has one set of options, and prompts with and without memories are two kinds of call.
         keys = [(bool(one.chunks), repr(want)) for one, want in zip(laid, wanted, strict=True)]
         for batch in self._batches([len(one.ids) for one in laid], keys):
             new, until, options = wanted[batch[0]]
@@ -276,7 +283,9 @@ class MemoryLM(TemplateLM):
         """Cut a request where its context ends to be compressed."""
         place = 0
         if self.has_memories:
+            # In every mode at the same token, so that scores differ by what stands before it alone.
             place = num_compressed(len(context), self.clear, self.chunk_length, self.min_memory_chunks)
+        # The last target is predicted and not read.
         return Reading(context[:place], context[place:] + targets[:-1], targets, len(context))
 
     def _pieces(self, ids: list[int]) -> Iterator[Reading]:
@@ -288,6 +297,7 @@ class MemoryLM(TemplateLM):
             step = -(-self.clear // self.chunk_length) * self.chunk_length  # what is before a piece is whole chunks
         for start in range(0, len(ids) - 1, step):
             end = min(start + step, len(ids) - 1)
+            # Every token once: pieces that overlapped would count some twice, and a perplexity is a mean over all.
             yield Reading(ids[:start], ids[start:end], ids[start + 1 : end + 1], end)
 
     def _chunks(self, before: list[int]) -> list[list[int]]:
@@ -295,6 +305,7 @@ class MemoryLM(TemplateLM):
         if not before:
             return []
         if self.processor is not None and self.processor.encoder_tokenizer is not None:
+            # Two tokenizers share only the text, so the cut is carried over as letters.
             return self.processor.split_context(self.tokenizer.decode(before))
         return [before[i : i + self.chunk_length] for i in range(0, len(before), self.chunk_length)]
 

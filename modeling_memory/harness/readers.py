@@ -61,6 +61,7 @@ def mmlu(file: str, dev: str, data: str | None = None, **others: Any) -> dict[st
     """Each question after the five examples of its subject; subjects take turns, so that a limit meets all."""
     examples: dict[str, list[str]] = {}
     for row in read_rows(data, dev):
+        # With a space before the letter, as the harness scores it: many tokenizers have other tokens for the bare one.
         examples.setdefault(row["subject"], []).append(f"{mmlu_question(row)} {'ABCD'[row['gold']]}")
     subjects: dict[str, list[dict[str, Any]]] = {}
     for row in read_rows(data, file):
@@ -73,6 +74,7 @@ def mmlu(file: str, dev: str, data: str | None = None, **others: Any) -> dict[st
                 "subject": row["subject"],
             }
         )
+    # The file goes subject by subject, and the first hundred rows of it would be algebra only.
     turns = chain.from_iterable(zip_longest(*subjects.values()))
     return {"test": Dataset.from_list([turn for turn in turns if turn is not None])}
 
@@ -82,6 +84,7 @@ def boolq(file: str, data: str | None = None, **others: Any) -> dict[str, Datase
     found = []
     for row in read_rows(data, file):
         text = re.sub(r"^Passage: ", "", row["query"])
+        # From the right: a passage may hold the word itself.
         passage, _, question = text.rpartition("Question: ")
         question = re.sub(r"\s*Answer:\s*$", "", question).strip().rstrip("?")
         found.append({"passage": passage.strip(), "question": question, "gold": row["gold"]})
@@ -113,6 +116,7 @@ def stretches(
 ) -> dict[str, Dataset]:
     """Stretches of `words` words of a text file, spread evenly over it."""
     found = read_text(data, file).split()
+    # Never closer than a stretch is long, so that no two share a word.
     starts = range(0, max(1, len(found) - words + 1), max(words, (len(found) - words) // num_rows or 1))
     return {"test": Dataset.from_list([{"text": " ".join(found[i : i + words])} for i in starts][:num_rows])}
 
@@ -187,6 +191,7 @@ def needles(
     found = []
     for _ in range(per_size):
         for size in sizes:
+            # Another place of the haystack for each row, or all rows would hide their needles in the same text.
             start = generator.randrange(len(words))
             made = _fit_row(reader, kind, words[start:] + words[:start], int(size), generator.random())
             found.append({**made, "size": int(size)})
@@ -195,6 +200,7 @@ def needles(
 
 def _fit_row(reader: Any, kind: str, words: list[str], size: int, seed: float) -> dict[str, Any]:
     """Take as much of the haystack as fits into `size` tokens, by halving; the draws do not depend on it."""
+    # A word is at least one token, so no more words than tokens can fit.
     low, high = 0, min(len(words) if kind != "common" else size, size)
     if len(reader(make_row(kind, words[:0], seed)["input"], verbose=False)["input_ids"]) > size:
         raise ValueError(
@@ -213,6 +219,7 @@ def make_row(kind: str, haystack: list[str], seed: float) -> dict[str, Any]:
     >>> make_row("single", [], 0.5)["outputs"][0] in make_row("single", ["a", "b"], 0.5)["input"]
     True
     """
+    # Drawn from the row's seed alone: halving calls this again, and the needles must stay the same.
     generator = random.Random(repr(seed))
     keys = [f"{a}-{n}" for a, n in zip(generator.sample(ADJECTIVES, 8), generator.sample(NOUNS, 8), strict=True)]
     numbers = [str(generator.randint(1_000_000, 9_999_999)) for _ in range(8)]
@@ -238,6 +245,7 @@ def make_row(kind: str, haystack: list[str], seed: float) -> dict[str, Any]:
 
 def _hide(haystack: list[str], lines: list[str], depths: list[float]) -> str:
     """Put lines at their depths, in the order of these."""
+    # By depth only: with equal depths, lines would be compared, and a chain lose its order.
     placed = sorted(zip(depths, lines, strict=False), key=lambda pair: pair[0])
     text, at = [], 0
     for depth, line in placed:
@@ -252,6 +260,7 @@ def _common_words(length: int, generator: random.Random) -> dict[str, Any]:
     order = generator.sample(COMMON, len(COMMON))
     answers, others = order[:3], order[3:]
     rounds = max(1, length // (3 * 3 + len(others)))
+    # At least one round, so that even the shortest list has an answer.
     words = (answers * 3 + others) * rounds
     generator.shuffle(words)
     return {"input": ASK_COMMON.format(" ".join(words)), "outputs": answers}
@@ -263,6 +272,7 @@ def _common_words(length: int, generator: random.Random) -> dict[str, Any]:
 def score_needle(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """Share of the answers that the text holds, as RULER counts; also under the size of the prompt."""
     text = results[0].lower()
+    # Also under its size: a mean over all sizes hides at which length a model loses the needle.
     score = sum(answer.lower() in text for answer in doc["outputs"]) / len(doc["outputs"])
     return {"score": score, str(doc["size"]): score}
 
@@ -313,6 +323,7 @@ def _words(text: str) -> list[str]:
 
 def _rouge_l(answer: list[str], given: list[str]) -> float:
     """F1 of the longest common subsequence."""
+    # One row of the usual table at a time: summaries are long, and only the last row is read.
     common = [0] * (len(given) + 1)
     for word in answer:
         before, common = common, [0]
@@ -343,6 +354,7 @@ def score_ifeval(doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
     Raises:
         ValueError: If the sentence splitter's data, which the checker wants, is not there.
     """
+    # Here, since the checker brings packages that no other task needs.
     from lm_eval.tasks.ifeval.utils import process_results
 
     kwargs = json.loads(doc["kwargs_json"])

@@ -4,13 +4,15 @@ L chunk length, K memories per chunk, D decoder width.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..store import Chunk, MemoryStore
+
+Embed = Callable[[list[str]], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Used:
     Attributes:
         chunk ([`Chunk`]): The chunk.
         score (`float`, *optional*): How near it is to the prompt; `None` if that was not asked for.
-        by (`str`): What the score is: `"BM25"` of its passage, or `"cosine"` of its memories.
+        by (`str`): What the score is: `"BM25"` of its passage, `"fused"` with a sentence encoder's order, or
+            `"cosine"` of its memories.
         in_clear (`bool`): Whether it stands in the prompt as text.
     """
 
@@ -31,7 +34,12 @@ class Used:
 
 
 def choose(
-    store: MemoryStore, prompt: str, texts: Sequence[str] | None = None, nearest: int | None = None, expand: int = 0
+    store: MemoryStore,
+    prompt: str,
+    texts: Sequence[str] | None = None,
+    nearest: int | None = None,
+    expand: int = 0,
+    embed: Embed | None = None,
 ) -> list[Used]:
     """Choose the chunks that a prompt is answered from, in reading order.
 
@@ -42,6 +50,7 @@ def choose(
         nearest (`int`, *optional*): Only so many chunks, the nearest to the prompt. Default: all if the model has room
             for them, else as many as it has room for.
         expand (`int`): How many of the chunks, the nearest ones, stand as full text.
+        embed (`Callable`, *optional*): A sentence encoder; see `MemoryStore.search`.
 
     Raises:
         ValueError: If there is no such text, nothing to choose from, or no token in the prompt to compare by.
@@ -54,7 +63,7 @@ def choose(
     wanted = min(room if nearest is None else nearest, len(chunks))
     if wanted == len(chunks) and nearest is None and not expand:
         return [Used(chunk) for chunk in chunks]
-    by, scores = rank(store, prompt, max(wanted, expand), texts)
+    by, scores = rank(store, prompt, max(wanted, expand), texts, embed)
     best = list(scores)
     kept = set(chunks) if nearest is None and wanted == len(chunks) else set(best[:wanted])
     in_clear = set(best[:expand])
@@ -62,25 +71,30 @@ def choose(
 
 
 def rank(
-    store: MemoryStore, prompt: str, number: int, texts: Sequence[str] | None = None
+    store: MemoryStore,
+    prompt: str,
+    number: int,
+    texts: Sequence[str] | None = None,
+    embed: Embed | None = None,
 ) -> tuple[str, dict[Chunk, float]]:
     """Find the chunks that are nearest to a prompt: by its words if text is kept and shares one, else by memories.
 
     Returns:
-        `"BM25"` or `"cosine"`, and chunks with their scores, nearest first; of a passage those that share more words.
+        `"BM25"`, `"fused"` or `"cosine"`, and chunks with their scores, nearest first; of a passage those that
+        share more words.
     """
     question = without_markers(store, prompt)
     scores: dict[Chunk, float] = {}
     if store.keeps_text:
         words = set(re.findall(r"\w+", question.casefold()))
-        for passage, score in store.search_text(question, number, text_ids=texts):
+        for passage, score in store.search(question, number, text_ids=texts, embed=embed):
             parts = dict(zip(passage.chunks, store.expand(passage.chunks), strict=True))
             shared = {one: len(words & set(re.findall(r"\w+", parts[one].casefold()))) for one in parts}
             scores |= dict.fromkeys(sorted(parts, key=lambda one: -shared[one]), score)
             if len(scores) >= number:
                 break
         if scores:
-            return "BM25", scores
+            return "BM25" if embed is None else "fused", scores
     for found in store.nearest(prompt_memories(store, question), number, text_ids=texts):
         for chunk, cosine in found:
             scores[chunk] = max(cosine, scores.get(chunk, -1.0))
@@ -112,11 +126,6 @@ def prompt_memories(store: MemoryStore, prompt: str) -> torch.Tensor:
             inputs["context_input_ids"], inputs["context_attention_mask"]
         )
     return memories[mask.bool()].float().cpu()
-
-
-def regenerate(store: MemoryStore, chunks: Sequence[Chunk]) -> list[str]:
-    """Let the model write chunks from their memories alone; see [`regenerate_ids`], of which this is the text."""
-    return [store.processor.tokenizer.decode(ids) for ids in regenerate_ids(store, chunks)]
 
 
 @torch.no_grad()

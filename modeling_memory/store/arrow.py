@@ -6,6 +6,8 @@
 | `number`, `chunks`, `num_tokens`, `num_unknown` | int32 | which chunk, of how many; its tokens; unknown in the text |
 | `start`, `end` | int32 | first character and the one after the last, null if not known |
 | `text` | string | the chunk's part of the text, which joined are the whole; null if it was not kept |
+| `comes_back` | bool | whether the model writes the chunk back; null if that was not tried |
+| `original` | string | its text if it does not come back and the whole text was not kept |
 | `codes` | list of float32, float16, uint16 (bfloat16), int8 or uint8 (int4) | the memories, K * D numbers |
 | `scales` | list of float32 | factors of int8 and int4 codes |
 
@@ -19,7 +21,7 @@ from typing import Any
 
 from .codec import code_sizes
 from .database import MemoryStoreError
-from .texts import Record, check_id
+from .texts import UNCHECKED, WHOLE, Record, check_id
 
 KEY = b"modeling_memory"
 CODES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16", "int8": "int8", "int4": "uint8"}
@@ -46,7 +48,8 @@ def arrow_schema(settings: dict[str, Any]) -> Any:
     codes, scales = code_sizes(dtype, cut["memories_per_chunk"], cut["hidden_size"])
     fields = [("text_id", pa.string()), ("number", pa.int32()), ("chunks", pa.int32()), ("digest", pa.string())]
     fields += [("num_unknown", pa.int32()), ("start", pa.int32()), ("end", pa.int32()), ("num_tokens", pa.int32())]
-    fields += [("text", pa.string()), ("codes", pa.list_(code, codes // (code.bit_width // 8)))]
+    fields += [("text", pa.string()), ("comes_back", pa.bool_()), ("original", pa.string())]
+    fields += [("codes", pa.list_(code, codes // (code.bit_width // 8)))]
     fields += [("scales", pa.list_(pa.float32(), scales // 4))] if scales else []
     kept = {name: settings[name] for name in ("format_version", "fingerprint", "dtype", "keeps_text")}
     return pa.schema(fields, metadata={KEY: json.dumps(kept)})
@@ -59,7 +62,8 @@ def to_reader(records: Iterable[Record], settings: dict[str, Any]) -> Any:
     def batches() -> Iterator[Any]:
         rows: list[tuple] = []
         for record in records:
-            for number, (start, end, tokens) in enumerate(record.places):
+            for number, (start, end, tokens, known) in enumerate(record.places):
+                blob, original = record.memories[number]
                 text = None
                 if record.text is not None:
                     first = start if number else 0
@@ -69,7 +73,8 @@ def to_reader(records: Iterable[Record], settings: dict[str, Any]) -> Any:
                         text = record.text if number == 0 else ""
                 place = (None, None) if start < 0 else (start, end)
                 head = (record.text_id, number, len(record.places), record.digest, record.num_unknown)
-                rows.append((*head, *place, tokens, text, record.memories[number]))
+                back = None if known == UNCHECKED else known == WHOLE
+                rows.append((*head, *place, tokens, text, back, original, blob))
                 if len(rows) == BATCH:
                     yield _batch(pa, schema, rows)
                     rows = []
@@ -165,9 +170,13 @@ def _record(rows: list[dict[str, Any]]) -> Record:
             "Sort them by `text_id` and `number`."
         )
     knows = first["start"] is not None
-    places = [(row["start"], row["end"], row["num_tokens"]) if knows else (-1, -1, row["num_tokens"]) for row in rows]
+    known = [UNCHECKED if row["comes_back"] is None else int(row["comes_back"]) for row in rows]
+    places = [
+        (row["start"], row["end"], row["num_tokens"], back) if knows else (-1, -1, row["num_tokens"], back)
+        for row, back in zip(rows, known, strict=True)
+    ]
     text = None if first["text"] is None else "".join(row["text"] or "" for row in rows)
-    borders = [border for start, end, _ in places for border in (start, end)]
+    borders = [border for start, end, _, _ in places for border in (start, end)]
     end = 2**31 - 1 if text is None else len(text)
     if any(not isinstance(number, int) for place in places for number in place) or (
         knows and (borders != sorted(borders) or borders[0] < 0 or borders[-1] > end)
@@ -177,5 +186,10 @@ def _record(rows: list[dict[str, Any]]) -> Record:
             "and `num_tokens` as `to_arrow` gave them."
         )
     return Record(
-        first["text_id"], first["digest"], first["num_unknown"] or 0, places, [r["blob"] for r in rows], text
+        first["text_id"],
+        first["digest"],
+        first["num_unknown"] or 0,
+        places,
+        [(row["blob"], row["original"]) for row in rows],
+        text,
     )

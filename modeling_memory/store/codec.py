@@ -53,6 +53,7 @@ def encode_vectors(memories: torch.Tensor, dtype: str) -> list[bytes]:
         raise ValueError("A memory holds a number that is not finite. Check the model that encoded it.")
     if dtype in PLAIN:
         codes = memories.to(PLAIN[dtype])
+        # float16 ends at 65,504, which a norm without bound can pass.
         if not torch.isfinite(codes).all():
             raise ValueError(
                 f"A memory reaches {memories.abs().max():.3g}, more than {dtype} holds. Store it as 'bfloat16', "
@@ -64,9 +65,11 @@ def encode_vectors(memories: torch.Tensor, dtype: str) -> list[bytes]:
         grouped = memories.unsqueeze(-2)  # (n, K, groups, numbers of a group)
         if dtype == "int4":
             grouped = nn.functional.pad(memories, (0, -memories.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+        # Never zero: a group of zeros would be divided by it.
         scales = grouped.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny) / most
         codes = (grouped / scales[..., None]).round().clamp(-most, most).to(torch.int8)
         if dtype == "int4":
+            # Two codes share a byte, so they must not be negative.
             halves = (codes + 8).view(torch.uint8)
             codes = halves[..., ::2] | (halves[..., 1::2] << 4)
         parts = [codes, scales]
@@ -87,6 +90,7 @@ def decode_vectors(rows: list[bytes], dtype: str, memories_per_chunk: int, width
     shape = (len(rows), memories_per_chunk, width)
     if not rows:
         return torch.empty(shape)
+    # A copy that may be written to: tensors over bytes of Python's own are read-only.
     content = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(rows), -1)
     codes, scales = content.split(code_sizes(dtype, memories_per_chunk, width), 1)
     if dtype in PLAIN:
@@ -139,6 +143,7 @@ def quantization_report(
             rows = encode_vectors(memory_embeds, dtype)
             memories = decode_vectors(rows, dtype, *memory_embeds.shape[1:]).to(memory_embeds)
             size = sum(code_sizes(dtype, 1, memory_embeds.shape[-1]))
+        # Through the model that reads them: equal errors in two directions of a vector need not cost the same.
         logits = model(memory_embeds=memories, memory_mask=memory_mask, use_cache=False, **inputs).logits
         logits = logits[wanted].float()
         report[dtype] = {

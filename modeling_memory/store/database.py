@@ -3,8 +3,8 @@
 | table | a row | holds |
 |---|---|---|
 | `settings` | `store`, `state` | what never changes (fingerprint, number format); counts, which every change updates |
-| `texts` | a text | id, digest, and `places`: a chunk's first character, the one after its last, its tokens |
-| `chunks` | a chunk | its memories as one blob; `row` is the text's key * 2**24 + the chunk's number |
+| `texts` | a text | id, digest, and where its chunks stand, and whether they come back (`places`) |
+| `chunks` | a chunk | memories as one blob, the text if it is lost else; `row`: text's key * 2**24 + chunk's number |
 | `passages` | about 256 tokens | the kept text, cut between chunks; `row` is that of the first chunk |
 | `words` | a passage | the full-text index (FTS5), which holds no text of its own |
 
@@ -34,12 +34,16 @@ SCHEMA = (
     "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL, checksum BLOB NOT NULL)",
     "CREATE TABLE texts (key INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, digest TEXT, unknown INTEGER NOT NULL, "
     "passages INTEGER NOT NULL, places BLOB NOT NULL, checksum BLOB NOT NULL)",
-    "CREATE TABLE chunks (row INTEGER PRIMARY KEY, memory BLOB NOT NULL, checksum BLOB NOT NULL)",
+    "CREATE TABLE chunks (row INTEGER PRIMARY KEY, memory BLOB NOT NULL, original TEXT, checksum BLOB NOT NULL)",
     "CREATE TABLE passages (row INTEGER PRIMARY KEY, content TEXT NOT NULL, checksum BLOB NOT NULL)",
     "CREATE VIRTUAL TABLE words USING fts5(content, content='', tokenize='porter unicode61 remove_diacritics 2')",
 )
-STATE = {"generation": 1, "next": 1, "texts": 0, "chunks": 0, "tokens": 0, "unknown": 0, "stale": 0, "repairing": 0}
-"""Counts of what is stored; the key of the next text; the chunks deleted since the last vacuum."""
+STATE = {"generation": 1, "next": 1, "texts": 0, "chunks": 0, "tokens": 0, "unknown": 0, "checked": 0, "lost": 0}
+STATE |= {"stale": 0, "marked": 0, "repairing": 0}
+"""Counts of what is stored; the key of the next text; the chunks deleted since the last vacuum, and the
+passages of them whose words are only marked as deleted."""
+WORDS_CAN_LEAVE = sqlite3.sqlite_version_info >= (3, 42)
+"""Whether this SQLite takes words out of the index; before, they are marked until the index is written anew."""
 
 
 class MemoryStoreError(ValueError):
@@ -77,6 +81,11 @@ def explain(path: Path, error: sqlite3.Error) -> Exception:
         )
     if "closed" in words:
         return MemoryStoreError(f"The store {name} was closed. Open it again.")
+    if "fts5 file format" in words:
+        return MemoryStoreError(
+            f"The words of {name} were indexed by a newer SQLite than this Python's {sqlite3.sqlite_version}. Use a "
+            "Python with SQLite 3.42 or later."
+        )
     if "fts5" in words and "module" in words:
         return MemoryStoreError("This Python's SQLite has no full-text search (FTS5). Use another build of Python.")
     return damaged(path, words)
@@ -104,6 +113,8 @@ def explained(path: Path) -> Iterator[None]:
 def connect(path: Path, seconds: float, options: str = "mode=rw") -> sqlite3.Connection:
     """Connect to a file in which nothing is trusted: no extension is loaded, no view or trigger may call out."""
     uri = f"{path.absolute().as_uri()}?{options}"
+    # No isolation level: Python would otherwise begin transactions of its own, before statements that it thinks need
+    # one.
     database = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=seconds)
     # FAST overwrites what is deleted inside a page; whole pages are cut off by `vacuum`.
     for pragma in ("trusted_schema=OFF", "cell_size_check=ON", "synchronous=FULL", "secure_delete=FAST"):
@@ -114,7 +125,9 @@ def connect(path: Path, seconds: float, options: str = "mode=rw") -> sqlite3.Con
 def create_file(path: Path, settings: dict[str, Any]) -> None:
     """Write an empty store, whole or not at all; where another process was faster, its file stays."""
     with new_file(path) as database:
+        # Before the first table: afterwards it would ask for the whole file to be written anew.
         database.execute("PRAGMA auto_vacuum=INCREMENTAL")
+        # So that readers keep the moment that they opened, however long a writer takes.
         database.execute("PRAGMA journal_mode=WAL").fetchall()
         for statement in SCHEMA:
             database.execute(statement)
@@ -134,12 +147,14 @@ def new_file(path: Path) -> Iterator[sqlite3.Connection]:
             finally:
                 database.close()  # the last to close carries the write-ahead log over into the file
         try:
+            # A link fails where the name is taken; a rename would put this empty store over the other's.
             os.link(part, path)
         except FileExistsError:
             pass
         except OSError:  # a file system without links
             if not path.exists():
                 os.replace(part, path)
+        # A name is on the disk only once the folder that lists it is.
         sync_folder(path.parent)
     finally:
         for ending in ("", "-wal", "-shm", "-journal"):
@@ -158,6 +173,7 @@ def sync_folder(folder: Path) -> None:
 
 def write_setting(database: sqlite3.Connection, name: str, value: dict[str, Any]) -> None:
     """Write one of the two settings with its checksum."""
+    # Sorted, so that the same settings have the same checksum.
     content = json.dumps(value, sort_keys=True)
     row = (name, content, checksum(f"{name} {content}"))
     database.execute("INSERT OR REPLACE INTO settings VALUES (?, ?, ?)", row)
@@ -172,6 +188,7 @@ def check_place(folder: Path) -> Path:
     path = folder / FILE
     if folder.exists() and not folder.is_dir():
         raise MemoryStoreError(f"{folder} is a file. A store is a folder that holds {FILE}; correct the path.")
+    # Named for what it is: an old store taken for an empty folder would be begun anew over its texts.
     older = sorted(one.name for one in folder.glob("index-*.json"))
     if older and not path.exists():
         raise MemoryStoreError(
@@ -247,6 +264,8 @@ class Database:
 
     def _check_schema(self) -> None:
         """Refuse a file with other tables, or with views and triggers, which a received file could act by."""
+        # SQLite stores a statement in its own words, and FTS5 adds tables of its own: what a store has is asked of
+        # SQLite itself.
         own = sqlite3.connect(":memory:")
         for statement in SCHEMA:
             own.execute(statement)
@@ -271,6 +290,7 @@ class Database:
 
     def _begin(self) -> None:
         """Begin to read the newest state, and hold it."""
+        # A transaction that is never committed is what keeps all later reads at one moment.
         self.connection.execute("BEGIN")
         rows = self.connection.execute("SELECT name, value, checksum FROM settings").fetchall()
         found = {}
@@ -278,6 +298,7 @@ class Database:
             if digest != checksum(f"{name} {value}"):
                 raise damaged(self.path, f"its settings ({name}) do not agree with their checksum")
             found[name] = json.loads(value)
+        # A checksum proves that a value was written so, not that it makes sense.
         if not all(isinstance(value, dict) for value in found.values()):
             raise damaged(self.path, "its settings are none")
         version = found.get("store", {}).get("format_version")
@@ -339,6 +360,8 @@ class Database:
             self.end()
             try:
                 database.execute(f"PRAGMA busy_timeout={int(1000 * self.lock_seconds)}").fetchall()
+                # The lock at once: one that is only asked for by the first write would be refused if the state had
+                # moved on.
                 database.execute("BEGIN IMMEDIATE")
                 if self._identity() != self._file:
                     raise MemoryStoreError(f"{self.path} was removed or replaced meanwhile. Call `reload()`.")
@@ -396,6 +419,7 @@ class Database:
         with self.lock, explained(self.path):
             self.end()
             try:
+                # Page by page in one transaction: readers see the old store until all of the new one is there.
                 source.backup(self.connection)
             finally:
                 self.end()

@@ -42,6 +42,7 @@ def tokenizer_checksum(tokenizer: PreTrainedTokenizerBase) -> str:
         state: dict[str, Any] = {"kind": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     else:
         state = json.loads(backend.to_str())
+        # What the library last padded to says nothing about which ids a text has.
         state.pop("padding"), state.pop("truncation")
     return _digest(state)
 
@@ -76,6 +77,7 @@ def _describe(model: Any, processor: Any, hashed: Callable[[dict], str], told: C
             "encoder-decoder and its MemoryProcessor."
         )
     config = model.config
+    # Before any weight is hashed: a processor of another cut is the usual mistake, and is found at once.
     for name in ("chunk_length", "memories_per_chunk"):
         if getattr(processor, name) != getattr(config, name):
             raise MemoryStoreError(
@@ -84,6 +86,7 @@ def _describe(model: Any, processor: Any, hashed: Callable[[dict], str], told: C
             )
     encoder, projector = {}, {}
     for name, tensor in model.state_dict().items():
+        # The decoder is left out: whatever answers from the memories, they are what they were.
         if name.startswith(("encoder.", "pooling.")):
             encoder[name] = tensor
         elif name.startswith("projector."):
@@ -107,10 +110,13 @@ def _describe(model: Any, processor: Any, hashed: Callable[[dict], str], told: C
             "memories_per_chunk": config.memories_per_chunk,
             "pooling": config.pooling,
             "hidden_size": config.decoder.hidden_size,
+            # So that memories of a cut that took markers in a document for markers are not taken for those of this
+            # one.
             "markers_in_text": "are text",
         },
     }
     described = {part: {**fields, "sha256": _digest(fields)} for part, fields in parts.items()}
+    # After hashing: the same weights under another name are the same encoder.
     described["encoder"] |= _describe_source(config.encoder)
     return {"model": _describe_source(config), **described}
 
@@ -126,6 +132,7 @@ def _plain(fields: Any) -> Any:
 
 def _adapters(model: Any) -> list[dict[str, Any]]:
     """How the encoder's adapters act: usually alike in all its layers."""
+    # A set, since all layers usually agree, and a list of a hundred equal entries would hide the one that does not.
     found = {
         json.dumps(
             {
@@ -153,6 +160,7 @@ def check_fingerprint(given: Any) -> None:
             raise MemoryStoreError(f"A fingerprint has no part {part!r} with a `sha256`. Take one from `fingerprint`.")
     for name in ("memories_per_chunk", "hidden_size"):
         size = given["cut"].get(name)
+        # Bounded, since a forged size would otherwise be asked of the machine as memory.
         if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size < 2**24:
             raise MemoryStoreError(f"A fingerprint's `{name}` is {size!r}; expected a size, 1 or more.")
 
@@ -171,6 +179,7 @@ def check_same_fingerprint(stored: dict[str, Any], given: dict[str, Any], whose:
     reasons, fields = [], []
     for part, explanation in EXPLANATIONS.items():
         if stored[part]["sha256"] != given[part]["sha256"]:
+            # Digests may differ where all fields agree that this release knows.
             found = list(differences(part, stored[part], given[part])) or [(f"{part}.sha256", "other", "other")]
             fields += [field for field, _, _ in found]
             sides = "; ".join(
@@ -205,6 +214,7 @@ def _short(value: Any) -> str:
 def _describe_source(config: Any) -> dict[str, Any]:
     """Name and revision of a pretrained part; of a local folder only its own name."""
     name = getattr(config, "_name_or_path", "") or None
+    # A store is passed on, and the path of a home folder must not be in it.
     if name is not None and (os.path.isabs(name) or os.path.exists(name)):
         name = os.path.basename(os.path.normpath(name))
     return {"name": name, "model_type": config.model_type, "revision": getattr(config, "_commit_hash", None)}
@@ -212,6 +222,7 @@ def _describe_source(config: Any) -> dict[str, Any]:
 
 def _sum(state: dict[str, torch.Tensor]) -> str:
     """Sums of all tensors' bits, at the speed of memory and wherever they lie."""
+    # As whole numbers: sums of floats depend on the order, and a NaN would equal nothing, itself included.
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = [tensor.detach().view(kinds[tensor.element_size()]).sum() for tensor in state.values() if tensor.dim()]
     return _digest([list(state), torch.stack([one.cpu() for one in sums]).tolist()])

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
@@ -35,10 +36,12 @@ from .database import (
     new_file,
 )
 from .fingerprint import check_fingerprint, check_same_fingerprint, fingerprint, quick_fingerprint
+from .quoting import as_text, why_not_checkable, write_back
 from .remembering import remember_texts
-from .search import build_search
+from .search import BlockSearch, fuse, normalize
 from .tables import Tables, chunks_of
 from .texts import (
+    UNCHECKED,
     Chunk,
     Entry,
     Passage,
@@ -52,6 +55,10 @@ from .texts import (
 
 logger = logging.get_logger(__name__)
 
+CANDIDATES = 50
+"""Passages found by words that a sentence encoder orders anew."""
+FEW = 10
+"""Deleted texts up to which taking their words out one by one costs less than writing the index of words anew."""
 ON_DUPLICATE = ("error", "skip", "replace")
 Wanted = str | Chunk | Passage | Iterable[str | Chunk | Passage] | None
 
@@ -103,6 +110,7 @@ class MemoryStore(Tables):
         self.model, self.processor = model, processor
         if model is not None:
             check_same_fingerprint(self.fingerprint, fingerprint(model, processor), "this model")
+            # Hashing all weights takes seconds, and every later call only has to notice that one has changed.
             self._quick = quick_fingerprint(model, processor)
 
     @classmethod
@@ -133,6 +141,7 @@ class MemoryStore(Tables):
             MemoryStoreError: See the class.
             ValueError: If `dtype` is unknown.
         """
+        # What is there is opened as it is, so that a command can be given again.
         if create and not (_as_folder(folder) / FILE).exists():
             if model is None or processor is None:
                 raise MemoryStoreError("A new store belongs to a model. Give `model` and `processor`.")
@@ -169,6 +178,7 @@ class MemoryStore(Tables):
                 "dtype": dtype,
                 "keeps_text": bool(keep_text),
             }
+            # Another process may have been faster since; its file stays, and is opened.
             create_file(folder / FILE, settings)
         return cls(folder)
 
@@ -245,6 +255,16 @@ class MemoryStore(Tables):
         """Bytes of the store on disk, its write-ahead log included."""
         return sum(path.stat().st_size for path in self.folder.glob(f"{FILE}*") if path.is_file())
 
+    @property
+    def num_checked(self) -> int:
+        """Chunks that the model was asked to write back when they were stored; see `on_loss` of [`append`]."""
+        return self._database.state["checked"]
+
+    @property
+    def num_lost(self) -> int:
+        """Chunks that it did not write back without an error."""
+        return self._database.state["lost"]
+
     def digest(self, text_id: str) -> str | None:
         """Return the checksum of a text, as [`text_digest`] makes it; `None` if none was given."""
         return self._find(text_id)[1].digest
@@ -270,6 +290,9 @@ class MemoryStore(Tables):
             MemoryStoreError: If the text was not kept, or its tokenizer knows no characters.
         """
         chunks = self.select(chunks)
+        if not self.keeps_text and chunks and all(chunk.comes_back is False for chunk in chunks):
+            return [self._original(chunk) for chunk in chunks]
+        # Each text once, however many of its chunks are asked for.
         texts = {text_id: self.text(text_id) for text_id in dict.fromkeys(chunk.text_id for chunk in chunks)}
         for chunk in chunks:
             if chunk.start is None:
@@ -278,6 +301,58 @@ class MemoryStore(Tables):
                     "stand is not known. `store.text(text_id)` returns it whole."
                 )
         return [texts[chunk.text_id][chunk.start : chunk.end] for chunk in chunks]
+
+    def _original(self, chunk: Chunk) -> str:
+        row = (self._find(chunk.text_id)[0] << SHIFT) + chunk.number
+        original = self._blobs(range(row, row + 1))[0][1]
+        if original is None:
+            raise MemoryStoreError(
+                f"Chunk {chunk.number} of {chunk.text_id!r} does not come back from its memories, and its text was "
+                "not kept. Remember the text again with `on_loss='keep_text'`, or in a store that keeps texts."
+            )
+        return original
+
+    def regenerate(self, chunks: Chunk | Passage | Sequence[Chunk]) -> list[str]:
+        """Return what the model writes of chunks from their memories alone, right or wrong, all in one pass.
+
+        Raises:
+            MemoryStoreError: If the store was opened without a model.
+            ValueError: If the model cannot be asked, saying why.
+        """
+        why = why_not_checkable(self._model(), self.processor)
+        if why is not None:
+            raise ValueError(f"The model cannot be asked what a memory holds: {why}.")
+        chunks = self.select(chunks)
+        per_window = self.processor.window_length // self.processor.chunk_length
+        places = dict.fromkeys((chunk.text_id, chunk.number // per_window) for chunk in chunks)
+        # Whole windows, as when they were checked: what a chunk becomes depends on its neighbours a little.
+        windows = [self.chunks(one)[i * per_window : (i + 1) * per_window] for one, i in places]
+        beside = [chunk for window in windows for chunk in window]
+        lines = write_back(self._model(), self.memories(beside), [len(window) for window in windows]).tolist()
+        written = {chunk: line[: chunk.num_tokens] for chunk, line in zip(beside, lines, strict=True)}
+        sizes = [None if chunk.start is None else chunk.end - chunk.start for chunk in chunks]  # type: ignore[operator]
+        tokenizer = self.processor.tokenizer
+        return [as_text(tokenizer, written[chunk], size) for chunk, size in zip(chunks, sizes, strict=True)]
+
+    def quote(self, chunks: Chunk | Passage | Sequence[Chunk]) -> list[str]:
+        """Return the text of chunks word for word: as it was kept, else as the model writes it back.
+
+        Raises:
+            MemoryStoreError: If a chunk's text was not kept and it is not known to come back: nothing is quoted that
+                may be wrong.
+        """
+        chunks = self.select(chunks)
+        if self.keeps_text:
+            return self.expand(chunks)
+        for chunk in chunks:
+            if chunk.comes_back is None:
+                raise MemoryStoreError(
+                    f"It was not tried whether chunk {chunk.number} of {chunk.text_id!r} comes back from its "
+                    "memories. Remember the text again with `on_loss`, or call `regenerate`, which promises nothing."
+                )
+        whole = [chunk for chunk in chunks if chunk.comes_back]
+        written = dict(zip(whole, self.regenerate(whole), strict=True)) if whole else {}
+        return [written[chunk] if chunk.comes_back else self._original(chunk) for chunk in chunks]
 
     def memories(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Return the memories of some chunks, each row compared with its checksum.
@@ -304,8 +379,9 @@ class MemoryStore(Tables):
                     f"The text {chunk.text_id!r} has {len(entry.places)} chunks, but chunk {chunk.number} was asked "
                     "for. Take chunks from this store's `chunks`."
                 )
+            # In the order asked for: memories stand in a prompt as they were found, not as they were stored.
             rows.append((key << SHIFT) + chunk.number)
-        return self._decode([blob for run in _runs(rows) for _, blob in self._blobs(run)])
+        return self._decode([blob for run in _runs(rows) for blob, _ in self._blobs(run)])
 
     def select(self, wanted: Wanted) -> list[Chunk]:
         """Return chunks as they are given, also those of passages, or those of texts that are named; `None`: all."""
@@ -349,6 +425,7 @@ class MemoryStore(Tables):
         memory_embeds = self.memories(chunks).flatten(0, 1)[None]
         if self.model is not None:
             memory_embeds = memory_embeds.to(self.model.device, self.model.decoder.dtype)
+        # After the model's own type, so that a caller who names one has the last word.
         memory_embeds = memory_embeds if dtype is None else memory_embeds.to(dtype)
         memory_mask = torch.ones_like(memory_embeds[..., 0], dtype=torch.long)
         loaded = {"memory_embeds": memory_embeds, "memory_mask": memory_mask}
@@ -357,6 +434,7 @@ class MemoryStore(Tables):
             encoder_tokenizer = self.processor.encoder_tokenizer
             frame = 0 if encoder_tokenizer is None else sum(map(len, special_frame(encoder_tokenizer)))
             lengths = torch.tensor([chunk.num_tokens + frame for chunk in chunks], device=memory_mask.device)
+            # Special tokens count, as they do where the model encodes a context itself.
             loaded["memory_num_tokens"] = tokens_of_groups(lengths, self._shape[0]).flatten()[None]
         return loaded
 
@@ -394,6 +472,7 @@ class MemoryStore(Tables):
         as_text = dict(zip(expand, self.expand(expand), strict=True))
         slot = self.processor.memory_token_id
         # One slot marks the place; then what really stands there.
+        # By the processor, so that a memory token in the prompt is found as it is in any other.
         row = self.processor(text=text, num_memories=1, add_special_tokens=add_special_tokens)["input_ids"][0]
         place = row.index(slot)
         context: list[int] = []
@@ -404,6 +483,7 @@ class MemoryStore(Tables):
             context += self.processor.text_ids(as_text[chunk])
         input_ids = torch.tensor([row[:place] + context + row[place + 1 :]], device=device)
         kept = [chunk for chunk in chunks if chunk not in as_text]
+        # A prompt whose chunks are all text is a plain one, and no empty memories are passed on.
         memories = self.load(kept) if kept else {}
         return BatchFeature({"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **memories})
 
@@ -415,7 +495,6 @@ class MemoryStore(Tables):
         k: int,
         *,
         text_ids: str | Iterable[str] | None = None,
-        backend: str = "torch",
         block_size: int = 16384,
     ) -> list[list[tuple[Chunk, float]]]:
         """Return the chunks nearest to each query: exactly, by the cosine to a chunk's nearest memory.
@@ -424,15 +503,13 @@ class MemoryStore(Tables):
             queries (`torch.FloatTensor` of shape `(Q, D)`): Memories to look for.
             k (`int`): Chunks for each query; fewer if the store has fewer.
             text_ids (`str` or ids, *optional*): Texts to look in. Default: all.
-            backend (`str`): `"torch"`, block by block from the file, or `"faiss"` (the extra `faiss`), which holds all
-                vectors in memory.
             block_size (`int`): Chunks of a block.
 
         Returns:
             For each query its chunks with their cosines, nearest first.
 
         Raises:
-            ValueError: If a query has another width or is not finite, a number is below 1, or faiss is not installed.
+            ValueError: If a query has another width or is not finite, or a number is below 1.
         """
         _check_positive(k=k, block_size=block_size)
         width = self._shape[1]
@@ -442,18 +519,20 @@ class MemoryStore(Tables):
                 f"; expected a tensor (queries, {width}): memories of this store's model, as `encode_memories` makes "
                 "them, one a row."
             )
+        # A NaN is neither near nor far: it would be answered by whatever comes first.
         if not torch.isfinite(queries).all():
             raise ValueError("A query holds a number that is not finite. Check what it was made from.")
-        search = build_search(backend, queries, k)
+        search = BlockSearch(normalize(queries.detach().cpu()), k)
         if text_ids is None:
             for rows, blobs in self._blocks(block_size):
                 search.add(self._decode(blobs), rows)
         else:
+            # In the order of the file, so that neighbouring rows are read in one go.
             wanted = sorted({self._find(text_id) for text_id in _as_ids(text_ids)})
             rows = [(key << SHIFT) + i for key, entry in wanted for i in range(len(entry.places))]
             for start in range(0, len(rows), block_size):
                 block = rows[start : start + block_size]
-                search.add(self._decode([blob for run in _runs(block) for _, blob in self._blobs(run)]), block)
+                search.add(self._decode([blob for run in _runs(block) for blob, _ in self._blobs(run)]), block)
         found = search.results()
         chunks = self._chunks_of({row for pairs in found for row, _ in pairs})
         return [[(chunks[row], score) for row, score in pairs] for pairs in found]
@@ -486,18 +565,25 @@ class MemoryStore(Tables):
         words = dict.fromkeys(re.findall(r"\w+", query.casefold()))
         if not words:
             return []
+        # Quoted, since a bare word may be an operator of the query language.
         expression = " OR ".join(f'"{word}"' for word in words)
         statement = "SELECT rowid, -bm25(words) FROM words WHERE words MATCH ? ORDER BY 2 DESC, 1"
         if text_ids is None:
             rows = self._read(f"{statement} LIMIT ?", expression, k)
         else:
+            # Filtered here: the index knows row numbers only, and a list of ids may be longer than a statement takes.
             keys = {self._find(text_id)[0] for text_id in _as_ids(text_ids)}
             found = (row for row in self._read(statement, expression) if row[0] >> SHIFT in keys)
             rows = list(islice(found, k))
         return [(self._passage(row), score) for row, score in rows]
 
     def search(
-        self, query: str, k: int = 5, *, text_ids: str | Iterable[str] | None = None
+        self,
+        query: str,
+        k: int = 5,
+        *,
+        text_ids: str | Iterable[str] | None = None,
+        embed: Callable[[list[str]], torch.Tensor] | None = None,
     ) -> list[tuple[Passage, float]]:
         """Return what answers a question best: by its words where text is kept, else by its memories.
 
@@ -505,17 +591,28 @@ class MemoryStore(Tables):
             query (`str`): What to look for.
             k (`int`): Passages, or chunks, as passages of one.
             text_ids (`str` or ids, *optional*): Texts to look in. Default: all.
+            embed (`Callable`, *optional*): A sentence encoder, texts -> vectors `(n, E)`. It orders the best 50 by
+                words anew, and both orders are fused (reciprocal ranks, which are the scores then).
 
         Raises:
             MemoryStoreError: If the text is not kept and the store was opened without a model.
             ValueError: If the question is empty.
         """
+        if self.keeps_text and embed is not None:
+            found = self.search_text(query, max(k, CANDIDATES), text_ids=text_ids)
+            if not found:
+                return []
+            asked, *vectors = normalize(embed([query, *(passage.text for passage, _ in found)]))
+            near = torch.stack(vectors) @ asked  # (passages,)
+            fused = fuse([range(len(found)), near.argsort(descending=True).tolist()])
+            return [(found[place][0], score) for place, score in fused[:k]]
         if self.keeps_text:
             return self.search_text(query, k, text_ids=text_ids)
-        (asked,) = remember_texts(self._model(), self.processor, {"query": query}, batch_size=256, keep_text=False)
+        (text,) = remember_texts(self._model(), self.processor, {"query": query}, batch_size=256, keep_text=False)
         best: dict[Chunk, float] = {}
-        for pairs in self.nearest(asked.memories.flatten(0, 1), k, text_ids=text_ids):
+        for pairs in self.nearest(text.memories.flatten(0, 1), k, text_ids=text_ids):
             for chunk, score in pairs:
+                # A question may be several memories; a chunk that answers one of them well is an answer.
                 best[chunk] = max(score, best.get(chunk, -1.0))
         order = sorted(best, key=lambda chunk: -best[chunk])[:k]
         return [(Passage(chunk.text_id, (chunk,), ""), best[chunk]) for chunk in order]
@@ -528,6 +625,7 @@ class MemoryStore(Tables):
         *,
         batch_size: int = 256,
         on_duplicate: str = "error",
+        on_loss: str | None = None,
         progress: Callable[[int], Any] | None = None,
     ) -> int:
         """Encode texts and store their memories, all or none.
@@ -536,6 +634,10 @@ class MemoryStore(Tables):
             texts (`Mapping[str, str]`): Id -> text.
             batch_size (`int`): Chunks that the encoder reads at a time.
             on_duplicate (`str`): What to do with an id that is stored already: `"error"`, `"skip"` or `"replace"`.
+            on_loss (`str`, *optional*): Let the model write every chunk back from its memories as they are stored, and
+                say what becomes of those that it does not write back whole: `"warn"` (they are counted, see
+                [`num_lost`]), `"keep_text"` (their text is kept as well) or `"split"` (they are cut until they come
+                back, and kept as text where that does not help). Default: that is not tried.
             progress (`Callable`, *optional*): Called with the number of chunks after each batch.
 
         Returns:
@@ -550,13 +652,27 @@ class MemoryStore(Tables):
         if not isinstance(texts, Mapping):
             raise ValueError(f"`texts` is a {type(texts).__name__}; expected a mapping, id -> text.")
         model = self._model()
+        # A model that was trained on since the store was opened makes memories of another kind.
         if quick_fingerprint(model, self.processor) != self._quick:
             now = fingerprint(model, self.processor)
             check_same_fingerprint(self.fingerprint, now, "this model, which has changed since the store was opened")
             self._quick = quick_fingerprint(model, self.processor)
+        # Before encoding, which is what takes time.
         texts = {key: texts[key] for key in self._new_ids(texts, on_duplicate)}
-        keep = self.keeps_text
-        stored = remember_texts(model, self.processor, texts, batch_size=batch_size, keep_text=keep, progress=progress)
+        stored = remember_texts(
+            model,
+            self.processor,
+            texts,
+            batch_size=batch_size,
+            keep_text=self.keeps_text,
+            progress=progress,
+            on_loss=on_loss,
+            dtype=self.dtype,
+        )
+        lost = sum(list(text.comes_back).count(False) for text in stored if text.comes_back is not None)
+        if lost and on_loss == "warn":
+            total = sum(len(text.counts) for text in stored)
+            logger.warning(f"{lost} of {total} chunks do not come back from their memories without an error.")
         return self.append_memories(stored, on_duplicate=on_duplicate)
 
     def append_memories(self, texts: Sequence[StoredText], *, on_duplicate: str = "error") -> int:
@@ -576,6 +692,7 @@ class MemoryStore(Tables):
             raise ValueError(f"`texts` is a {type(texts).__name__}; expected a list of `StoredText`s.")
         texts = list(texts)
         for text in texts:
+            # All before the first is written: the change is whole or not there, and so is the refusal.
             check_stored_text(text, self.fingerprint["cut"])
         if len({text.text_id for text in texts}) < len(texts):
             raise MemoryStoreError("Two texts of one call have the same id. Give each its own.")
@@ -603,6 +720,7 @@ class MemoryStore(Tables):
             return self._store(
                 (self._recoded(other._whole(*other._find(one)), other.dtype) for one in new), new, on_duplicate
             )
+        # Vectors alone look alike for any model of a width; what they depend on travels beside them.
         reader, settings = read_settings(other)
         check_fingerprint(settings["fingerprint"])
         check_same_fingerprint(self.fingerprint, settings["fingerprint"], "the Arrow data")
@@ -621,13 +739,14 @@ class MemoryStore(Tables):
         gone = list(dict.fromkeys(_as_ids(text_ids)))
         with self._database.changing() as database:
             for text_id in gone:
-                self._drop(database, text_id)
+                self._drop(database, text_id, few=len(gone) <= FEW)
         return len(gone)
 
     def vacuum(self) -> int:
         """Take deleted and replaced texts, and what killed writers left, off the disk.
 
-        Costs grow with what was deleted, and with the kept text. While a reader still holds an
+        Costs grow with what was deleted; before SQLite 3.42, where text is kept, also with the kept text: its index of
+        words is written anew. While a reader still holds an
         earlier state, the bytes stay in the write-ahead log, of which a warning tells.
 
         Returns:
@@ -640,8 +759,9 @@ class MemoryStore(Tables):
             path.unlink(missing_ok=True)
         if gone:
             with self._database.changing() as database:
-                database.execute("INSERT INTO words(words) VALUES ('optimize')")  # words of deleted texts leave it
-                self._database.state["stale"] = 0
+                if self._database.state["marked"]:
+                    database.execute("INSERT INTO words(words) VALUES ('optimize')")  # words of deleted texts leave it
+                self._database.state |= {"stale": 0, "marked": 0}
         # Built anew only where that costs no more than what was deleted took.
         if not self._database.shrink(anew=gone > self.num_chunks // 4):
             logger.warning(
@@ -703,20 +823,26 @@ class MemoryStore(Tables):
 
     def _record(self, text: StoredText) -> Record:
         spans = [(-1, -1)] * len(text.counts) if text.spans is None else text.spans
-        places = [(first, stop, count) for (first, stop), count in zip(spans, text.counts, strict=True)]
+        known = [UNCHECKED] * len(spans) if text.comes_back is None else map(int, text.comes_back)
+        places = [(*span, count, back) for span, count, back in zip(spans, text.counts, known, strict=True)]
         digest = text.digest if text.digest or text.text is None else text_digest(text.text)
         try:
             memories = encode_vectors(text.memories, self.dtype)
         except ValueError as error:
             raise ValueError(f"`memories` of the text {text.text_id!r}: {error}") from error
-        return Record(text.text_id, digest, text.num_unknown, places, memories, text.text)
+        originals = text.originals or [None] * len(memories)
+        kept = list(zip(memories, originals, strict=True))
+        return Record(text.text_id, digest, text.num_unknown, places, kept, text.text)
 
     def _recoded(self, record: Record, dtype: str) -> Record:
         """The record in this store's number format."""
         if dtype == self.dtype:
             return record
-        memories = encode_vectors(decode_vectors(record.memories, dtype, *self._shape), self.dtype)
-        return Record(record.text_id, record.digest, record.num_unknown, record.places, memories, record.text)
+        blobs, originals = zip(*record.memories, strict=True)
+        memories = encode_vectors(decode_vectors(list(blobs), dtype, *self._shape), self.dtype)
+        # Other numbers: whether chunks come back from them was not tried.
+        places = [(*place[:3], UNCHECKED) for place in record.places]
+        return replace(record, places=places, memories=list(zip(memories, originals, strict=True)))
 
     def _new_ids(self, text_ids: Iterable[str], on_duplicate: str) -> list[str]:
         """Those of some ids that are to be stored."""

@@ -26,6 +26,7 @@ def verify(store: MemoryStore) -> list[str]:
         try:
             return work(*values)
         except (MemoryStoreError, OSError) as error:
+            # One broken page is met by every row that stands on it.
             if str(error) not in problems:
                 problems.append(str(error))
             return None
@@ -76,11 +77,14 @@ def repair(folder: Path) -> dict[str, Any]:
     with store, tempfile.TemporaryDirectory(prefix=f"{FILE}.", suffix=PART, dir=folder) as aside:
         database, kept = store._database, folder / f"{FILE}.damaged"
         was_cut_off = bool(database.state["repairing"])
+        # A repair that was killed may have left a sound file, and writers locked out of it.
         if not verify(store) and not was_cut_off:
             return report
         if kept.exists() and not was_cut_off:
             raise MemoryStoreError(f"{folder.name} holds {kept.name} of an earlier repair. Move it elsewhere first.")
         with database.changing(is_repair=True):
+            # On the disk before anything else, so that whoever comes after a kill knows that a repair has to be
+            # finished.
             database.state["repairing"] = 1
             write_setting(database.connection, "state", database.state)
         with new_file(kept) as copy, database.lock, explained(database.path):
@@ -89,6 +93,7 @@ def repair(folder: Path) -> dict[str, Any]:
             whole._store(_whole_records(store, report["lost"]), None, "skip")
             report["lost_unnamed"] = max(len(store) - len(whole) - len(report["lost"]), 0)
             generation = database.state["generation"]
+            # Readers know states by this number, and one that went backwards would be taken for one already seen.
             with whole._database.changing() as changed:
                 whole._database.state["generation"] = generation
                 write_setting(changed, "store", database.settings)
@@ -100,6 +105,7 @@ def repair(folder: Path) -> dict[str, Any]:
 
 def _whole_records(store: MemoryStore, lost: list[str]) -> Iterator[Record]:
     """Yield every text of which each row is as it was written, found by its key and not by the index of ids."""
+    # By number, since the index that lists keys may be what is broken.
     for key in range(1, store._database.state["next"]):
         text_id = None
         try:

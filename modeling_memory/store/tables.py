@@ -11,9 +11,12 @@ from typing import Any
 import torch
 
 from .codec import check_dtype, code_sizes, decode_vectors
-from .database import FILE, SHIFT, Database, MemoryStoreError, checksum, damaged
+from .database import FILE, SHIFT, WORDS_CAN_LEAVE, Database, MemoryStoreError, checksum, damaged
 from .fingerprint import check_fingerprint
 from .texts import (
+    LOST,
+    UNCHECKED,
+    WHOLE,
     Chunk,
     Entry,
     Passage,
@@ -40,6 +43,7 @@ class Tables:
         self._database = Database(self.folder, lock_seconds)
         settings = self._database.settings
         try:
+            # A received file may hold anything; sizes are read from here before memory is taken for them.
             check_fingerprint(settings.get("fingerprint"))
             check_dtype(settings.get("dtype"))
         except ValueError as error:
@@ -48,6 +52,7 @@ class Tables:
         self.keeps_text = bool(settings.get("keeps_text"))
         cut = self.fingerprint["cut"]
         self._shape = (cut["memories_per_chunk"], cut["hidden_size"])
+        # No change has this number, so that the first look at anything compares checksums.
         self._checked = self._known_at = -1
         self._known: dict[str, tuple[int, Entry]] = {}
 
@@ -67,6 +72,7 @@ class Tables:
     def _find(self, text_id: str) -> tuple[int, Entry]:
         """Key and row of a text."""
         check_id(text_id)
+        # Bounded, since whoever walks through a large store asks for every id once.
         if self._known_at != self.generation or len(self._known) > 1000:
             self._known, self._known_at = {}, self.generation
         if text_id in self._known:
@@ -77,6 +83,7 @@ class Tables:
                 f"{self.folder.name} has no text {text_id!r}. `store.text_ids` lists those that it has."
             )
         key, entry = self._entry(found[0])
+        # A damaged index leads to a sound row of another text, whose own checksum is right.
         if entry.text_id != text_id:
             raise damaged(self.folder / FILE, f"its index of ids leads from {text_id!r} to {entry.text_id!r}")
         self._known[text_id] = key, entry
@@ -85,6 +92,7 @@ class Tables:
     def _by_key(self, key: int) -> Entry:
         """Row of the text to which chunks or passages belong."""
         found = self._read("SELECT * FROM texts WHERE key = ?", key)
+        # SQLite finds a row by walking a tree; where that is damaged it may hand out another.
         if not found or found[0][0] != key:
             raise damaged(self.folder / FILE, f"the text of the chunks {key << SHIFT} and following is gone")
         return self._entry(found[0])[1]
@@ -92,6 +100,7 @@ class Tables:
     def _in_order(self, before: int, rows: list[tuple]) -> list[tuple]:
         """Rows as they are, if each number is above the one before: a damaged tree may give one row twice."""
         numbers = [before, *(row[0] for row in rows)]
+        # Each row would agree with its checksum, and yet a text be counted twice.
         if any(one >= other for one, other in zip(numbers, numbers[1:], strict=False)):
             raise damaged(self.folder / FILE, f"rows after {before} are not in order")
         return rows
@@ -99,6 +108,7 @@ class Tables:
     def _entries(self, size: int = 1000) -> Iterator[tuple[int, Entry]]:
         """All texts, some at a time, so that a change in between does no harm."""
         key, seen = -1, 0
+        # By key, not by OFFSET, which would skip a row for each one that is deleted meanwhile.
         while rows := self._read("SELECT * FROM texts WHERE key > ? ORDER BY key LIMIT ?", key, size):
             for row in self._in_order(key, rows):
                 yield self._entry(row)
@@ -109,24 +119,27 @@ class Tables:
 
     def _entry(self, row: tuple) -> tuple[int, Entry]:
         key, text_id, digest, unknown, passages, places, stored = row
-        is_sound = is_writable(text_id) and isinstance(places, bytes) and places and len(places) % 12 == 0
+        # Types first: SQLite keeps any type in any column, and the checksum reads them.
+        is_sound = is_writable(text_id) and isinstance(places, bytes) and places and len(places) % 16 == 0
         is_sound = is_sound and isinstance(passages, int) and isinstance(unknown, int)
         if not is_sound or stored != _text_checksum(key, text_id, digest, unknown, passages, places):
             raise damaged(self.folder / FILE, f"the row of the text {text_id!r:.60} does not agree with its checksum")
         return key, Entry(text_id, digest, unknown, passages, tuple(unpack_places(places)))
 
-    def _blobs(self, rows: range) -> list[tuple[int, bytes]]:
-        """Memories of rows that follow each other, as they are stored."""
+    def _blobs(self, rows: range) -> list[tuple[bytes, str | None]]:
+        """Memories of rows that follow each other, as they are stored, beside the text of those that have one."""
         found = self._read("SELECT * FROM chunks WHERE row BETWEEN ? AND ?", rows.start, rows.stop - 1)
-        if [row for row, _, _ in found] != list(rows):
-            missing = sorted(set(rows) - {row for row, _, _ in found})
+        # Compared as a whole, so that a missing row, a foreign one and a wrong order are all found.
+        if [row[0] for row in found] != list(rows):
+            missing = sorted(set(rows) - {row[0] for row in found})
             raise damaged(self.folder / FILE, f"{self._name((missing or rows)[0])} is gone or out of order")
-        return [(row, self._checked_blob(row, blob, stored)) for row, blob, stored in found]
+        return [self._checked_chunk(*row) for row in found]
 
-    def _checked_blob(self, row: int, blob: Any, stored: Any) -> bytes:
-        if not isinstance(blob, bytes) or stored != checksum(blob, row) or len(blob) != self._blob_size:
+    def _checked_chunk(self, row: int, blob: Any, original: Any, stored: Any) -> tuple[bytes, str | None]:
+        is_sound = isinstance(blob, bytes) and (original is None or isinstance(original, str))
+        if not is_sound or stored != _chunk_checksum(row, blob, original) or len(blob) != self._blob_size:
             raise damaged(self.folder / FILE, f"{self._name(row)} does not agree with its checksum")
-        return blob
+        return blob, original
 
     @property
     def _blob_size(self) -> int:
@@ -138,12 +151,13 @@ class Tables:
 
     def _blocks(self, block_size: int) -> Iterator[tuple[list[int], list[bytes]]]:
         """All memories, block by block; compared with their checksums once for each state of the store."""
+        # Hashing all blobs takes longer than reading them, so a search pays for it once a state.
         is_checked, row, seen = self._checked == self.generation, -1, 0
         while found := self._read("SELECT * FROM chunks WHERE row > ? ORDER BY row LIMIT ?", row, block_size):
             self._in_order(row, found)
             if not is_checked:
                 for one in found:
-                    self._checked_blob(*one)
+                    self._checked_chunk(*one)
             row, seen = found[-1][0], seen + len(found)
             yield [one[0] for one in found], [one[1] for one in found]
         stored = self._database.state["chunks"]
@@ -152,6 +166,7 @@ class Tables:
         self._checked = self.generation
 
     def _chunks_of(self, rows: set[int]) -> dict[int, Chunk]:
+        # A row's number holds its text's key above and the chunk's number below, so that no join is needed.
         entries = {key: chunks_of(self._by_key(key)) for key in {row >> SHIFT for row in rows}}
         if any(row & (1 << SHIFT) - 1 >= len(entries[row >> SHIFT]) for row in rows):
             raise damaged(self.folder / FILE, "it holds chunks that belong to no text")
@@ -176,6 +191,7 @@ class Tables:
         entry = self._by_key(key)
         content = self._read("SELECT content, checksum FROM passages WHERE row = ?", row)
         after = self._read("SELECT min(row) FROM passages WHERE row BETWEEN ? AND ?", row + 1, (key + 1 << SHIFT) - 1)
+        # The number is part of the checksum: a sound passage in another's place is as wrong as a broken one.
         if not content or content[0][1] != checksum(content[0][0], row):
             raise damaged(self.folder / FILE, f"the kept text of {self._name(row)} does not agree with its checksum")
         stop = len(entry.places) if after[0][0] is None else after[0][0] - (key << SHIFT)
@@ -187,14 +203,16 @@ class Tables:
     def _whole(self, key: int, entry: Entry) -> Record:
         """All of a text, every row compared with its checksum."""
         first = key << SHIFT
-        blobs = [blob for _, blob in self._blobs(range(first, first + len(entry.places)))]
+        blobs = self._blobs(range(first, first + len(entry.places)))
         text = "".join(content for _, content in self._passages(key, entry)) if entry.passages else None
         return Record(entry.text_id, entry.digest, entry.unknown, list(entry.places), blobs, text)
 
     def _insert(self, database: sqlite3.Connection, record: Record) -> None:
+        # The caller has settled what happens to duplicates; here one is replaced in the same change.
         if database.execute("SELECT 1 FROM texts WHERE id = ?", (record.text_id,)).fetchone():
             self._drop(database, record.text_id)
         state = self._database.state
+        # Never a key that was used before: a reader of an older state may still hold rows of that number.
         key, places = state["next"], pack_places(record.places)
         if len(record.places) >= 1 << SHIFT:
             raise ValueError(f"The text {record.text_id!r} has {len(record.places):,} chunks. Cut it into several.")
@@ -202,26 +220,35 @@ class Tables:
         fields = (key, record.text_id, record.digest, record.num_unknown, len(kept), places)
         database.execute("INSERT INTO texts VALUES (?, ?, ?, ?, ?, ?, ?)", (*fields, _text_checksum(*fields)))
         first = key << SHIFT
-        chunks = ((first + i, blob, checksum(blob, first + i)) for i, blob in enumerate(record.memories))
-        database.executemany("INSERT INTO chunks VALUES (?, ?, ?)", chunks)
+        rows = ((first + i, blob, None if kept else original) for i, (blob, original) in enumerate(record.memories))
+        chunks = ((*row, _chunk_checksum(*row)) for row in rows)
+        database.executemany("INSERT INTO chunks VALUES (?, ?, ?, ?)", chunks)
         passages = ((first + i, content, checksum(content, first + i)) for i, content in kept)
         database.executemany("INSERT INTO passages VALUES (?, ?, ?)", passages)
+        # The index keeps words only, not the text: that is there once, in `passages`.
         words = ((first + i, content) for i, content in kept)
         database.executemany("INSERT INTO words(rowid, content) VALUES (?, ?)", words)
+        # Counted in the transaction that wrote the rows, so that both are there or neither.
         state["next"] += 1
         self._count(record.places, record.num_unknown, 1)
 
-    def _drop(self, database: sqlite3.Connection, text_id: str) -> None:
-        """Delete a text; its words leave the index by being named again."""
+    def _drop(self, database: sqlite3.Connection, text_id: str, few: bool = False) -> None:
+        """Delete a text; its words leave the index by being named again, at once where few texts are deleted."""
         key, entry = self._find(text_id)
         first = key << SHIFT
         if entry.passages:
+            # The index can take out only words that it is given again, since it has not kept the text.
             words = [(first + number, content) for number, content in self._passages(key, entry)]
+            at_once = few and WORDS_CAN_LEAVE
+            if WORDS_CAN_LEAVE:
+                database.execute("INSERT INTO words(words, rank) VALUES ('secure-delete', ?)", (at_once,))
+            self._database.state["marked"] += 0 if at_once else entry.passages
             database.executemany("INSERT INTO words(words, rowid, content) VALUES ('delete', ?, ?)", words)
         for table in ("passages", "chunks"):
             rows = (first, first + (1 << SHIFT) - 1)
             database.execute(f"DELETE FROM {table} WHERE row BETWEEN ? AND ?", rows)
         database.execute("DELETE FROM texts WHERE key = ?", (key,))
+        # What deleted rows leave behind in the file, until `vacuum` takes it off the disk.
         self._database.state["stale"] += len(entry.places)
         self._count(entry.places, entry.unknown, -1)
 
@@ -231,15 +258,30 @@ class Tables:
         state["chunks"] += sign * len(places)
         state["tokens"] += sign * sum(place[2] for place in places)
         state["unknown"] += sign * unknown
+        state["checked"] += sign * sum(place[3] != UNCHECKED for place in places)
+        state["lost"] += sign * sum(place[3] == LOST for place in places)
 
 
 def _text_checksum(key: int, *fields: Any) -> bytes:
     return checksum(repr(fields), key)
 
 
+def _chunk_checksum(row: int, blob: bytes, original: str | None) -> bytes:
+    return (
+        checksum(blob, row) if original is None else checksum(blob + original.encode("utf-8", "surrogatepass"), row, 1)
+    )
+
+
 def chunks_of(entry: Entry) -> list[Chunk]:
     """Return the chunks of a text, in reading order."""
     return [
-        Chunk(entry.text_id, number, start if start >= 0 else None, end if start >= 0 else None, tokens)
-        for number, (start, end, tokens) in enumerate(entry.places)
+        Chunk(
+            entry.text_id,
+            number,
+            start if start >= 0 else None,
+            end if start >= 0 else None,
+            tokens,
+            None if known == UNCHECKED else known == WHOLE,
+        )
+        for number, (start, end, tokens, known) in enumerate(entry.places)
     ]

@@ -13,8 +13,10 @@ import torch
 
 PASSAGE_TOKENS = 256
 """Most tokens of a passage, but for one chunk that is longer."""
-Place = tuple[int, int, int]
-"""First character of a chunk, the one after its last (both -1 if not known), and its tokens."""
+UNCHECKED, LOST, WHOLE = -1, 0, 1
+"""What is known of a chunk: nothing; that the model does not write it back from its memories; that it does."""
+Place = tuple[int, int, int, int]
+"""First character of a chunk, the one after its last (both -1 if not known), its tokens, and what is known of it."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Chunk:
         start (`int`, *optional*): Its first character in the text; `None` if that is not known.
         end (`int`, *optional*): The character after its last.
         num_tokens (`int`): Text tokens of the encoder's tokenizer.
+        comes_back (`bool`, *optional*): Whether the model wrote it back without an error when it was stored; `None`
+            if that was not tried.
     """
 
     text_id: str
@@ -34,6 +38,7 @@ class Chunk:
     start: int | None
     end: int | None
     num_tokens: int
+    comes_back: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,9 @@ class StoredText:
         text (`str`, *optional*): The text, to be kept.
         digest (`str`, *optional*): Checksum of the text, by which a changed one is noticed; see [`text_digest`].
         num_unknown (`int`): Tokens that the encoder's tokenizer has no word for.
+        comes_back (`list` of `bool`, *optional*): Whether each chunk is written back without an error.
+        originals (`list`, *optional*): Text of the chunks that are to be kept as text although the store keeps none;
+            `None` for the others.
     """
 
     text_id: str
@@ -72,17 +80,19 @@ class StoredText:
     text: str | None = None
     digest: str | None = None
     num_unknown: int = 0
+    comes_back: Sequence[bool] | None = None
+    originals: Sequence[str | None] | None = None
 
 
 @dataclass(frozen=True)
 class Record:
-    """A text as it stands in the file: memories as bytes of the store's number format."""
+    """A text as it stands in the file: memories as bytes of the store's number format, beside the chunk's own text."""
 
     text_id: str
     digest: str | None
     num_unknown: int
     places: list[Place]
-    memories: list[bytes]
+    memories: list[tuple[bytes, str | None]]
     text: str | None
 
 
@@ -142,6 +152,7 @@ def check_stored_text(text: Any, cut: dict[str, Any]) -> None:
         refuse("memories", f"is {type(memories).__name__} of no real numbers", "a floating-point tensor")
     if memories.dim() != 3 or tuple(memories.shape[1:]) != shape or not len(memories):
         refuse("memories", f"has shape {tuple(memories.shape)}", f"(chunks, {shape[0]}, {shape[1]}), a chunk or more")
+    # A NaN would be nearest to nothing and stored for good.
     if not torch.isfinite(memories).all():
         refuse("memories", "holds a number that is not finite", "finite numbers")
     n, most = len(memories), cut.get("chunk_length", 2**31 - 1)
@@ -151,6 +162,15 @@ def check_stored_text(text: Any, cut: dict[str, Any]) -> None:
         refuse("num_unknown", f"is {text.num_unknown!r}", f"at most the {sum(text.counts)} tokens of the text")
     if text.text is not None and not is_writable(text.text):
         refuse("text", f"is {_short(text.text)}", "a string of valid Unicode, or None")
+    if text.comes_back is not None and not (
+        isinstance(text.comes_back, (list, tuple)) and [type(one) for one in text.comes_back] == [bool] * n
+    ):
+        refuse("comes_back", f"is {_short(text.comes_back)}", f"True or False for each of the {n} chunks, or None")
+    kept = text.originals
+    if kept is not None and not (
+        isinstance(kept, (list, tuple)) and len(kept) == n and all(one is None or is_writable(one) for one in kept)
+    ):
+        refuse("originals", f"is {_short(kept)}", f"a string or None for each of the {n} chunks, or None")
     _check_spans(text, n, refuse)
     if text.digest is not None and not (is_writable(text.digest) and text.digest):
         refuse("digest", f"is {text.digest!r}", "a string, or None")
@@ -186,13 +206,13 @@ def _short(value: Any) -> str:
 
 
 def pack_places(places: Sequence[Place]) -> bytes:
-    """Write where chunks stand, 12 bytes each."""
-    return struct.pack(f"<{3 * len(places)}i", *(number for place in places for number in place))
+    """Write where chunks stand, 16 bytes each."""
+    return struct.pack(f"<{4 * len(places)}i", *(number for place in places for number in place))
 
 
 def unpack_places(content: bytes) -> list[Place]:
     """Read what [`pack_places`] wrote."""
-    return list(struct.iter_unpack("<3i", content))
+    return list(struct.iter_unpack("<4i", content))
 
 
 def cut_passages(places: Sequence[Place], text: str) -> list[tuple[int, str]]:
@@ -205,18 +225,21 @@ def cut_passages(places: Sequence[Place], text: str) -> list[tuple[int, str]]:
     Returns:
         For each passage its first chunk and its text; joined they are the whole text.
 
-    >>> cut_passages([(0, 4, 200), (4, 8, 200), (8, 9, 1)], "one two .")
+    >>> cut_passages([(0, 4, 200, 1), (4, 8, 200, 1), (8, 9, 1, 1)], "one two .")
     [(0, 'one '), (1, 'two .')]
     """
+    # A tokenizer without offsets: where chunks end in the text is not known, so it cannot be cut between them.
     if places[0][0] < 0:
         return [(0, text)]
     total = sum(place[2] for place in places)
+    # A number of equal parts, not parts of a size: the last of those would be a scrap that any shared word makes best.
     number = -(-total // PASSAGE_TOKENS)
     firsts, seen = [0], 0
-    for chunk, (_, _, tokens) in enumerate(places):
+    for chunk, (_, _, tokens, _) in enumerate(places):
         # A chunk goes where its middle lies.
         if (2 * seen + tokens) * number >= 2 * total * len(firsts) and chunk and len(firsts) < number:
             firsts.append(chunk)
         seen += tokens
+    # What lies between chunks, such as spaces, belongs to the passage before it: joined they give the text again.
     borders = [0, *(places[first][0] for first in firsts[1:]), len(text)]
     return [(first, text[borders[i] : borders[i + 1]]) for i, first in enumerate(firsts)]

@@ -45,23 +45,29 @@ def decode_after(model, memories: list[torch.Tensor], token_ids: torch.Tensor, a
             told.append(embed + model.window_positions.weight[place % num_places] if asked else embed)
         embeds = torch.stack(told)
     front = list(memories)
-    start, span = len(front), 1
-    if config.memory_positions in ("fixed", "spread"):
-        span = config.chunk_length // config.memories_per_chunk if config.memory_positions == "spread" else 1
-        start = config.max_memories * span
-        if config.absent_memories != "mask":
-            filler = torch.full_like(embeds[0], 1.0 if config.absent_memories == "ones" else 0.0)
-            while len(front) < config.max_memories:
-                front.append(filler)
-    before = [span * rank for rank in range(len(front))]
-    if config.memory_positions == "source":
-        before, start = positions_in_source(model, len(front))
-    positions = before + [start + offset for offset in range(len(token_ids))]
+    if config.absent_memories != "mask":
+        filler = torch.full_like(embeds[0], 1.0 if config.absent_memories == "ones" else 0.0)
+        while len(front) < config.max_memories:
+            front.append(filler)
+    positions = sum(positions_after(model, len(front), len(token_ids)), [])
     sequence = torch.stack(front + list(embeds))[None]
     # Positions that jump would be taken for packed texts without a mask.
     inputs = {"inputs_embeds": sequence, "use_cache": False, "position_ids": torch.tensor([positions])}
     inputs["attention_mask"] = torch.ones_like(inputs["position_ids"])
     return model.decoder(**inputs).logits[0, len(front) :]
+
+
+def positions_after(model, num_memories: int, num_tokens: int) -> tuple[list[int], list[int]]:
+    """Return the positions of the memories before a window, and of its tokens."""
+    config = model.config
+    start, span = num_memories, 1
+    if config.memory_positions in ("fixed", "spread"):
+        span = config.chunk_length // config.memories_per_chunk if config.memory_positions == "spread" else 1
+        start = config.max_memories * span
+    before = [span * rank for rank in range(num_memories)]
+    if config.memory_positions == "source":
+        before, start = positions_in_source(model, num_memories)
+    return before, [start + offset for offset in range(num_tokens)]
 
 
 def last_of_group(model, number: int, num_tokens: int) -> int:

@@ -7,6 +7,7 @@ sizes, so that states of another encoder or text are never taken.
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from modeling_memory.memory_encoder import encode_chunks
 
 from ..records.record import data_digest
 
-CHUNKS_AT_ONCE = 1024
+CHUNKS_AT_ONCE = 512
 
 
 class EncodedChunks:
@@ -62,33 +63,63 @@ def encode_once(
             "data.encode_once needs a frozen encoder and a pooling that does not learn; set model.freeze_encoder: "
             "true without adapters and encoder_trained_from, and pooling to last, mean or first, or leave it out"
         )
-    length, num_memories = config.chunk_length, config.memories_per_chunk
+    length = config.chunk_length
     chunks = tokens[: tokens.numel() // length * length].view(-1, length)
-    file = folder / f"states-{_key(model, chunks, bf16)}.npy"
+    about = {"pooling": config.pooling, "memories_per_chunk": config.memories_per_chunk}
+    encoder = model.encoder.to(device).eval()
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        return encode_chunks(encoder, model.pooling, chunks[start:stop].long().to(device))
+
+    shape = len(chunks), config.memories_per_chunk, config.encoder.hidden_size
+    return EncodedChunks(keep_states(model, chunks, read, folder / "states", shape, about, bf16), length)
+
+
+@torch.no_grad()
+def keep_states(
+    model: MemoryEncoderDecoderForCausalLM,
+    chunks: torch.Tensor,
+    read: Callable[[int, int], torch.Tensor],
+    place: Path,
+    shape: tuple[int, ...],
+    about: dict[str, Any],
+    bf16: bool,
+) -> np.ndarray:
+    """Read the states of chunks into a file whose name says of what they are, or find it.
+
+    Args:
+        model (`MemoryEncoderDecoderForCausalLM`): Its encoder, whose weights go into the name.
+        chunks (`torch.Tensor` of shape `(N, L)`): What is encoded.
+        read (`Callable`): From the first chunk and the one after the last, to their states on any device.
+        place (`Path`): The file without the end of its name.
+        shape (`tuple[int, ...]`): Shape of all states, the first size being N.
+        about (`dict`): What else decides the states.
+        bf16 (`bool`): Whether to read under autocast.
+
+    Returns:
+        `np.ndarray` of that shape: States in float32, memory-mapped.
+    """
+    file = place.with_name(f"{place.name}-{_key(model, chunks, {**about, 'bf16': bf16})}.npy")
     if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        shape = len(chunks), num_memories, config.encoder.hidden_size
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}.part")
         states = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape)
-        encoder = model.encoder.to(device).eval()
+        device = next(model.encoder.parameters()).device
         starts = range(0, len(chunks), CHUNKS_AT_ONCE)
         for start in tqdm(starts, desc="encoding the text once", disable=None, leave=False):
-            some = chunks[start : start + CHUNKS_AT_ONCE].long().to(device)
+            stop = min(start + CHUNKS_AT_ONCE, len(chunks))
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-                states[start : start + len(some)] = encode_chunks(encoder, model.pooling, some).float().cpu().numpy()
+                states[start:stop] = read(start, stop).float().cpu().numpy()
         states.flush()
         del states
         os.replace(part, file)
-    return EncodedChunks(np.load(file, mmap_mode="r"), length)
+    found: np.ndarray = np.load(file, mmap_mode="r")
+    return found
 
 
-def _key(model: Any, chunks: torch.Tensor, bf16: bool) -> str:
-    digest = hashlib.sha256(
-        data_digest(
-            {"encoder": model.config.encoder.to_dict(), "pooling": model.config.pooling, "bf16": bf16,
-             "memories_per_chunk": model.config.memories_per_chunk, "chunks": list(chunks.shape)}
-        ).encode()
-    )  # fmt: skip
+def _key(model: Any, chunks: torch.Tensor, about: dict[str, Any]) -> str:
+    about = {"encoder": model.config.encoder.to_dict(), **about, "chunks": list(chunks.shape)}
+    digest = hashlib.sha256(data_digest(about).encode())
     for name, tensor in model.encoder.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())

@@ -337,6 +337,8 @@ class BatchSpec:
         shortened (`float`): Share of the chunks of the reconstruction, and in the slots layout of the rows of the
             copies, that are cut to a random length, their last chunk being short; after a cut copy the end token is
             asked for. Which are cut, and where, follows from their numbers alone.
+        random_tokens (`float`): Share of the same rows in which tokens, from one to all, become random ones.
+        vocab_size (`int`): Ids that random tokens are drawn from, special ones left out.
         documents (`bool`): Whether rows have different lengths. They are padded to whole windows, a batch also has
             `"num_tokens"`, its tokens without padding, and the copies take the whole windows of a row as its source.
         split_windows (`bool`): Whether the model reads each window by itself. Targets stay those of the whole row:
@@ -360,6 +362,8 @@ class BatchSpec:
     source_length: int | None = None
     vary_source: bool = False
     shortened: float = 0.0
+    random_tokens: float = 0.0
+    vocab_size: int = 0
     documents: bool = False
     split_windows: bool = False
     every: Mapping[str, int] = field(default_factory=dict)

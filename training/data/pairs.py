@@ -26,19 +26,17 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM, MemoryProcessor
 
 from ..measure.metrics import bootstrap_interval, token_results
 from ..measure.suites import spread_rows
-from ..records.record import data_digest
+from .encoded import keep_states
 from .objectives import IGNORED, BatchSpec, ReadyContext, build_batch, keep_columns, without_targets
 from .questions import Questions, ask, split_questions
 from .rows import REMEMBERED, TokenRows, draw_budget, draw_starts
 from .tokenizer import tokenizer_checksum
 
-CHUNKS_AT_ONCE = 256
 WITH_MEMORY = ("memory", "wrong_memory")
 
 
@@ -450,27 +448,12 @@ def encode_pairs(
     """
     if any(parameter.requires_grad for parameter in model.encoder.parameters()):
         raise ValueError("data.encode_once needs a frozen encoder without adapters; set model.freeze_encoder: true")
-    config = model.config.encoder
-    shape = (*text.encoder_ids.shape, config.hidden_size)
-    digest = hashlib.sha256(data_digest({"encoder": config.to_dict(), "bf16": bf16, "shape": shape}).encode())
-    for name, tensor in model.encoder.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    digest.update(text.encoder_ids.contiguous().numpy())
-    file = folder / f"token-states-{digest.hexdigest()[:32]}.npy"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.part")
-        states = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape)
-        encoder = model.encoder.to(device).eval()
-        starts = range(0, text.num_chunks, CHUNKS_AT_ONCE)
-        for start in tqdm(starts, desc="encoding the text once", disable=None, leave=False):
-            numbers = torch.arange(start, min(start + CHUNKS_AT_ONCE, text.num_chunks))
-            ids, mask = (tensor.to(device) for tensor in text.encoder_side(numbers))
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-                found = encoder(input_ids=ids, attention_mask=mask, return_dict=True).last_hidden_state
-            states[start : start + len(numbers)] = found.float().cpu().numpy()
-        states.flush()
-        del states
-        os.replace(part, file)
-    return np.load(file, mmap_mode="r")
+    encoder = model.encoder.to(device).eval()
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        ids, mask = (tensor.to(device) for tensor in text.encoder_side(torch.arange(start, stop)))
+        states: torch.Tensor = encoder(input_ids=ids, attention_mask=mask, return_dict=True).last_hidden_state
+        return states
+
+    shape = (*text.encoder_ids.shape, model.config.encoder.hidden_size)
+    return keep_states(model, text.encoder_ids, read, folder / "token-states", shape, {}, bf16)

@@ -164,6 +164,8 @@ class ObjectiveCollator:
         With a `budget` each chunk of the context gets so many memories instead of the model's `memories_per_chunk`.
         """
         spec, end, asked = self.spec, False, self.spec.asked(objective)
+        if spec.random_tokens and rows is not None and objective in (*COPIES, "reconstruction") and not self.evaluates:
+            tokens = with_random_tokens(tokens, rows, spec)
         if budget is not None:
             spec = replace(spec, memories_per_chunk=budget)
         if mask is not None:
@@ -174,11 +176,7 @@ class ObjectiveCollator:
         if spec.shortened and rows is not None and objective in (*COPIES, "reconstruction"):
             tokens, mask = self._shortened_sources(objective, tokens, rows)
             spec, end = replace(spec, source_length=None), objective in COPIES
-        starts = None
-        if asked == "recall":
-            lengths = torch.full(tokens.shape[:1], tokens.shape[1]) if mask is None else mask.sum(1)
-            lengths = lengths if spec.source_length is None else lengths.clamp(max=spec.source_length)
-            starts = draw_starts(torch.arange(len(tokens)) if rows is None else rows, lengths, spec.recall_prompt)
+        starts = self._starts(spec, tokens, rows, mask) if asked == "recall" else None
         batch = build_batch(objective, tokens, spec, attention_mask=mask, starts=starts, end=end)
         if budget is not None:
             batch["context_num_memories"] = budget * batch["context_attention_mask"].any(2).long()
@@ -187,6 +185,14 @@ class ObjectiveCollator:
         if spec.split_windows:
             batch = {name: tensor.reshape(-1, spec.window_length) for name, tensor in batch.items()}
         return keep_columns(batch)
+
+    def _starts(
+        self, spec: BatchSpec, tokens: torch.Tensor, rows: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Draw where in its source each prompt of recall begins, `(B,)`."""
+        lengths = torch.full(tokens.shape[:1], tokens.shape[1]) if mask is None else mask.sum(1)
+        lengths = lengths if spec.source_length is None else lengths.clamp(max=spec.source_length)
+        return draw_starts(torch.arange(len(tokens)) if rows is None else rows, lengths, spec.recall_prompt)
 
     def _padded_sources(self, objective: str, spec: BatchSpec, mask: torch.Tensor) -> tuple[BatchSpec, torch.Tensor]:
         """Return the length of the sources of padded rows `(B, n)`, whole windows, and the rows' mask."""
@@ -238,6 +244,16 @@ def draw_lengths(numbers: torch.Tensor, longest: int, share: float) -> torch.Ten
     is_cut = _uniform(2 * numbers) < share
     lengths = 1 + (_uniform(2 * numbers + 1) * (longest - 1)).long()
     return torch.where(is_cut & (longest > 1), lengths, longest)
+
+
+def with_random_tokens(tokens: torch.Tensor, rows: torch.Tensor, spec: BatchSpec) -> torch.Tensor:
+    """Put random tokens, from one to all, into a share of rows `(B, n)`; equal numbers of rows draw alike."""
+    numbers = (rows[:, None] * (tokens.shape[1] + 2) + torch.arange(tokens.shape[1] + 2)) * 2 + 1_000_003
+    chosen, share = (_uniform(numbers[:, place, None]) for place in (-1, -2))  # (B, 1)
+    drawn = (_uniform(numbers[:, :-2] + 1) * spec.vocab_size).long()  # (B, n)
+    special = torch.tensor([i for i in vars(spec.special_tokens).values() if i is not None])
+    is_new = (chosen < spec.random_tokens) & (_uniform(numbers[:, :-2]) < share) & ~torch.isin(drawn, special)
+    return torch.where(is_new, drawn, tokens)
 
 
 def _uniform(numbers: torch.Tensor) -> torch.Tensor:

@@ -1,14 +1,13 @@
-"""What memory models are compared with: recurrent and oracle memories, stored precision, the original's half depth.
+"""What memory models are compared with: recurrent and oracle memories, stored precision.
 
 Other comparisons are settings, not modules; `docs/architecture.md` lists them all.
 
 B texts, T tokens, W tokens of a window, E encoder width, D decoder width, R width of a bottleneck, V vocabulary.
 
 Source: Badger 2026, arXiv 2602.13466: recurrent memory, oracle (embedding-augmented) memory, compression and
-quantisation; the half depth is a fault of its code.
+quantisation.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from modeling_memory.memory_encoder import LastPooling, build_encoder, encode_chunks
+from modeling_memory.memory_encoder import LastPooling, encode_chunks
 from modeling_memory.modeling_memory_autoencoder import Bottleneck
 
 from .metrics import token_results
@@ -213,56 +212,3 @@ def quantised(bottleneck: Bottleneck, kind: str) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def lift_into_deeper(body: PreTrainedModel, depth: int, seed: int = 0) -> PreTrainedModel:
-    """Put a trained body's layers under fresh ones, as the original code does with its "16-layer" autoencoders.
-
-    There the first half of the layers is trained, without a final norm; the encoder is then lifted whole, so that
-    untrained, frozen layers and an untrained norm follow. This measures what that costs.
-
-    Args:
-        body (`PreTrainedModel`): A Llama body or a masked mixer.
-        depth (`int`): Layers of the result, at least as many as the body has.
-        seed (`int`): Of the fresh layers.
-
-    Returns:
-        The deeper body; `body` is not changed.
-
-    Raises:
-        ValueError: If it is to be shallower.
-    """
-    config = copy.deepcopy(body.config)
-    if depth < config.num_hidden_layers:
-        raise ValueError(f"depth is {depth}, but the body has {config.num_hidden_layers} layers; cut it instead")
-    config.num_hidden_layers = depth
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = (config.layer_types * depth)[:depth]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        deeper = build_encoder(config)
-    trained = {name: tensor for name, tensor in body.state_dict().items() if not name.startswith("norm.")}
-    deeper.load_state_dict(trained, strict=False)
-    return deeper.to(next(body.parameters()).device).eval()
-
-
-def cut_layers(body: PreTrainedModel, depth: int) -> PreTrainedModel:
-    """Return the first `depth` layers of a body, without a final norm: what the original's autoencoder runs.
-
-    Args:
-        body (`PreTrainedModel`): A Llama body or a masked mixer; not changed.
-        depth (`int`): Layers to keep.
-
-    Raises:
-        ValueError: If the body has fewer.
-    """
-    if not 0 < depth <= body.config.num_hidden_layers:
-        raise ValueError(f"depth is {depth}, but the body has {body.config.num_hidden_layers} layers")
-    cut = copy.deepcopy(body)
-    cut.layers = cut.layers[:depth]
-    cut.config.num_hidden_layers = depth
-    if getattr(cut.config, "layer_types", None) is not None:
-        cut.config.layer_types = cut.config.layer_types[:depth]
-    if hasattr(cut, "norm"):
-        cut.norm = nn.Identity()
-    return cut

@@ -1,7 +1,8 @@
 """The pretrained models that a published model stands on when it is published by reference.
 
 A Hub folder by reference holds what was trained, and ids, commits and hashes of the rest. Here the rest is found: on
-the Hub, or in a folder that is said to be a copy of it, which is checked against the Hub before anything is pushed.
+the Hub, or in a folder that is said to be a copy of it, which is checked against the Hub before anything is pushed; or
+in an installed Python package, which its users install, too.
 """
 
 import json
@@ -17,6 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from modeling_memory.memory_parts import PACKAGE, locate, package_version
 from modeling_memory.memory_saving import PARTS
 
 from .push import PushError, explained
@@ -28,12 +30,12 @@ FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "README.md")
 
 @dataclass(frozen=True)
 class Base:
-    """A pretrained model on the Hub, and where it lies here.
+    """A pretrained model on the Hub or in a Python package, and where it lies here.
 
     Attributes:
-        id (`str`): The repository.
-        revision (`str`): Its commit.
-        folder (`Path`): The files of that commit.
+        id (`str`): The repository, or `package:NAME`.
+        revision (`str`): Its commit, or the package's version.
+        folder (`Path`): The files of that commit or package.
         subfolder (`str`): Where in it the model stands; empty for the top.
     """
 
@@ -43,9 +45,14 @@ class Base:
     subfolder: str = ""
 
     @property
+    def is_package(self) -> bool:
+        """Whether an installed package brings it, which everybody installs for themselves."""
+        return self.id.startswith(PACKAGE)
+
+    @property
     def source(self) -> str:
-        """The folder to load from."""
-        return str(self.folder / self.subfolder)
+        """What to load from: the folder, or the package."""
+        return self.id if self.is_package else str(self.folder / self.subfolder)
 
 
 def find_bases(config: Mapping[str, Any], named: Sequence[str], folders: Sequence[str]) -> dict[str, Base]:
@@ -53,7 +60,7 @@ def find_bases(config: Mapping[str, Any], named: Sequence[str], folders: Sequenc
 
     Args:
         config (`dict`): Config of the checkpoint; the bases that one saved by reference names are the default.
-        named (`Sequence[str]`): `PART=ID[@REVISION]` each.
+        named (`Sequence[str]`): `PART=ID[@REVISION]` or `PART=package:NAME` each.
         folders (`Sequence[str]`): `PART=FOLDER` each: where the base lies, instead of a download.
 
     Returns:
@@ -67,9 +74,13 @@ def find_bases(config: Mapping[str, Any], named: Sequence[str], folders: Sequenc
     wanted = {part: (ref["id"], ref["revision"], ref.get("subfolder") or "") for part, ref in references.items()}
     for part, value in _parts(named, "--base", "ID@REVISION").items():
         repo_id, _, revision = value.partition("@")
-        validate_repo_id(repo_id)
+        if not repo_id.startswith(PACKAGE):
+            validate_repo_id(repo_id)
         wanted[part] = (repo_id, revision or None, "")
     places = _parts(folders, "--base-folder", "FOLDER")
+    packages = {part for part, (repo_id, *_) in wanted.items() if (repo_id or "").startswith(PACKAGE)}
+    for part in sorted(places.keys() & packages):
+        raise ValueError(f"--base-folder {part}=... is for a base on the Hub; {wanted[part][0]} is read where it is")
     stray = sorted(places.keys() - wanted.keys())
     if stray or not wanted:
         part = (stray or ["decoder"])[0]
@@ -80,7 +91,9 @@ def find_bases(config: Mapping[str, Any], named: Sequence[str], folders: Sequenc
             raise ValueError(
                 f"the base of the {part} came from a folder; name it on the Hub: --base {part}=ID@REVISION"
             )
-        if part in places:
+        if part in packages:
+            folder, revision = Path(locate(repo_id)), str(package_version(repo_id)[1])
+        elif part in places:
             folder = Path(places[part]).expanduser().resolve()
             if not folder.is_dir():
                 raise ValueError(f"--base-folder {part}={places[part]} is no folder")
@@ -88,14 +101,21 @@ def find_bases(config: Mapping[str, Any], named: Sequence[str], folders: Sequenc
             with explained(repo_id, "fetching it"):
                 folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(FILES)))
             revision = folder.name  # the commit that a branch stands for
-        if not COMMIT.fullmatch(revision or ""):
+        if part not in packages and not COMMIT.fullmatch(revision or ""):
             raise ValueError(
                 f"the revision of {repo_id} is {revision!r}; expected a commit of 40 hexadecimal digits, since a "
                 f"folder does not tell which it is: --base {part}={repo_id}@COMMIT"
             )
         found[part] = Base(repo_id, str(revision), folder, subfolder)
-        _check_needs_no_code(part, found[part])
+        # What a package holds beside a config, a GGUF file, has no code; a checkpoint that refers to it says which.
+        if part not in packages or part not in references or (folder / subfolder / "config.json").is_file():
+            _check_needs_no_code(part, found[part])
     return found
+
+
+def places_of(bases: Mapping[str, Base] | None) -> dict[str, str]:
+    """What `from_pretrained` is told of bases: where those of the Hub lie here; a package is found by its name."""
+    return {f"{part}_base": base.source for part, base in (bases or {}).items() if not base.is_package}
 
 
 def check_bases_on_hub(bases: Mapping[str, Base]) -> None:
@@ -106,6 +126,8 @@ def check_bases_on_hub(bases: Mapping[str, Base]) -> None:
     """
     api = HfApi()
     for base in bases.values():
+        if base.is_package:
+            continue
         with explained(base.id, "looking it up"):
             tree = api.list_repo_tree(base.id, recursive=True, revision=base.revision)
             remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
@@ -142,9 +164,9 @@ def _parts(given: Sequence[str], option: str, what: str) -> dict[str, str]:
 
 def _check_needs_no_code(part: str, base: Base) -> None:
     """Refuse a base with code of its own: its users would have to trust a second repository."""
-    path = Path(base.source) / "config.json"
+    path = base.folder / base.subfolder / "config.json"
     if not path.is_file():
-        raise ValueError(f"{base.id} has no config.json, so it is no base to refer to")
+        raise ValueError(f"{base.id} has no config.json, so it is no base to refer to by --base")
     config = json.loads(path.read_text(encoding="utf-8"))
     if "auto_map" in config or config.get("model_type") not in CONFIG_MAPPING_NAMES:
         raise ValueError(

@@ -19,7 +19,7 @@ from modeling_memory.memory_saving import TRAINED
 from modeling_memory.processing_memory import MemoryProcessor
 
 from ..places import REPOSITORY, licence_text
-from .bases import Base
+from .bases import Base, places_of
 from .cards import CARDS, card_licence, licence_file, render_card
 
 CODE = Path(modeling_memory.__file__).resolve().parent
@@ -161,7 +161,10 @@ def write_hub_folder(
     with _written_aside(target) as staging:
         sources: dict[str, Any] = {"by_reference": True} if by_reference else {}
         if bases:
-            sources = {"by_reference": {part: base.source for part, base in bases.items()}}
+            known = {
+                part: model._bases[part] for part, base in bases.items() if base.is_package and part in model._bases
+            }
+            sources = {"by_reference": {**{part: base.source for part, base in bases.items()}, **known}}
         model.save_pretrained(staging, max_shard_size=MAX_SHARD_SIZE, **sources)
         if processor is not None:
             processor.save_pretrained(staging)
@@ -318,7 +321,7 @@ def load_checkpoint(
     config = AutoConfig.from_pretrained(folder)
     auto_class = AutoModelForCausalLM if is_causal_lm(config.model_type) else AutoModel
     references = getattr(config, "references", None) or {}
-    places = {f"{part}_base": base.source for part, base in (bases or {}).items() if part in references}
+    places = places_of({part: base for part, base in (bases or {}).items() if part in references})
     model = auto_class.from_pretrained(folder, dtype=dtype, **places)
     processor = MemoryProcessor.from_pretrained(folder) if (folder / "processor_config.json").exists() else None
     return model, processor
@@ -436,7 +439,7 @@ def _edit_json(path: Path, edit: Any) -> dict[str, Any]:
 
 
 def _with_references(config: dict[str, Any], bases: Mapping[str, Base]) -> dict[str, Any]:
-    """A saved config whose bases, read from folders here, are named as the Hub knows them."""
+    """A saved config whose bases, read from folders here, are named as the Hub or pip knows them."""
     for part, base in bases.items():
         names = {"id": base.id, "revision": base.revision, "subfolder": base.subfolder or None}
         config["references"][part] |= names

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from modeling_memory.processing_memory import MemoryProcessor
 
 from . import clean_process
-from .bases import Base
+from .bases import Base, places_of
 from .hub_folder import (
     REPOSITORY,
     PublishError,
@@ -69,11 +69,10 @@ def verify_hub_folder(
         _write_reference(folder, model, work / "reference.safetensors", bases)
         cache = work / "home" / "hub"
         _write_cache_entry(folder, cache / "models--me--memory-model")
-        for base in (bases or {}).values():
+        for base in (base for base in (bases or {}).values() if not base.is_package):
             _write_cache_entry(base.folder, cache / f"models--{base.id.replace('/', '--')}", base.revision)
-        places = {f"{part}_base": base.source for part, base in (bases or {}).items()}
         return {
-            "folder": _run_clean(str(folder), work, places),
+            "folder": _run_clean(str(folder), work, places_of(bases)),
             "hub": _run_clean("me/memory-model", work, {}),
         }
 
@@ -83,7 +82,7 @@ def _write_reference(folder: Path, model: PreTrainedModel, path: Path, bases: Ma
     was_training = model.training
     device = next(model.parameters()).device
     if device.type != "cpu":  # another device computes other last bits
-        places: dict[str, Any] = {f"{part}_base": base.source for part, base in (bases or {}).items()}
+        places: dict[str, Any] = places_of(bases)
         implementation = model.config._attn_implementation
         model = model.__class__.from_pretrained(folder, attn_implementation=implementation, **places)
     processor = load_processor(folder)

@@ -40,6 +40,9 @@ class DataRecipe:
     With `streaming` the train split is tokenised as far as it is read and never held in memory; rows are shuffled
     within blocks of `shuffle_rows`. `cache_dir` keeps tokens and the states of frozen encoders (`encode_once`) where
     several runs find them; default: the run's own folder.
+
+    `folded` is the share of training documents that are written with the characters of a plain keyboard, and `typed`
+    is how many characters of made-up lists, code, numbers and addresses are read beside them.
     """
 
     train: list[str]
@@ -50,6 +53,8 @@ class DataRecipe:
     streaming: bool = False
     shuffle_rows: int = 4096
     cache_dir: str | None = None
+    folded: float = 0.0
+    typed: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,8 @@ class RowsRecipe:
     `vary_source` the rows of a batch take one window, two, ... up to it in turn.
     `shortened` is the share of an autoencoder's chunks, and in the slots layout of the copies' sources, that are cut
     to a random length; a cut copy learns to write the end token after its last. Validation reads them whole.
+    `random_tokens` is the share of these rows in which tokens, from one to all, become random ones: what a memory must
+    hold is then not guessed from its neighbours, and no token of the vocabulary stays unlearnt. Validation has none.
     `window_length` is for `causal_lm` only: the decoder then reads each window of the row by itself, which
     makes it the no-memory baseline of a memory model with that window; default is the whole row.
     Stages with equal `seed` (default: the recipe's) and lengths read the same rows in the same order.
@@ -148,6 +155,7 @@ class RowsRecipe:
     source_length: int | None = None
     vary_source: bool = False
     shortened: float = 0.0
+    random_tokens: float = 0.0
     window_length: int | None = None
     layout: Literal["self", "slots"] = "self"
     marker: Literal["token", "none"] = "token"
@@ -210,11 +218,13 @@ class WarmStartRecipe:
 
     `tables_from` copies token table and output head of that stage where shapes agree; `projector` is where a fresh
     projector starts, `last_token` being the least-squares map from a memory to the embedding of the last token that it
-    has read; `projector_scale` multiplies its last linear weight.
+    has read, `readable` the start that keeps every token of a group apart, trained for `projector_steps` without the
+    decoder; `projector_scale` multiplies its last linear weight.
     """
 
     tables_from: str | None = None
-    projector: Literal["default", "identity", "last_token"] = "default"
+    projector: Literal["default", "identity", "last_token", "readable"] = "default"
+    projector_steps: int = 1000
     projector_scale: float = 1.0
 
 
@@ -377,62 +387,82 @@ def resolve_documents(patterns: list[str], text_column: str, path: str = "files"
     return Documents(tuple(parts), text_column)
 
 
+STAGE_COUNTS = {
+    "training": (
+        "max_steps", "batch_size", "gradient_accumulation_steps", "logging_steps", "eval_rows", "save_total_limit",
+        "loss_chunk", "eval_steps", "save_steps", "watch_steps",
+    ),
+    "data": ("row_length", "source_length", "window_length", "recall_prompt", "recall_length", "num_memories"),
+}  # fmt: skip
+RECIPE_COUNTS = {
+    "data": ("shuffle_rows", "max_train_tokens"),
+    "tokenizer": ("vocab_size", "max_train_bytes"),
+    "evaluation": ("num_rows", "num_generated_rows", "batch_size"),
+}
+
+
 def check_recipe(recipe: Recipe) -> None:
     """Check what needs more than one field: names, references, objectives and lengths.
 
     Raises:
         ValueError: Naming the dotted path, what was given and what was expected.
     """
+    names = [stage.name for stage in recipe.stages]
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", recipe.name):
         raise ValueError(f"name is {recipe.name!r}; it becomes a folder: use letters, digits, '-', '_' and '.'")
-    if not recipe.stages:
+    if not names:
         raise ValueError("stages is empty; a recipe needs at least one stage")
-    _check_positive(recipe.data.shuffle_rows, "data.shuffle_rows")
+    _check_counts(recipe, RECIPE_COUNTS, "")
     _check_positive(recipe.threads, "threads")
-    for key in ("max_train_tokens",):
-        _check_positive(getattr(recipe.data, key), f"data.{key}")
-    for key in ("vocab_size", "max_train_bytes"):
-        _check_positive(getattr(recipe.tokenizer, key), f"tokenizer.{key}")
+    if not 0 <= recipe.data.folded <= 1:
+        raise ValueError(f"data.folded is {recipe.data.folded}; it is a share: expected 0 to 1")
+    if recipe.data.typed < 0:
+        raise ValueError(f"data.typed is {recipe.data.typed}, expected 0 or more characters")
+    if recipe.data.streaming and (recipe.data.folded or recipe.data.typed):
+        raise ValueError("data.folded and data.typed change a text that is held in memory; leave data.streaming out")
     if recipe.data.streaming and recipe.tokenizer.path is None and recipe.tokenizer.max_train_bytes is None:
         raise ValueError(
             "data.streaming reads text only as far as it is needed, so tokenizer.max_train_bytes must say on how much "
             "of it the tokenizer is trained; or name a finished tokenizer in tokenizer.path"
         )
     for name in recipe.pretrained:
-        if name in {stage.name for stage in recipe.stages}:
+        if name in names:
             raise ValueError(f"pretrained.{name} has the name of a stage; names must differ")
     earlier: dict[str, StageRecipe] = {}
     for stage in recipe.stages:
-        path = f"stages.{stage.name}"
-        if not re.fullmatch(r"[A-Za-z0-9][\w-]*", stage.name):
-            raise ValueError(f"{path}: a stage name becomes a folder: use letters, digits, '-' and '_'")
-        if stage.name in earlier:
-            raise ValueError(f"{path} is defined twice; stage names must differ")
-        _check_references(stage, earlier, recipe.pretrained, path)
-        _check_objectives(stage, path)
-        _check_training(stage, path)
-        if recipe.encoder_of(stage) is not None and recipe.data.streaming:
-            raise ValueError(
-                f"{path}: an encoder with a tokenizer of its own reads whole documents, not data.streaming"
-            )
-        if stage.data.encode_once and (
-            stage.kind != "memory" or stage.data.layout != "slots" or recipe.data.streaming
-        ):
-            raise ValueError(
-                f"{path}.data.encode_once is for memory stages with data.layout: slots, and not with data.streaming"
-            )
-        _check_documents(stage, path, streaming=recipe.data.streaming)
-        _check_shortened(stage, recipe, path)
-        _check_budgets(stage, recipe, path)
-        _check_asked(stage, path)
+        _check_stage(stage, recipe, earlier, f"stages.{stage.name}")
         earlier[stage.name] = stage
-    for key in ("no_memory", "full_context", "autoencoder"):
-        kinds = ("autoencoder",) if key == "autoencoder" else ("causal_lm",)
-        _check_reference(getattr(recipe.evaluation, key), kinds, earlier, f"evaluation.{key}")
+    for key, kind in (("no_memory", "causal_lm"), ("full_context", "causal_lm"), ("autoencoder", "autoencoder")):
+        _check_reference(getattr(recipe.evaluation, key), (kind,), earlier, f"evaluation.{key}")
     _check_reference(recipe.publish.stage, ("memory", "autoencoder"), earlier, "publish.stage")
-    for key in ("num_rows", "num_generated_rows", "batch_size"):
-        _check_positive(getattr(recipe.evaluation, key), f"evaluation.{key}")
     _check_by_reference(recipe)
+
+
+def _check_stage(stage: StageRecipe, recipe: Recipe, earlier: dict[str, StageRecipe], path: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][\w-]*", stage.name):
+        raise ValueError(f"{path}: a stage name becomes a folder: use letters, digits, '-' and '_'")
+    if stage.name in earlier:
+        raise ValueError(f"{path} is defined twice; stage names must differ")
+    _check_counts(stage, STAGE_COUNTS, path)
+    _check_references(stage, earlier, recipe.pretrained, path)
+    _check_objectives(stage, path)
+    _check_training(stage.training, path)
+    _check_rows(stage, path)
+    _check_once(stage, recipe, path)
+    _check_documents(stage, path, streaming=recipe.data.streaming)
+    _check_shortened(stage, recipe, path)
+    _check_budgets(stage, recipe, path)
+    _check_asked(stage, path)
+    _check_distillation(stage, path)
+
+
+def _check_counts(owner: Any, keys: dict[str, tuple[str, ...]], path: str) -> None:
+    """Check counts of a part of a recipe: each is 1 or more, or is not given."""
+    for part, names in keys.items():
+        for name in names:
+            value = getattr(getattr(owner, part), name)
+            for number in value if isinstance(value, list) else [value]:
+                _check_positive(number, f"{path}.{part}.{name}".lstrip("."))
 
 
 def _check_by_reference(recipe: Recipe) -> None:
@@ -492,6 +522,24 @@ def _check_references(
         )
 
 
+def _check_once(stage: StageRecipe, recipe: Recipe, path: str) -> None:
+    """Check what an encoder needs that reads its text once, or with a tokenizer of its own."""
+    streaming, slots = recipe.data.streaming, stage.data.layout == "slots"
+    if stage.data.encode_once and (stage.kind != "memory" or not slots or streaming):
+        raise ValueError(
+            f"{path}.data.encode_once is for memory stages with data.layout: slots, and not with data.streaming"
+        )
+    if recipe.encoder_of(stage) is None:
+        return
+    if streaming:
+        raise ValueError(f"{path}: an encoder with a tokenizer of its own reads whole documents, not data.streaming")
+    if not slots:
+        raise ValueError(
+            f"{path}: the encoder has a tokenizer of its own, so the text of memories and the decoder's are different "
+            "tokens; set data.layout: slots"
+        )
+
+
 def _check_budgets(stage: StageRecipe, recipe: Recipe, path: str) -> None:
     rows, slots = stage.data, stage.kind == "memory" and stage.data.layout == "slots"
     if rows.num_memories and (not slots or (rows.encode_once and recipe.encoder_of(stage) is None)):
@@ -499,35 +547,17 @@ def _check_budgets(stage: StageRecipe, recipe: Recipe, path: str) -> None:
             f"{path}.data.num_memories is for memory stages with data.layout: slots, and states that were encoded "
             "once with one tokenizer are pooled already"
         )
-    for count in rows.num_memories:
-        _check_positive(count, f"{path}.data.num_memories")
     weights = rows.num_memories_weights
     if weights and (len(weights) != len(rows.num_memories) or min(weights) < 0 or not sum(weights)):
         raise ValueError(
             f"{path}.data.num_memories_weights is {weights}; expected a weight of 0 or more for each of the "
             f"{len(rows.num_memories)} num_memories, not all of them 0"
         )
-    if "distillation" in stage.objectives and (not slots or stage.training.loss_chunk is not None):
-        raise ValueError(
-            f"{path}.objectives.distillation compares with the decoder on the whole text: it needs data.layout: slots "
-            "and no training.loss_chunk"
-        )
-    if stage.training.distillation_temperature <= 0:
-        raise ValueError(
-            f"{path}.training.distillation_temperature is {stage.training.distillation_temperature}, expected above 0"
-        )
-    if recipe.encoder_of(stage) is not None and not slots:
-        raise ValueError(
-            f"{path}: the encoder has a tokenizer of its own, so the text of memories and the decoder's are different "
-            "tokens; set data.layout: slots"
-        )
 
 
 def _check_asked(stage: StageRecipe, path: str) -> None:
-    """Check what recall, qa and distillation of them need."""
+    """Check what qa and distillation of it need."""
     rows, training = stage.data, stage.training
-    for key in ("recall_prompt", "recall_length"):
-        _check_positive(getattr(rows, key), f"{path}.data.{key}")
     asks = "qa" in stage.objectives or ("distillation" in stage.objectives and rows.taught == "qa")
     if asks and (not rows.questions or rows.layout != "slots"):
         raise ValueError(f"{path}.objectives.qa needs files in data.questions, and data.layout: slots")
@@ -537,6 +567,20 @@ def _check_asked(stage: StageRecipe, path: str) -> None:
         raise ValueError(
             f"{path}.data.validation_questions is empty, but training.eval_steps is {training.eval_steps}; name files "
             "with other questions, or leave eval_steps out"
+        )
+
+
+def _check_distillation(stage: StageRecipe, path: str) -> None:
+    training = stage.training
+    slots = stage.kind == "memory" and stage.data.layout == "slots"
+    if "distillation" in stage.objectives and (not slots or training.loss_chunk is not None):
+        raise ValueError(
+            f"{path}.objectives.distillation compares with the decoder on the whole text: it needs data.layout: slots "
+            "and no training.loss_chunk"
+        )
+    if training.distillation_temperature <= 0:
+        raise ValueError(
+            f"{path}.training.distillation_temperature is {training.distillation_temperature}, expected above 0"
         )
     for depth in training.distillation_depths:
         if not 0 < depth <= 1:
@@ -567,35 +611,9 @@ def _check_objectives(stage: StageRecipe, path: str) -> None:
             )
 
 
-def _check_training(stage: StageRecipe, path: str) -> None:
-    training, rows = stage.training, stage.data
-    for key in (
-        "max_steps",
-        "batch_size",
-        "gradient_accumulation_steps",
-        "logging_steps",
-        "eval_rows",
-        "save_total_limit",
-        "loss_chunk",
-    ):
-        _check_positive(getattr(training, key), f"{path}.training.{key}")
+def _check_training(training: TrainingRecipe, path: str) -> None:
     if training.num_workers < 0:
         raise ValueError(f"{path}.training.num_workers is {training.num_workers}, expected 0 or more")
-    for key in ("row_length", "source_length", "window_length"):
-        _check_positive(getattr(rows, key), f"{path}.data.{key}")
-    for name, step in rows.every.items():
-        if name not in stage.objectives:
-            raise ValueError(
-                f"{path}.data.every.{name}: the stage has no such objective{nearest(name, list(stage.objectives))}; "
-                f"it has {', '.join(stage.objectives) or 'its only one, which takes all rows'}"
-            )
-        if step < 1 or training.batch_size % step:
-            raise ValueError(
-                f"{path}.data.every.{name} is {step}, but must divide training.batch_size {training.batch_size}, so "
-                "that the rows do not depend on the number of processes"
-            )
-    for key in ("eval_steps", "save_steps", "watch_steps"):
-        _check_positive(getattr(training, key), f"{path}.training.{key}")
     if training.learning_rate < 0 or training.muon_learning_rate < 0:
         raise ValueError(f"{path}.training has a negative learning rate; give 0 or more")
     if training.warmup < 0 or training.decay < 0 or training.warmup + training.decay > 1:
@@ -610,11 +628,28 @@ def _check_training(stage: StageRecipe, path: str) -> None:
             raise ValueError(
                 f"{path}.training.lr_multipliers: {pattern!r} is no regular expression: {error}"
             ) from error
+
+
+def _check_rows(stage: StageRecipe, path: str) -> None:
+    rows, batch_size = stage.data, stage.training.batch_size
+    for name, step in rows.every.items():
+        if name not in stage.objectives:
+            raise ValueError(
+                f"{path}.data.every.{name}: the stage has no such objective{nearest(name, list(stage.objectives))}; "
+                f"it has {', '.join(stage.objectives) or 'its only one, which takes all rows'}"
+            )
+        if step < 1 or batch_size % step:
+            raise ValueError(
+                f"{path}.data.every.{name} is {step}, but must divide training.batch_size {batch_size}, so that the "
+                "rows do not depend on the number of processes"
+            )
     if rows.source_length is not None and rows.source_length > rows.row_length:
         raise ValueError(f"{path}.data.source_length {rows.source_length} exceeds row_length {rows.row_length}")
-    if rows.window_length is not None and stage.kind != "causal_lm":
+    if rows.window_length is None:
+        return
+    if stage.kind != "causal_lm":
         raise ValueError(f"{path}.data.window_length is for causal_lm stages; a memory model has model.window_length")
-    if rows.window_length is not None and rows.row_length % rows.window_length:
+    if rows.row_length % rows.window_length:
         raise ValueError(
             f"{path}.data.row_length {rows.row_length} is no multiple of window_length {rows.window_length}"
         )
@@ -642,16 +677,22 @@ def _check_documents(stage: StageRecipe, path: str, *, streaming: bool) -> None:
 
 def _check_shortened(stage: StageRecipe, recipe: Recipe, path: str) -> None:
     rows = stage.data
-    if not 0 <= rows.shortened <= 1:
-        raise ValueError(f"{path}.data.shortened is {rows.shortened}; it is a share: expected 0 to 1")
-    if not rows.shortened:
-        return
+    for name in ("shortened", "random_tokens"):
+        share = getattr(rows, name)
+        if not 0 <= share <= 1:
+            raise ValueError(f"{path}.data.{name} is {share}; it is a share: expected 0 to 1")
+        if share:
+            _check_changed(stage, recipe, f"{path}.data.{name}")
+
+
+def _check_changed(stage: StageRecipe, recipe: Recipe, path: str) -> None:
+    """Refuse rows that are cut or have random tokens where that cannot be."""
+    rows = stage.data
     copies = {"copy", "blank_copy"} & set(stage.objectives)
     in_slots = stage.kind == "memory" and rows.layout == "slots" and rows.marker == "token" and copies
     if stage.kind != "autoencoder" and not in_slots:
         raise ValueError(
-            f"{path}.data.shortened is for autoencoder stages and for copies with a marker in data.layout: slots; "
-            "leave it out"
+            f"{path} is for autoencoder stages and for copies with a marker in data.layout: slots; leave it out"
         )
     others = {
         "data.documents": rows.documents,
@@ -661,7 +702,7 @@ def _check_shortened(stage: StageRecipe, recipe: Recipe, path: str) -> None:
     }
     wrong = [name for name, is_set in others.items() if is_set]
     if wrong:
-        raise ValueError(f"{path}.data.shortened does not go together with {' and '.join(wrong)}; leave one out")
+        raise ValueError(f"{path} does not go together with {' and '.join(wrong)}; leave one out")
 
 
 def _check_positive(value: int | None, path: str) -> None:

@@ -117,19 +117,23 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             close = nearest(str(value), [str(option) for option in arguments])
             raise ValueError(f"{path} is {value!r}{close}; expected one of {', '.join(map(str, arguments))}")
         return value
-    if origin is list:
-        if not isinstance(value, list):
-            raise ValueError(f"{path} is {value!r}, expected a list: write [{value}]")
-        return [_convert(arguments[0], element, _join(path, _label(i, element))) for i, element in enumerate(value)]
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ValueError(f"{path} is {value!r}, expected a mapping")
-        return {str(key): _convert(arguments[1], element, f"{path}.{key}") for key, element in value.items()}
+    if origin in (list, dict):
+        return _convert_all(origin, arguments[-1], value, path)
     if is_dataclass(hint):
         return from_mapping(typing.cast(type, hint), value, path)
     if hint is Any:
         return _check_plain(value, path)
     return _convert_scalar(hint, value, path)
+
+
+def _convert_all(kind: type[list] | type[dict], hint: Any, value: Any, path: str) -> Any:
+    """Check a list or a mapping, and each of its elements against a type hint."""
+    if not isinstance(value, kind):
+        expected = f"a list: write [{value}]" if kind is list else "a mapping"
+        raise ValueError(f"{path} is {value!r}, expected {expected}")
+    if isinstance(value, list):
+        return [_convert(hint, element, _join(path, _label(i, element))) for i, element in enumerate(value)]
+    return {str(key): _convert(hint, element, f"{path}.{key}") for key, element in value.items()}
 
 
 def _label(index: int, element: Any) -> str:

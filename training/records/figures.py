@@ -127,6 +127,18 @@ def _save(figure: Any, path: Path) -> str:
     return path.name
 
 
+def _bars(cells: list[dict[str, Any]]) -> list[list[float]]:
+    """How far the intervals of some cells reach below and above their accuracy."""
+    sides = [(cell["token_accuracy"], *cell["token_accuracy_interval"]) for cell in cells]
+    return [[value - low for value, low, _ in sides], [high - value for value, _, high in sides]]
+
+
+def _sizes(cells: list[dict[str, Any]]) -> str:
+    """Say how many numbers an embedding has, from the shortest text to the longest."""
+    sizes = sorted({cell["numbers_per_text"] for cell in cells})
+    return " to ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1])))
+
+
 def write_probe_figure(record: dict[str, Any], folder: Path) -> str:
     """Draw what a probe found: tokens that come back against the length, and by position in the longest texts.
 
@@ -151,13 +163,8 @@ def write_probe_figure(record: dict[str, Any], folder: Path) -> str:
                 continue
             drawn.add(condition)
             values = [cell["token_accuracy"] for cell in cells]
-            bounds = list(zip(*(cell["token_accuracy_interval"] for cell in cells), strict=True))
-            below = [value - low for value, low in zip(values, bounds[0], strict=True)]
-            above = [high - value for value, high in zip(values, bounds[1], strict=True)]
-            sizes = sorted({cell["numbers_per_text"] for cell in cells})
-            numbers = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
-            label = f"{model['name']}, {numbers} numbers a text" if condition == "embedding" else None
-            left.errorbar(lengths, values, yerr=[below, above], fmt=style, color=colour, label=label, capsize=2,
+            label = f"{model['name']}, {_sizes(cells)} numbers a text" if condition == "embedding" else None
+            left.errorbar(lengths, values, yerr=_bars(cells), fmt=style, color=colour, label=label, capsize=2,
                           linewidth=width, markersize=4)  # fmt: skip
             curve = cells[-1]["token_accuracy_by_position"]
             right.plot(range(1, len(curve) + 1), curve, style[1:], color=colour, linewidth=width)
@@ -175,50 +182,3 @@ def write_probe_figure(record: dict[str, Any], folder: Path) -> str:
     for panel in (left, right):
         _tidy(panel, "token_accuracy")
     return _save(figure, folder / "accuracy.png")
-
-
-def write_ceiling_figure(record: dict[str, Any], folder: Path) -> str:
-    """Draw the way to the ceiling: tokens right and gain left to make, by optimiser step; or what fits, by length.
-
-    Args:
-        record (`dict`): Of `python -m training.ceiling`.
-        folder (`Path`): Where the PNG file goes.
-
-    Returns:
-        `str`: Its name.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    figure, panel = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    metrics = record["metrics"]
-    if "against_ceiling" in metrics:
-        result = metrics["against_ceiling"]
-        labels = {"refined": "from the encoder's memories", "optimised": "from random vectors"}
-        for colour, (name, label) in zip(COLOURS, labels.items(), strict=False):
-            curve = result[name]["curve"]
-            values = [[point[key] for point in curve] for key in ("step", "loss")]
-            panel.plot(*values, "o-", color=colour, label=label, markersize=3, linewidth=1.4)
-        for name, style in (("one_pass", "--"), ("without", ":")):
-            label = name.replace("_", " ").replace("without", "without memories")
-            panel.axhline(result[name]["loss"], color="grey", linestyle=style, linewidth=1, label=label)
-        panel.set_yscale("log")
-        panel.set_title("one pass of the encoder against memories optimised for each text", fontsize=10)
-        panel.set_xlabel("optimiser steps on the memories of one text")
-        panel.set_ylabel("nats per token of the text")
-        _tidy_axes(panel)
-    else:
-        by_length = metrics["capacity"]["by_length"]
-        lengths = [int(length) for length in by_length]
-        for colour, (key, label) in zip(
-            COLOURS, (("token_accuracy", "tokens"), ("exact_match", "texts without an error")), strict=False
-        ):
-            values = [by_length[str(length)][key] for length in lengths]
-            panel.plot(lengths, values, "o-", color=colour, label=label, markersize=4, linewidth=1.4)
-        panel.set_xscale("log", base=2)
-        panel.set_xticks(lengths, [str(length) for length in lengths])
-        vectors = metrics["capacity"]["num_vectors"]
-        panel.set_xlabel(f"tokens of the text, in {vectors} optimised vector{'' if vectors == 1 else 's'}")
-        panel.set_ylabel("written back by the frozen decoder")
-        texts = next(iter(by_length.values()))["num_texts"]
-        panel.set_title(f"what fits into optimised vectors ({texts} texts)", fontsize=10)
-        _tidy(panel, "token_accuracy")
-    return _save(figure, folder / "curve.png")

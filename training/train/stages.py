@@ -246,11 +246,11 @@ class StageRunner:
         """Let a fresh projector start where the recipe says."""
         where = f"stages.{stage.name}.warm_start"
         sample: list[tuple[Any, ...]] = []
-        if stage.warm_start.projector == "last_token":
+        if stage.warm_start.projector in ("last_token", "readable"):
             if isinstance(collator, PairCollator):
                 raise ValueError(
-                    f"{where}.projector is last_token, but the encoder has a tokenizer of its own, whose last "
-                    "token is none of the decoder's; use default"
+                    f"{where}.projector is {stage.warm_start.projector}, but the encoder has a tokenizer of its own, "
+                    "whose tokens are none of the decoder's; use default"
                 )
             number = -(-FITTED_CHUNKS * model.config.chunk_length // stage.data.row_length)
             fitted = self._train_rows(stage, model, number, self._order(stage))
@@ -327,6 +327,8 @@ class StageRunner:
             source_length=rows.source_length,
             vary_source=rows.vary_source,
             shortened=rows.shortened,
+            random_tokens=rows.random_tokens,
+            vocab_size=len(self.inputs.tokenizer),
             documents=rows.documents,
             split_windows=rows.window_length is not None,
             every=rows.every,

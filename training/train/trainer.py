@@ -259,7 +259,8 @@ class MemoryTrainer(Trainer):
         )
         self.objectives = objectives
         self.training = training
-        self._check_sharding(data_collator)
+        self._check_sharding(data_collator.spec.layout)
+        self._check_loss_chunk(data_collator)
         if training.gradient_checkpointing:
             checkpoint_activations(self.model)
         if training.compile:
@@ -281,7 +282,20 @@ class MemoryTrainer(Trainer):
         with StopSignal() as self._signal:
             return super().train(*args, **kwargs)
 
-    def _check_sharding(self, collator: Any) -> None:
+    @property
+    def _sharded(self) -> bool:
+        """Whether no process holds all parameters."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _check_loss_chunk(self, collator: Any) -> None:
+        """Refuse a head that does not give its logits token by token."""
+        if self.training.loss_chunk is not None:
+            batches = collator([self.train_dataset[0]])
+            for name in self.objectives:
+                batch = {key: tensor.to(self.args.device) for key, tensor in batches[name].items()}
+                check_head(self.model, model_inputs(self.model, batch))
+
+    def _check_sharding(self, layout: str) -> None:
         """Refuse what sharded parameters cannot do.
 
         Raises:
@@ -289,27 +303,22 @@ class MemoryTrainer(Trainer):
                 their parameters for the backward pass when a gradient reaches their *output*), or Muon would be given
                 flattened pieces of matrices.
         """
-        if self.is_deepspeed_enabled and self.training.optimizer == "muon":
+        training = self.training
+        if self.is_deepspeed_enabled and training.optimizer == "muon":
             raise ValueError("DeepSpeed flattens matrices and Muon needs them whole; set training.optimizer: adamw")
-        if self.training.loss_chunk is not None:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError(
-                    "training.loss_chunk needs the whole output head; leave it out with FSDP or DeepSpeed"
-                )
-            batches = collator([self.train_dataset[0]])
-            for name in self.objectives:
-                batch = {key: tensor.to(self.args.device) for key, tensor in batches[name].items()}
-                check_head(self.model, model_inputs(self.model, batch))
-        if self.training.watch_steps is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError("training.watch_steps needs whole parameters; leave it out with FSDP or DeepSpeed")
-        folds = getattr(self.model.config, "window_length", None) is not None
-        layout = collator.spec.layout
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if sharded and "distillation" in self.objectives:
-            raise ValueError("distillation's teacher needs a whole decoder; leave it out with FSDP or DeepSpeed")
-        if sharded and getattr(self.train_dataset, "encoded", None) is not None:
-            raise ValueError("data.encode_once needs a whole projector; leave it out with FSDP or DeepSpeed")
-        if sharded and folds and layout == "self" and not self.training.gradient_checkpointing:
+        if not self._sharded:
+            return
+        encoded = getattr(self.train_dataset, "encoded", None)
+        for what, part, is_set in (
+            ("training.loss_chunk", "the whole output head", training.loss_chunk is not None),
+            ("training.watch_steps", "whole parameters", training.watch_steps is not None),
+            ("distillation's teacher", "a whole decoder", "distillation" in self.objectives),
+            ("data.encode_once", "a whole projector", encoded is not None),
+        ):
+            if is_set:
+                raise ValueError(f"{what} needs {part}; leave it out with FSDP or DeepSpeed")
+        has_windows = getattr(self.model.config, "window_length", None) is not None
+        if has_windows and layout == "self" and not training.gradient_checkpointing:
             raise ValueError(
                 "with sharded parameters (FSDP, DeepSpeed) windows cannot share the cache of their memories; set "
                 "training.gradient_checkpointing: true, or data.layout: slots"
@@ -426,18 +435,22 @@ class MemoryTrainer(Trainer):
                 logs[f"{prefix}{name}_token_accuracy"] = correct / judged
         if prefix and all(f"eval_{name}_loss" in logs for name in self.objectives):
             logs["eval_loss"] = sum(weight * logs[f"eval_{name}_loss"] for name, weight in self.objectives.items())
-        projector = getattr(self.model, "projector", None)
-        if projector is not None and not prefix and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            weights = [parameter.detach().float().norm() for parameter in projector.parameters()]
-            if weights:  # its norm is free; a run that lets it grow without end shows here
-                logs["projector_norm"] = torch.stack(weights).norm().item()
+        super().log(logs if prefix else {**logs, **self._training_figures()}, start_time)
+
+    def _training_figures(self) -> dict[str, float]:
+        """Return what a log of training steps tells beside losses: the projector's norm, speed and memory."""
+        figures: dict[str, float] = {}
+        projector = None if self._sharded else getattr(self.model, "projector", None)
+        weights = [] if projector is None else [p.detach().float().norm() for p in projector.parameters()]
+        if weights:  # its norm is free; a run that lets it grow without end shows here
+            figures["projector_norm"] = torch.stack(weights).norm().item()
         tokens, since = self._tokens_since
-        if tokens and not prefix:
+        if tokens:
             now = time.perf_counter()
-            logs["text_tokens_per_second"] = round(tokens * self.args.world_size / (now - since), 1)
-            logs["peak_memory_bytes"] = peak_memory_bytes()["process"]
+            figures["text_tokens_per_second"] = round(tokens * self.args.world_size / (now - since), 1)
+            figures["peak_memory_bytes"] = peak_memory_bytes()["process"]
             self._tokens_since = 0, now
-        super().log(logs, start_time)
+        return figures
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """Return validation batches as `Trainer` does, made by the collator's `for_evaluation()` if it has one."""
@@ -521,7 +534,7 @@ class MemoryTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save the model, its frozen weights as a link to those that were written with the first checkpoint."""
         own = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        whole = self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(own, PreTrainedModel)
+        whole = self._sharded or not isinstance(own, PreTrainedModel)
         if output_dir is None or whole or not frozen_names(own):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:

@@ -1,0 +1,65 @@
+"""Tables of what a store finds, what it can quote, and what it takes."""
+
+from benchmarks.table import Record, Table, percent, pick
+
+
+def retrieval(record: Record) -> Table:
+    """A row for each way of finding the passage that answers a question."""
+    rows = [["passages found by", "right one first", "among the first five", "processor time a question"]]
+    for name, found in pick(record, "metrics.ways").items():
+        shares = [percent(found, share) for share in ("top_1", "recall_at_5")]
+        rows.append([name, *shares, f"{found['milliseconds']:.0f} ms"])
+    passages, questions = (pick(record, f"metrics.{name}") for name in ("passages", "questions"))
+    return Table(rows, f"{questions} questions of XQuAD to a store of {passages} passages. Intervals are of 95% over "
+                 "passages. Vectors of passages are made once and kept.")  # fmt: skip
+
+
+def any_text(record: Record) -> Table:
+    """A row for each starter, kind of text and length: whole texts, however they are given back."""
+    ways = {
+        "copied, teacher-forced": "copied, teacher-forced",
+        "copied, free-running": "copied, free-running",
+        "written back": "written back in one pass",
+        "quoted, keep_text": "quoted, `on_loss=\"keep_text\"`",
+        "quoted, split": "quoted, `on_loss=\"split\"`",
+        "lost chunks, keep_text": "chunks kept as text",
+        "chunks, split": "chunks after splitting",
+    }  # fmt: skip
+    rows = [["starter", "text", "tokens", *ways.values()]]
+    for starter, found in pick(record, "metrics").items():
+        for kind, lengths in found["kinds"].items():
+            for length, cell in lengths.items():
+                if "written back" in cell:
+                    rows.append([starter, kind, length, *(_cell(name, cell.get(name)) for name in ways)])
+    return Table(rows, "Share of texts without an error, with 95% intervals over documents; a copy must end where the "
+                 "text does. Memories in int8. A dash: the model has no room for so many memories.")  # fmt: skip
+
+
+def short_chunks(record: Record) -> Table:
+    """A row for each kind of text and length: texts shorter than a chunk, read as they are and filled."""
+    rows = [["text", "tokens", "whole, as they are", "whole, repeated until the chunk is full"]]
+    for found in pick(record, "metrics").values():
+        for kind, lengths in found["kinds"].items():
+            for length, cell in lengths.items():
+                if "whole texts, pad" in cell:
+                    shares = [_cell(how, cell[f"whole texts, {how}"]) for how in ("pad", "repeat")]
+                    rows.append([kind, length, *shares])
+    return Table(rows, "starter-autoencoder-64, whose chunks have 64 tokens. Intervals are of 95% over documents.")
+
+
+def formats(record: Record) -> Table:
+    """A row for each number format: bytes of a memory, and chunks that come back from it."""
+    rows = [["number format", "bytes of memories a token", "chunks that come back word for word"]]
+    for found in pick(record, "metrics").values():
+        for dtype, cell in found.get("formats", {}).items():
+            rows.append([dtype, f"{cell['bytes_a_token']:.1f}", f"{cell['chunks_that_come_back']:.1%}"])
+            size, chunks = cell["bytes_of_text_a_token"], cell["chunks"]
+    return Table(rows, f"starter-tiny, {chunks:,} chunks; the text itself takes {size:.1f} bytes a token.")
+
+
+def _cell(name: str, found: object) -> str:
+    if found is None:
+        return "-"
+    if isinstance(found, dict):
+        return percent({"share": found["share"], "share_interval": found["interval"]}, "share", 0)
+    return f"{found:.2f} times" if name.startswith("chunks") else f"{found:.1%}"
