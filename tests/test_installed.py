@@ -14,9 +14,11 @@ from pathlib import Path
 import openai
 import pytest
 
+import modeling_memory
 from tests.test_pages import blocks_of
 from training.places import INSTALLED, REPOSITORY
 
+CITATION = REPOSITORY / "CITATION.cff"
 INN = "The sign was newly painted; the windows had neat red curtains; the floor was cleanly sanded."
 LOOK = """
 import importlib.metadata, importlib.util
@@ -95,6 +97,8 @@ def test_the_wheel_holds_what_it_promises(wheel):
     assert "modeling-memory = modeling_memory.training.cli:main" in scripts
     assert not re.search(r"\]\((?!https?:|#)", metadata.partition("\n\n")[2]), "the index knows no relative links"
     assert "Project-URL: Repository, https://" in metadata
+    version = re.search(r"^Version: (.*)$", metadata, re.MULTILINE)[1]
+    assert version == modeling_memory.__version__ and f"\nversion: {version}\n" in CITATION.read_text("utf-8")
     for extra in re.findall(r"Provides-Extra: (\w+)", metadata):
         assert f'extra == "{extra}"' in metadata, f"the extra {extra} brings nothing"
     for name in tops & {"modeling_memory"}:
