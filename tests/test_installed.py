@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -10,11 +11,14 @@ import venv
 import zipfile
 from pathlib import Path
 
+import openai
 import pytest
 
+import modeling_memory
 from tests.test_pages import blocks_of
 from training.places import INSTALLED, REPOSITORY
 
+CITATION = REPOSITORY / "CITATION.cff"
 INN = "The sign was newly painted; the windows had neat red curtains; the floor was cleanly sanded."
 LOOK = """
 import importlib.metadata, importlib.util
@@ -68,14 +72,19 @@ def run(python, tmp_path):
     keep = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment = {**keep, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
-    def started(program, *words, status=0):
+    def start(program, *words):
         command = [str(python.with_name(program)), *words]
-        done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
-        return done
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=empty, env=environment, **pipes)
 
-    started.folder = empty
-    return started
+    def run(*words):
+        started = start(*words)
+        out, errors = started.communicate(timeout=300)
+        assert started.returncode == 0, out[-2000:] + errors[-4000:]
+        return out
+
+    run.folder, run.start = empty, start
+    return run
 
 
 def test_the_wheel_holds_what_it_promises(wheel):
@@ -88,6 +97,8 @@ def test_the_wheel_holds_what_it_promises(wheel):
     assert "modeling-memory = modeling_memory.training.cli:main" in scripts
     assert not re.search(r"\]\((?!https?:|#)", metadata.partition("\n\n")[2]), "the index knows no relative links"
     assert "Project-URL: Repository, https://" in metadata
+    version = re.search(r"^Version: (.*)$", metadata, re.MULTILINE)[1]
+    assert version == modeling_memory.__version__ and f"\nversion: {version}\n" in CITATION.read_text("utf-8")
     for extra in re.findall(r"Provides-Extra: (\w+)", metadata):
         assert f'extra == "{extra}"' in metadata, f"the extra {extra} brings nothing"
     for name in tops & {"modeling_memory"}:
@@ -98,14 +109,23 @@ def test_the_wheel_holds_what_it_promises(wheel):
     assert {name for name in tracked.split() if name.endswith((".py", ".parquet"))} <= sources
 
 
-def test_a_user_remembers_and_asks_in_an_empty_directory(run):
+def test_a_user_remembers_asks_and_serves_in_an_empty_directory(run):
     (run.folder / "inn.txt").write_text(INN)
-    kept = json.loads(run("modeling-memory", "remember", "starter-tiny", "inn.txt", "--to", "notes", "--json").stdout)
+    kept = json.loads(run("modeling-memory", "remember", "starter-tiny", "inn.txt", "--to", "notes", "--json"))
     assert kept["remembered"]["stored"] == 1 and kept["store"]["texts"] == 1
     words = ["ask", "starter-tiny", "notes", "<copy>", "--json", "--max-new-tokens", "64"]
-    assert json.loads(run("modeling-memory", *words).stdout)["answer"] == INN
-    told = run("modeling-memory", "asks", status=2).stderr
-    assert told.startswith("error: 'asks' is no command") and told.count("\n") == 1
+    assert json.loads(run("modeling-memory", *words))["answer"] == INN
+    server = run.start("modeling-memory", "serve", "starter-tiny", "--store", "notes", "--port", "0")
+    try:
+        line = server.stdout.readline()
+        client = openai.OpenAI(base_url=line.split()[-1], api_key="none", max_retries=0)
+        whole = {"model": "starter-tiny", "prompt": "<copy>", "max_tokens": 64}
+        assert client.completions.create(**whole, extra_body={"context": INN}).choices[0].text == INN
+        events = client.completions.create(**whole, stream=True, extra_body={"store_ids": "inn.txt"})
+        assert "".join(event.choices[0].text for event in events) == INN
+    finally:
+        server.send_signal(signal.SIGINT)
+    assert server.wait(60) == 130 and server.stderr.read().strip().startswith("interrupted")
 
 
 def test_recipes_texts_and_the_readme_work_where_only_the_wheel_is(run):

@@ -8,6 +8,7 @@ curl http://127.0.0.1:8000/v1/completions -H "content-type: application/json" \
 """
 
 import argparse
+import os
 import socket
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ from .command_line import Parser, device, run_command, whole_number
 from .places import program
 from .remember import load_memory_model
 
+API_KEY = "MODELING_MEMORY_API_KEY"
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
@@ -29,7 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--name", help="the model's name in requests (default: the last part of MODEL)")
     add("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine only)")
     add("--port", type=whole_number(0), default=8000, metavar="N", help="port (8000; 0 takes a free one)")
-    add("--api-key", metavar="KEY", help="refuse requests without this key")
+    key = os.environ.get(API_KEY)
+    add("--api-key", metavar="KEY", default=key, help=f"refuse requests without this key (default: ${API_KEY})")
     add("--requests", type=whole_number(), default=Limits.requests, metavar="N", help="requests at a time (8)")
     add("--context-tokens", type=whole_number(), default=Limits.context_tokens, metavar="N", help="most tokens of "
         "a request's contexts (131072)")  # fmt: skip
@@ -54,7 +58,8 @@ def run(options: argparse.Namespace, command: str) -> int:
         app = build_app(Engine(model, processor, store, asked), name, options.api_key)
         host, port = listening.getsockname()[:2]
         print(f"{name} at http://{host}:{port}/v1", flush=True)
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+        settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
+        uvicorn.Server(settings).run(sockets=[listening])
     return 0
 
 

@@ -13,7 +13,7 @@ import time
 import traceback
 import uuid
 from collections.abc import AsyncIterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -54,9 +54,28 @@ class Asked(BaseModel):
 
 
 class Completion(Asked):
-    """A request of `/v1/completions`."""
+    """A request of `/v1/completions`, and the form of its answer."""
+
+    PREFIX: ClassVar[str] = "cmpl"
+    OBJECT: ClassVar[str] = "text_completion"
+    CHUNK: ClassVar[str] = "text_completion"
 
     prompt: str | list[str]
+
+    def text(self) -> str:
+        """The prompt."""
+        prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        if len(prompts) != 1:
+            raise RefusedError(400, f"`prompt` holds {len(prompts)} prompts; send one a request.", "invalid_value")
+        return prompts[0]
+
+    def whole(self, text: str) -> dict[str, Any]:
+        """An answer in a choice."""
+        return {"text": text}
+
+    def piece(self, text: str, is_first: bool) -> dict[str, Any]:
+        """A piece of an answer in a choice."""
+        return {"text": text}
 
 
 class Message(BaseModel):
@@ -69,10 +88,26 @@ class Message(BaseModel):
 
 
 class Chat(Asked):
-    """A request of `/v1/chat/completions`."""
+    """A request of `/v1/chat/completions`, and the form of its answer."""
+
+    PREFIX: ClassVar[str] = "chatcmpl"
+    OBJECT: ClassVar[str] = "chat.completion"
+    CHUNK: ClassVar[str] = "chat.completion.chunk"
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+
+    def text(self) -> list[dict[str, Any]]:
+        """The conversation."""
+        return [message.model_dump() for message in self.messages]
+
+    def whole(self, text: str) -> dict[str, Any]:
+        """An answer in a choice."""
+        return {"message": {"role": "assistant", "content": text}}
+
+    def piece(self, text: str, is_first: bool) -> dict[str, Any]:
+        """A piece of an answer in a choice."""
+        return {"delta": {**({"role": "assistant"} if is_first else {}), "content": text}}
 
 
 def build_app(engine: Engine, name: str, api_key: str | None = None) -> FastAPI:
@@ -85,37 +120,6 @@ def build_app(engine: Engine, name: str, api_key: str | None = None) -> FastAPI:
     """
     app = FastAPI(title="modeling-memory", docs_url=None, redoc_url=None)
 
-    async def read(request: Request, kind: type[Asked]) -> Any:
-        """Read a request, no more of it than is allowed."""
-        sent = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if api_key is not None and not secrets.compare_digest(sent.encode(), api_key.encode()):
-            raise RefusedError(401, "The API key is not the server's.", "invalid_api_key")
-        body = b""
-        async for part in request.stream():
-            body += part
-            if len(body) > engine.limits.body_bytes:
-                message = f"The request is longer than {engine.limits.body_bytes} bytes, the most that is read."
-                raise RefusedError(413, message, "request_too_large")
-        asked = kind.model_validate_json(body)
-        if asked.model not in (None, name):
-            raise RefusedError(404, f"The model {asked.model!r} is not here; this is {name!r}.", "model_not_found")
-        return asked
-
-    async def answer(request: Request, asked: Any, text: Any, form: dict[str, Any], piece: Any) -> Response:
-        engine.enter()
-        writing = await run_in_threadpool(_begin, engine, asked, text)
-        made = {"id": f"{form['prefix']}-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
-        if asked.stream:
-            events = _events(writing, {**made, "object": form["chunk"]}, piece, asked.stream_options)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        written = ""
-        async for part in iterate_in_threadpool(writing):
-            written += part
-            if await request.is_disconnected():  # nobody waits: the place is free for others
-                writing.stop()
-        choice = {"index": 0, "finish_reason": writing.finish_reason, "logprobs": None, **form["whole"](written)}
-        return JSONResponse({**made, "object": form["object"], "choices": [choice], "usage": _usage(writing)})
-
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         entry = {"id": name, "object": "model", "created": 0, "owned_by": "modeling-memory"}
@@ -123,33 +127,52 @@ def build_app(engine: Engine, name: str, api_key: str | None = None) -> FastAPI:
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        asked = await read(request, Completion)
-        prompts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
-        if len(prompts) != 1:
-            raise RefusedError(400, f"`prompt` holds {len(prompts)} prompts; send one a request.", "invalid_value")
-        form = {"prefix": "cmpl", "object": "text_completion", "chunk": "text_completion"}
-        return await answer(
-            request, asked, prompts[0], {**form, "whole": lambda text: {"text": text}}, lambda text, _: {"text": text}
-        )
+        return await answer(request, Completion)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        asked = await read(request, Chat)
-        form = {"prefix": "chatcmpl", "object": "chat.completion", "chunk": "chat.completion.chunk"}
+        return await answer(request, Chat)
 
-        def whole(text: str) -> dict[str, Any]:
-            return {"message": {"role": "assistant", "content": text}}
+    async def answer(request: Request, kind: type[Completion] | type[Chat]) -> Response:
+        sent = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if api_key is not None and not secrets.compare_digest(sent.encode(), api_key.encode()):
+            raise RefusedError(401, "The API key is not the server's.", "invalid_api_key")
+        asked = kind.model_validate_json(await _read(request, engine.limits.body_bytes))
+        if asked.model not in (None, name):
+            raise RefusedError(404, f"The model {asked.model!r} is not here; this is {name!r}.", "model_not_found")
+        text = asked.text()
+        engine.enter()
+        return await _answer(request, asked, await run_in_threadpool(_begin, engine, asked, text), name)
 
-        def piece(text: str, is_first: bool) -> dict[str, Any]:
-            return {"delta": {**({"role": "assistant"} if is_first else {}), "content": text}}
-
-        messages = [message.model_dump() for message in asked.messages]
-        return await answer(request, asked, messages, {**form, "whole": whole}, piece)
-
-    app.add_exception_handler(Exception, _explain)
-    for kind in (RefusedError, ValidationError, ValueError, HTTPException):
-        app.add_exception_handler(kind, _explain)
+    for error in (Exception, RefusedError, ValidationError, ValueError, HTTPException):
+        app.add_exception_handler(error, _explain)
     return app
+
+
+async def _read(request: Request, most: int) -> bytes:
+    """Read the body of a request, no more of it than is allowed."""
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > most:
+            raise RefusedError(
+                413, f"The request is longer than {most} bytes, the most that is read.", "request_too_large"
+            )
+    return body
+
+
+async def _answer(request: Request, asked: Any, writing: Writing, name: str) -> Response:
+    made = {"id": f"{asked.PREFIX}-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
+    if asked.stream:
+        events = _events(writing, {**made, "object": asked.CHUNK}, asked)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+    written = ""
+    async for part in iterate_in_threadpool(writing):
+        written += part
+        if await request.is_disconnected():  # nobody waits: the place is free for others
+            writing.stop()
+    choice = {"index": 0, "finish_reason": writing.finish_reason, "logprobs": None, **asked.whole(written)}
+    return JSONResponse({**made, "object": asked.OBJECT, "choices": [choice], "usage": _usage(writing)})
 
 
 def _begin(engine: Engine, asked: Any, text: Any) -> Writing:
@@ -181,7 +204,7 @@ def _usage(writing: Writing) -> dict[str, Any]:
     }
 
 
-async def _events(writing: Writing, made: dict[str, Any], piece: Any, options: Any) -> AsyncIterator[str]:
+async def _events(writing: Writing, made: dict[str, Any], asked: Any) -> AsyncIterator[str]:
     """Server-sent events of an answer; a reader that goes away ends the writing."""
 
     def event(data: dict[str, Any]) -> str:
@@ -190,11 +213,11 @@ async def _events(writing: Writing, made: dict[str, Any], piece: Any, options: A
     try:
         is_first = True
         async for part in iterate_in_threadpool(writing):
-            yield event({**made, "choices": [{"index": 0, "finish_reason": None, **piece(part, is_first)}]})
+            yield event({**made, "choices": [{"index": 0, "finish_reason": None, **asked.piece(part, is_first)}]})
             is_first = False
-        last = {**piece("", is_first), "index": 0, "finish_reason": writing.finish_reason}
+        last = {**asked.piece("", is_first), "index": 0, "finish_reason": writing.finish_reason}
         yield event({**made, "choices": [last]})
-        if options is not None and options.include_usage:
+        if asked.stream_options is not None and asked.stream_options.include_usage:
             yield event({**made, "choices": [], "usage": _usage(writing)})
     except Exception as error:  # the status is sent already
         yield event(json.loads(bytes(_form(error).body)))
