@@ -3,10 +3,13 @@
 import re
 import shutil
 
+import gradio
 import gradio_client
 import pytest
+from fastapi import FastAPI
 
 from modeling_memory.serving.page import EXAMPLE, page, remember
+from tests.test_serving import serving
 from training.remember import load_memory_model
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -14,10 +17,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.fixture(scope="module")
 def address():
-    blocks = page(*load_memory_model("starter-tiny"))
-    _, local, _ = blocks.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
-    yield local
-    blocks.close()
+    app = gradio.mount_gradio_app(FastAPI(), page(*load_memory_model("starter-tiny")), path="/")
+    with serving(app) as local:
+        yield local
 
 
 def test_a_visitor_remembers_quotes_and_asks(address, tmp_path):
@@ -75,6 +77,8 @@ def test_the_page_is_clicked_in_a_browser(address, pytestconfig):
         view.locator("#prompt textarea").fill("<copy>")
         view.click("#ask")
         expect(view.locator("#used")).to_contain_text("chunks", timeout=30_000)
+        expect(view.locator("#answer textarea")).to_have_value(re.compile("cleanly sanded"), timeout=30_000)
+        view.wait_for_timeout(500)  # the frame that says that something is written goes
         if pytestconfig.getoption("basetemp"):  # where a caller wants to look at it
             view.screenshot(path=f"{pytestconfig.getoption('basetemp')}.png", full_page=True)
         browser.close()

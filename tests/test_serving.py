@@ -5,6 +5,7 @@ import io
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import httpx
 import openai
@@ -33,16 +34,23 @@ def engine(tmp_path_factory):
     return Engine(model, processor, store, Limits(body_bytes=20_000, context_tokens=1000, new_tokens=300))
 
 
-@pytest.fixture(scope="module")
-def address(engine):
-    server = uvicorn.Server(uvicorn.Config(build_app(engine, "tiny", "secret"), port=0, log_level="warning"))
+@contextmanager
+def serving(app):
+    """Where an application is served on loopback."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True
     thread.join()
+
+
+@pytest.fixture(scope="module")
+def address(engine):
+    with serving(build_app(engine, "tiny", "secret")) as local:
+        yield f"{local}/v1"
 
 
 @pytest.fixture

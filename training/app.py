@@ -6,11 +6,13 @@ python -m training.app model_cards/starter-tiny
 """
 
 import argparse
+import socket
 import sys
 
-from .command_line import INTERRUPTED, Parser, device, run_command, whole_number
+from .command_line import Parser, device, run_command, whole_number
 from .places import program
 from .remember import load_memory_model
+from .serve import serve_until_interrupted
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -19,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", help="folder or Hub id of a memory model, or the name of a starter")
     add("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine only)")
-    add("--port", type=whole_number(), metavar="N", help="port (default: the first free one from 7860 on)")
+    add("--port", type=whole_number(0), default=7860, metavar="N", help="port (7860; 0 takes a free one)")
     add("--device", type=device, default="cpu", help="where the model runs (cpu)")
     add("--threads", type=whole_number(), metavar="N", help="processor threads")
     return parser
@@ -27,16 +29,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace, command: str) -> int:
     """Show the page until interrupted."""
+    import gradio
+    from fastapi import FastAPI
+
     from modeling_memory.serving.page import page
 
-    model, processor = load_memory_model(options.model, options.device)
-    blocks = page(model, processor)
-    _, address, _ = blocks.launch(
-        server_name=options.host, server_port=options.port, prevent_thread_lock=True, quiet=True
-    )
-    print(f"the page is at {address}", flush=True)
-    blocks.block_thread()  # it returns when interrupted
-    return INTERRUPTED
+    with socket.create_server((options.host, options.port)) as listening:  # a port that is taken is told first
+        blocks = page(*load_memory_model(options.model, options.device))
+        # Gradio's own launch gives up on a busy machine, where the first answer takes more than three seconds.
+        app = gradio.mount_gradio_app(FastAPI(), blocks, path="/")
+        serve_until_interrupted(app, listening, "the page is at {}")
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:

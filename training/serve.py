@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 from modeling_memory import MemoryStore
 from modeling_memory.serving import Engine, Limits
@@ -44,10 +45,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(options: argparse.Namespace, command: str) -> int:
-    """Serve until interrupted."""
+def serve_until_interrupted(app: Any, listening: socket.socket, told: str) -> None:
+    """Say where an application is, and serve it."""
     import uvicorn
 
+    host, port = listening.getsockname()[:2]
+    print(told.format(f"http://{host}:{port}"), flush=True)
+    settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
+    uvicorn.Server(settings).run(sockets=[listening])
+
+
+def run(options: argparse.Namespace, command: str) -> int:
+    """Serve until interrupted."""
     from modeling_memory.serving.api import build_app
 
     with socket.create_server((options.host, options.port)) as listening:  # a port that is taken is told first
@@ -56,10 +65,7 @@ def run(options: argparse.Namespace, command: str) -> int:
         asked = Limits(requests=options.requests, context_tokens=options.context_tokens, new_tokens=options.new_tokens)
         name = options.name or Path(options.model).name
         app = build_app(Engine(model, processor, store, asked), name, options.api_key)
-        host, port = listening.getsockname()[:2]
-        print(f"{name} at http://{host}:{port}/v1", flush=True)
-        settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
-        uvicorn.Server(settings).run(sockets=[listening])
+        serve_until_interrupted(app, listening, name + " at {}/v1")
     return 0
 
 

@@ -175,7 +175,7 @@ def page(model: Any, processor: Any, limits: Limits | None = None) -> gr.Blocks:
         token = processor.tokenizer.convert_ids_to_tokens(model.config.copy_token_id)
         yield from on_answer(session, token, PROMPT)
 
-    with gr.Blocks(title="modeling-memory") as blocks:
+    with gr.Blocks(title="modeling-memory", analytics_enabled=False) as blocks:
         gr.Markdown(TITLE)
         session = gr.State(None, time_to_live=3600, delete_callback=forget)
         document = gr.Textbox(EXAMPLE, label="Document", lines=6, elem_id="document")
