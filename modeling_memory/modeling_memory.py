@@ -266,7 +266,8 @@ class MemoryPreTrainedModel(PreTrainedModel):
             child._name_or_path = ""
         self.config.references = references
         try:
-            save_whole(self._write, save_directory, *args, trained=state if by_reference else None, **kwargs)
+            # Where no weight is a base's any more, after a cast for example, there is nothing to refer to.
+            save_whole(self._write, save_directory, *args, trained=state if references else None, **kwargs)
         finally:
             self.config.references = {}
 

@@ -273,6 +273,18 @@ def test_what_is_saved_by_reference_is_loaded(folders, tmp_path):
         assert torch.equal(logits_of(load(tmp_path / name, folders)), logits_of(model)), name
 
 
+def test_weights_of_which_none_is_a_base_s_any_more_are_saved_whole(folders, tmp_path):
+    save(joined(folders), tmp_path / "first", "reference")
+    bases = {f"{part}_base": folder for part, folder in folders.items()}
+    model = Model.from_pretrained(tmp_path / "first", dtype=torch.bfloat16, **bases)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    model.save_pretrained(tmp_path / "again", by_reference=True)
+    assert not (tmp_path / "again" / "trained.safetensors").exists()
+    assert torch.equal(logits_of(Model.from_pretrained(tmp_path / "again")), logits_of(model))
+
+
 def test_a_base_of_both_parts_is_read_once(folders, tmp_path, monkeypatch):
     same = {"encoder": folders["decoder"], "decoder": folders["decoder"]}
     calls = []
