@@ -80,7 +80,7 @@ def measure_autoencoder(model: Any, rows: Sequence[Sequence[int]]) -> dict[str, 
 @torch.no_grad()
 def measure_memory(model: Any, processor: Any, rows: Sequence[Sequence[int]], folder: Path) -> dict[str, Any]:
     """Texts through a store: written back in one pass, and quoted after the self-check."""
-    tokenizer, config = processor.tokenizer, model.config
+    tokenizer = processor.tokenizer
     texts = {f"text {place}": tokenizer.decode(row) for place, row in enumerate(rows)}
     found: dict[str, Any] = {}
     for on_loss in ("warn", "keep_text", "split"):
