@@ -37,7 +37,7 @@ def engine(tmp_path_factory):
 @contextmanager
 def serving(app):
     """Where an application is served on loopback."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
