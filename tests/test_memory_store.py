@@ -400,6 +400,10 @@ def test_the_fingerprint_holds_what_changes_memories_without_a_weight(processor,
             continue
         with pytest.raises(MemoryStoreError, match=rf"encoder.config.{field}.*remember the texts again"):
             MemoryStore(folder, other, own)
+    filled = pair(processor.memory_token_id)
+    filled.config.short_chunks = "repeat"
+    with pytest.raises(MemoryStoreError, match=r"short_chunks.*remember the texts again"):
+        MemoryStore(folder, filled, own)
     saved = store.folder.parent / "saved"
     pair(processor.memory_token_id).save_pretrained(saved)
     again = MemoryEncoderDecoderForCausalLM.from_pretrained(saved).eval()

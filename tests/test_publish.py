@@ -442,6 +442,7 @@ def commands_of(page: str) -> list[tuple[list[str], bool]]:
     """The commands of a page's blocks, split into words, and whether each needs an account of the Hub."""
     found = []
     for before, block in re.findall(r"(.*?)^```bash\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        before = re.sub(r"<!-- not run: .*? -->\s*$", "", before)  # why the block runs nowhere
         needs_account = "*Hub account*" in before.strip().rpartition("\n\n")[2]
         lines = block.replace("\\\n", " ").strip().splitlines()
         found += [(shlex.split(line, comments=True), needs_account) for line in lines]

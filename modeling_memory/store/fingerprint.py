@@ -109,6 +109,7 @@ def _describe(model: Any, processor: Any, hashed: Callable[[dict], str], told: C
             "chunk_length": config.chunk_length,
             "memories_per_chunk": config.memories_per_chunk,
             "pooling": config.pooling,
+            "short_chunks": config.short_chunks,
             "hidden_size": config.decoder.hidden_size,
             # So that memories of a cut that took markers in a document for markers are not taken for those of this
             # one.
