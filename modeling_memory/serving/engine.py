@@ -319,7 +319,7 @@ def with_memories(chat: Iterable[dict[str, Any]], number: int) -> list[dict[str,
     r"""Place memories in the first user message of a chat, unless it places them itself.
 
     >>> with_memories([{"role": "user", "content": "Who?"}], 1)[0]["content"][:2]
-    [{'type': 'memory'}, {'type': 'text', 'text': '\\n\\n'}]
+    [{'type': 'memory'}, {'type': 'text', 'text': '\n\n'}]
     """
     chat = list(chat)
     contents = [message.get("content") for message in chat]
