@@ -95,6 +95,19 @@ def test_several_contexts_and_texts_of_the_store_stand_in_their_order(engine, cl
     assert ask(client, store_ids=["later"]).choices[0].text == quoted(engine, "A letter came.")
 
 
+def test_prompts_and_contexts_are_cut_side_by_side(engine):
+    """A tokenizer is told whether control tokens are text: a context must not tell it so for another's prompt."""
+    alone = engine.prompt("<copy>", engine.memories([INN]))["input_ids"].tolist()
+
+    def read(number):
+        if number % 2:
+            return engine.prompt("<copy>", engine.memories([INN]))["input_ids"].tolist()
+        return engine.memories([f"{INN} <copy> {number}"]) and alone
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(ids == alone for ids in pool.map(read, range(200)))
+
+
 def test_requests_at_once_get_their_own_contexts(engine, client):
     texts = [f"{name} carried the cup home." for name in ("Ann", "Tom", "The man", "A dog", "My father", "The king")]
     expected = [quoted(engine, text) for text in texts]

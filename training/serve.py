@@ -53,6 +53,9 @@ def serve_until_interrupted(app: Any, listening: socket.socket, told: str) -> No
     print(told.format(f"http://{host}:{port}"), flush=True)
     settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
     uvicorn.Server(settings).run(sockets=[listening])
+    # It returns when it was told to stop. Where the caller's shell ignores Ctrl-C, as for jobs in the background,
+    # nothing else says so.
+    raise KeyboardInterrupt
 
 
 def run(options: argparse.Namespace, command: str) -> int:

@@ -163,6 +163,9 @@ class Engine:
         self.model, self.processor, self.store = model, processor, store
         self.limits = limits = limits or Limits()
         self.model_lock = threading.RLock()  # adapters are switched inside a call, so calls take turns
+        # A tokenizer is told for each text whether control tokens in it are text: two at once would tell each other.
+        # Where both locks are held, the model's was taken first.
+        self.tokenizer_lock = threading.RLock()
         self._places = threading.BoundedSemaphore(limits.requests)
         self._kept: OrderedDict[str, RememberedContexts] = OrderedDict()
         self._kept_bytes = 0
@@ -191,7 +194,8 @@ class Engine:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
-            inputs = self.processor(context=[[text]], return_tensors="pt").to(self.model.device)
+            with self.tokenizer_lock:
+                inputs = self.processor(context=[[text]], return_tensors="pt").to(self.model.device)
             with torch.no_grad():
                 embeds, _, num_tokens = self.model.encode_memories(
                     inputs["context_input_ids"], inputs["context_attention_mask"], return_num_tokens=True
@@ -225,7 +229,8 @@ class Engine:
             RefusedError: If the contexts are too long.
             ValueError: If there is no store, no such text, or a context is empty.
         """
-        num_tokens = sum(sum(self.processor.cut_context(text).num_tokens) for text in contexts)
+        with self.tokenizer_lock:
+            num_tokens = sum(sum(self.processor.cut_context(text).num_tokens) for text in contexts)
         if num_tokens > self.limits.context_tokens:
             message = f"The contexts have {num_tokens} tokens; this server takes {self.limits.context_tokens}."
             raise RefusedError(413, message, "context_length_exceeded")
@@ -233,7 +238,7 @@ class Engine:
         if text_ids or search is not None:
             if self.store is None:
                 raise ValueError("This server has no store; start it with --store, or send the text as `context`.")
-            with self.model_lock:
+            with self.model_lock, self.tokenizer_lock:
                 self.store.reload()
                 ids = list(text_ids) or None
                 used = None if search is None else choose(self.store, search, ids, nearest)
@@ -262,7 +267,8 @@ class Engine:
         if isinstance(text, str):
             # A prompt of memories alone: the slots are all that there is.
             given = text or self.processor.memory_token * len(memories.num_memories if memories else ())
-            inputs = self.processor(text=[given], return_tensors="pt", **counts)
+            with self.tokenizer_lock:
+                inputs = self.processor(text=[given], return_tensors="pt", **counts)
         else:
             options: dict[str, Any] = {"tokenize": True, "add_generation_prompt": True, "return_tensors": "pt"}
             chat = list(text)
@@ -270,7 +276,8 @@ class Engine:
                 options["chat_template"] = PLAIN_CHAT
             elif memories is not None and self.model.config.memory_positions not in ("fixed", "spread"):
                 chat = with_memories(chat, len(memories.num_memories))
-            inputs = self.processor.apply_chat_template([chat], **counts, **options)
+            with self.tokenizer_lock:
+                inputs = self.processor.apply_chat_template([chat], **counts, **options)
         prompt = dict(inputs.to(self.model.device))
         if memories is not None:
             prompt["memory_embeds"] = memories.memory_embeds

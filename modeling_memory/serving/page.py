@@ -36,13 +36,14 @@ def remember(engine: Engine, text: str, before: Session | None) -> Session:
     """Keep a document in a store of its own, which the session's end removes."""
     if not text.strip():
         raise ValueError("There is no text. Paste a document, or upload one.")
-    num_tokens = sum(engine.processor.cut_context(text).num_tokens)
+    with engine.tokenizer_lock:
+        num_tokens = sum(engine.processor.cut_context(text).num_tokens)
     if num_tokens > engine.limits.context_tokens:
         raise ValueError(f"The document has {num_tokens} tokens; this page takes {engine.limits.context_tokens}.")
     forget(before)
     folder = Path(tempfile.mkdtemp(prefix="modeling-memory-"))
     store = MemoryStore.open(folder / "store", engine.model, engine.processor, create=True, keep_text=True)
-    with engine.model_lock:
+    with engine.model_lock, engine.tokenizer_lock:
         store.append({"document": text})
     return {"folder": folder, "store": store, "text": text}
 
@@ -80,7 +81,8 @@ def costs(engine: Engine, store: MemoryStore, text: str) -> str:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_position = 2 * config.num_hidden_layers * heads * width * engine.model.dtype.itemsize
-    num_text = len(engine.processor.text_ids(text))
+    with engine.tokenizer_lock:
+        num_text = len(engine.processor.text_ids(text))
     num_memories = store.num_chunks * engine.processor.memories_per_chunk
     vectors = num_memories * engine.model.config.decoder.hidden_size * 2  # float16, as the store has them
     return "\n".join(
@@ -102,7 +104,8 @@ def write_back(engine: Engine, session: Session) -> tuple[str, str]:
     store, decode = session["store"], engine.processor.tokenizer.decode
     with engine.model_lock:
         written = regenerate_ids(store, store.chunks())
-    cut = engine.processor.cut_context(session["text"])
+    with engine.tokenizer_lock:
+        cut = engine.processor.cut_context(session["text"])
     lines, lost, right, total = [], [], 0, 0
     for number, (own, given, count) in enumerate(zip(cut.chunks, written, cut.num_tokens, strict=True)):
         marks = []
@@ -127,7 +130,8 @@ def write_back(engine: Engine, session: Session) -> tuple[str, str]:
 def answer(engine: Engine, session: Session, prompt: str, is_question: bool) -> Iterator[tuple[str, str]]:
     """Write what follows a prompt, or answer a question in the decoder's chat template, piece by piece."""
     store = session["store"]
-    used = choose(store, prompt)
+    with engine.model_lock, engine.tokenizer_lock:
+        used = choose(store, prompt)
     loaded = store.load([one.chunk for one in used])
     embeds = loaded["memory_embeds"]
     memories = RememberedContexts(embeds, [embeds.shape[1]], loaded.get("memory_num_tokens"))
