@@ -105,15 +105,16 @@ def smollm2_copy(record: Record) -> Table:
     part = _part(record, "copy")
     if part is None:
         return _missing("copy")
-    rows = [["", *(f"{rate} tokens a memory" for rate in RATES)]]
+    rates = [rate for rate in RATES if f"memories/{rate}" in part["teacher_forced"]]
+    rows = [["", *(f"{rate} tokens a memory" for rate in rates)]]
     for kind, words in (("memories", "own memories"), ("another text's", "another text's memories")):
-        shares = [number(part["teacher_forced"].get(f"{kind}/{rate}"), 1, 100) for rate in RATES]
+        shares = [number(part["teacher_forced"].get(f"{kind}/{rate}"), 1, 100) for rate in rates]
         rows.append([f"64 tokens teacher-forced, {words}, % right", *shares])
     for length in (32, 64, 128):
-        shares = [number(part["free_running"].get(f"{length} tokens, memories/{rate}"), 0, 100) for rate in RATES]
+        shares = [number(part["free_running"].get(f"{length} tokens, memories/{rate}"), 0, 100) for rate in rates]
         rows.append([f"{length} tokens free-running, % without an error", *shares])
     for kind in ("digits", "dates", "names"):
-        shares = [number(part["kept"].get(f"memories/{rate}", {}).get(kind), 0, 100) for rate in RATES]
+        shares = [number(part["kept"].get(f"memories/{rate}", {}).get(kind), 0, 100) for rate in rates]
         rows.append([f"{kind} kept, 64 tokens free-running, %", *shares])
     controls = {name: 100 * part["teacher_forced"][name]["mean"] for name in ("full", "none")}
     return Table(
