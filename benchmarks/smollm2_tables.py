@@ -55,7 +55,7 @@ def _part(record: Record, name: str) -> Any:
 
 
 def _missing(name: str) -> Table:
-    return Table(note=f"Not measured: `python -m benchmarks.smollm2 MODEL --part {name}`.")
+    return Table(text=[f"Not measured: `python -m benchmarks.smollm2 MODEL --part {name}`."])
 
 
 def smollm2_continue(record: Record) -> Table:
@@ -69,14 +69,14 @@ def smollm2_continue(record: Record) -> Table:
     return Table(
         rows,
         f"{record['metrics']['num_documents']} documents; intervals of 95% over documents. Rows of text are read by "
-        "the plain decoder, with the adapters on that learnt to read memories, or with adapters that were trained as "
-        "long on this very row." + _missing_rows(record),
+        "the plain decoder, with the adapters on that learnt to read memories, or with adapters trained as long on "
+        "this very row." + _missing_rows(record),
     )  # fmt: skip
 
 
 def _missing_rows(record: Record) -> str:
-    missing = "; ".join(f"{name} ({why})" for name, why in record["missing"].items())
-    return f" Missing: {missing}." if missing else ""
+    rows = [name.removeprefix("control ") for name in record["missing"] if name.startswith("control ")]
+    return f" No adapters were trained on {', '.join(map(title, rows))}." if rows else ""
 
 
 def smollm2_gain(record: Record) -> Table:
