@@ -12,14 +12,14 @@ of what people type. Intervals resample documents.
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.measure import describe_run, save_record
+from benchmarks.measure import Cells, benchmark_parser, describe_run, run_benchmark, scratch
 from modeling_memory import MemoryStore
 from modeling_memory.store.codec import DTYPES
 from training.command_line import named_file
@@ -30,7 +30,7 @@ from training.data.typed import fold_to_ascii, typed_documents
 from training.measure.metrics import bootstrap_interval
 from training.measure.suites import Evaluation
 from training.publishing.hub_folder import load_checkpoint, load_processor
-from training.records.record import read_json, write_json
+from training.records.record import data_digest
 
 SEED = 1
 """Of the made-up lines: training has 0."""
@@ -78,8 +78,13 @@ def measure_autoencoder(model: Any, rows: Sequence[Sequence[int]]) -> dict[str, 
 
 
 @torch.no_grad()
-def measure_memory(model: Any, processor: Any, rows: Sequence[Sequence[int]], folder: Path) -> dict[str, Any]:
+def measure_memory(model: Any, processor: Any, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Texts through a store: written back in one pass, and quoted after the self-check."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _through_stores(model, processor, rows, Path(folder))
+
+
+def _through_stores(model: Any, processor: Any, rows: Sequence[Sequence[int]], folder: Path) -> dict[str, Any]:
     tokenizer = processor.tokenizer
     texts = {f"text {place}": tokenizer.decode(row) for place, row in enumerate(rows)}
     found: dict[str, Any] = {}
@@ -141,18 +146,10 @@ def measure_formats(model: Any, processor: Any, documents: Sequence[str]) -> dic
     return found
 
 
-def measure(
-    folder: Path, texts: Mapping[str, Sequence[str]], lengths: Sequence[int], number: int, notes: Path
+def measure_starter(
+    folder: Path, texts: Mapping[str, Sequence[str]], lengths: Sequence[int], number: int, cells: Cells
 ) -> dict[str, Any]:
-    """Measure one starter; what an earlier try left in the notes is not measured again."""
-    known = read_json(notes) or {}
-
-    def once(name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        if name not in known:
-            known[name] = work()
-            write_json(notes, known)
-        return known[name]
-
+    """Measure one starter on texts of each kind and length."""
     model, _ = load_checkpoint(folder)
     processor = load_processor(folder)
     tokenizer, model = getattr(processor, "tokenizer", processor), model.eval()
@@ -163,54 +160,51 @@ def measure(
             rows = excerpts(tokenizer, documents, length)
             if not rows or (is_autoencoder and length > model.config.chunk_length):
                 continue
-            with tempfile.TemporaryDirectory() as place:
-                work = partial(measure_memory, model, processor, rows, Path(place))
-                work = partial(measure_autoencoder, model, rows) if is_autoencoder else work
-                cell = once(f"{folder.name}, {kind}, {length}", work)
-            if not is_autoencoder:
-                copies = partial(measure_copies, model, tokenizer, rows)
-                cell = {**cell, **once(f"{folder.name}, {kind}, {length}, copies", copies)}
+            name = f"{folder.name}, {kind}, {length}"
+            if is_autoencoder:
+                cell = cells.get(name, partial(measure_autoencoder, model, rows))
+            else:
+                cell = {
+                    **cells.get(name, partial(measure_memory, model, processor, rows)),
+                    **cells.get(f"{name}, copies", partial(measure_copies, model, tokenizer, rows)),
+                }
             found["kinds"].setdefault(kind, {})[str(length)] = cell
-            shown = {name: round(one["share"], 3) for name, one in cell.items() if isinstance(one, dict)}
-            print(folder.name, kind, length, shown, flush=True)
     if not is_autoencoder:
         documents = next(iter(texts.values()))[:number]
-        found["formats"] = once(f"{folder.name}, formats", partial(measure_formats, model, processor, documents))
+        found["formats"] = cells.get(f"{folder.name}, formats", partial(measure_formats, model, processor, documents))
     return found
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.any_text", description="What a starter gives back of texts of any length and kind."
-    )
+    parser = benchmark_parser("any_text", "Measure what a starter gives back of texts of any length.", quick=False)
     add = parser.add_argument
     add("starters", nargs="+", help="folders of starters")
     add("--text", action="append", type=named_file, required=True, metavar="NAME=FILE", help="documents of a kind")
     add("--lengths", type=int, nargs="+", default=[5, 12, 40, 120, 500], metavar="N", help="tokens of the texts")
     add("--documents", type=int, default=40, metavar="N", help="documents of each kind (40)")
-    add("--notes", default="any_text.part.json", metavar="FILE", help="where a run that is cut off goes on")
-    add("--out", help="file of the record; default: benchmarks/results/any_text.json")
+    add("--cells", metavar="FILE", help="where cells are kept (default: benchmarks/results/scratch)")
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line."""
-    options = build_parser().parse_args(argv)
-    torch.set_num_threads(1)
+def measure(options: argparse.Namespace, command: str) -> dict[str, Any]:
+    """Measure what the options ask for; return the record."""
+    record = describe_run("any_text", command, {"made-up lines": SEED})
     texts = {name: load_texts([file]) for name, file in options.text}
-    named = " ".join(f"--text '{name}={Path(file).name}'" for name, file in options.text)
-    command = f"python -m benchmarks.any_text {' '.join(options.starters)} {named} --documents {options.documents}"
-    record = describe_run("any_text", command, {})
-    notes = Path(options.notes)
-    record["inputs"] = {"files": {name: file_checksums([file]) for name, file in options.text}}
-    record["metrics"] = {
-        Path(folder).name: measure(Path(folder), texts, options.lengths, options.documents, notes)
+    inputs = {"files": {name: file_checksums([file]) for name, file in options.text}}
+    weights = {folder: file_checksums(sorted(Path(folder).glob("*.safetensors"))) for folder in options.starters}
+    identity = data_digest({"code": record["code"], **inputs, "weights": weights, "documents": options.documents})
+    cells = Cells(options.cells or scratch("any_text_cells.json"), identity)
+    metrics = {
+        Path(folder).name: measure_starter(Path(folder), texts, options.lengths, options.documents, cells)
         for folder in options.starters
     }
-    notes.unlink(missing_ok=True)
-    print(f"record: {save_record(record, 'any_text', options.out).name}")
-    return 0
+    return {**record, "inputs": inputs, "metrics": metrics}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    return run_benchmark(build_parser(), measure, arguments)
 
 
 if __name__ == "__main__":

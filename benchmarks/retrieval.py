@@ -10,19 +10,17 @@ asked of all of them. Intervals resample passages, since questions about one pas
 """
 
 import argparse
-import gzip
-import json
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.measure import describe_run, save_record
+from benchmarks.measure import benchmark_parser, describe_run, run_benchmark
+from benchmarks.smollm2 import read_squad
 from modeling_memory import MemoryStore
 from training.data.texts import file_checksums
 from training.measure.metrics import bootstrap_interval
@@ -32,7 +30,7 @@ from training.remember import load_memory_model
 DEPTH = 5
 
 
-def measure(
+def measure_ways(
     model: str, questions: Sequence[tuple[str, str]], encoder: SentenceEncoder | None, folder: Path
 ) -> dict[str, Any]:
     """Ask every question `(passage, question)` by every way of searching.
@@ -98,37 +96,31 @@ def _share(questions: Sequence[tuple[str, str]], hits: Sequence[bool], name: str
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.retrieval", description="Which passage of a store answers a question."
-    )
+    parser = benchmark_parser("retrieval", "Measure which passage of a store answers a question.", quick=False)
     add = parser.add_argument
     add("model", help="folder of a memory model, whose store the passages become")
     add("questions", help=".jsonl file, also .gz, with question and context")
     add("--sentence-encoder", metavar="NAME", help="folder, Hub id or package:MODULE/FOLDER")
     add("--limit", type=int, metavar="N", help="ask only the first N questions")
-    add("--out", help="file of the record; default: benchmarks/results/retrieval.json")
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line."""
-    options = build_parser().parse_args(argv)
-    opened = gzip.open if options.questions.endswith(".gz") else open
-    with opened(options.questions, "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in islice(lines, options.limit)]
+def measure(options: argparse.Namespace, command: str) -> dict[str, Any]:
+    """Measure what the options ask for; return the record."""
+    record = describe_run("retrieval", command, {})
+    rows = read_squad(Path(options.questions))[: options.limit]
     asked = [(row["context"], row["question"]) for row in rows]
     encoder = SentenceEncoder(options.sentence_encoder) if options.sentence_encoder else None
-    name = Path(options.questions).name
-    command = f"python -m benchmarks.retrieval {options.model} {name}"
-    command += f" --sentence-encoder {encoder.name}" if encoder else ""
-    record = describe_run("retrieval", command, {})
     with tempfile.TemporaryDirectory() as folder:
-        record["metrics"] = measure(options.model, asked, encoder, Path(folder) / "store")
-    record["inputs"] = {"files": file_checksums([options.questions])}
-    for way, shares in record["metrics"]["ways"].items():
+        metrics = measure_ways(options.model, asked, encoder, Path(folder) / "store")
+    for way, shares in metrics["ways"].items():
         print(f"{way:35} first {shares['top_1']:.1%}, among five {shares['recall_at_5']:.1%}")
-    print(f"record: {save_record(record, 'retrieval', options.out).name}")
-    return 0
+    return {**record, "inputs": {"files": file_checksums([options.questions])}, "metrics": metrics}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    return run_benchmark(build_parser(), measure, arguments)
 
 
 if __name__ == "__main__":

@@ -31,14 +31,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import RESULTS, benchmark_parser, describe_run, run_benchmark
-from benchmarks.smollm2_rows import RATES, SELECTIONS, Reader, Reading, Selector, SentenceEncoder, nats, readings
+from benchmarks.measure import Cells, benchmark_parser, describe_run, run_benchmark, scratch
+from benchmarks.smollm2_rows import RATES, SELECTIONS, NearestByMiniLM, Reader, Reading, Selector, nats, readings
 from modeling_memory.memory_adapters import adapters_on
 from training.data.texts import file_checksums, load_texts
 from training.fidelity import details_of
 from training.measure.metrics import bootstrap_interval
 from training.recipes.recipe import resolve_files
-from training.records.record import data_digest, read_json, write_json
+from training.records.record import data_digest
 from training.remember import load_memory_model
 
 PARTS = ("continue", "copy", "questions", "first_token")
@@ -48,29 +48,6 @@ HINT = " Answer with a few words from the text."
 TEXT = ["training/corpora/wikinews/test.parquet", "training/corpora/books/test.parquet"]
 CONTROLS = ("full", "none", "last/4")
 Cell = dict[str, Any]
-
-
-class Cells:
-    """What was measured so far, in a file; a cell that is there is not measured again.
-
-    Args:
-        path (`Path`): The file.
-        identity (`str`): Of model, data and settings: cells of others are dropped.
-    """
-
-    def __init__(self, path: Path, identity: str) -> None:
-        self.path, self.identity = path, identity
-        before = read_json(path) or {}
-        self.values: dict[str, Any] = before["cells"] if before.get("identity") == identity else {}
-
-    def get(self, key: str, measure: Callable[[], Any]) -> Any:
-        """Return a cell, measuring it first if need be."""
-        if key not in self.values:
-            started = time.process_time()
-            self.values[key] = measure()
-            print(f"{key}: {time.process_time() - started:.0f} s of CPU time", flush=True)
-            write_json(self.path, {"identity": self.identity, "cells": self.values})
-        return self.values[key]
 
 
 def cell(numerators: Sequence[float], denominators: Sequence[float]) -> Cell:
@@ -150,7 +127,7 @@ def measure_continue(rows: Sequence[Reading], selector: Selector, ids: torch.Ten
                 continue
             sums = {
                 one.name: cells.get(
-                    f"continue {context} {front} {one.name}",
+                    f"continue {context} {front} {one.key}",
                     partial(continue_losses, one, selector, ids, context, front),
                 )
                 for one in rows
@@ -339,7 +316,7 @@ def _kept_text(selector: Selector, text: str, reading: Reading, question: str) -
 def measure_questions(rows: Sequence[Reading], selector: Selector, asked: list[dict[str, Any]], cells: Cells) -> Cell:
     """Exact match and F1 of every row; intervals over paragraphs."""
     return {
-        one.name: squad_scores(asked, cells.get(f"questions {one.name}", partial(answers_of, one, selector, asked)))
+        one.name: squad_scores(asked, cells.get(f"questions {one.key}", partial(answers_of, one, selector, asked)))
         for one in rows
     }
 
@@ -449,14 +426,13 @@ def measure(options: argparse.Namespace, command: str) -> Cell:
     record = describe_run("smollm2", command, {"first_token": 0})
     model, processor = load_memory_model(options.model, "cpu")
     reader = Reader(model.eval(), processor)
-    selector = Selector(processor.tokenizer, SentenceEncoder())
+    selector = Selector(processor.tokenizer, NearestByMiniLM())
     files = resolve_files(options.text, "--text")
     asked_files = [Path(options.questions)] if options.questions else []
     checksums = file_checksums([*files, *asked_files])
-    weights = sum(float(p.detach().double().sum()) for p in model.parameters() if p.requires_grad)
     settings = {name: getattr(options, name) for name in ("limit", "question_limit", "first_token")}
-    identity = data_digest({"files": checksums, "weights": weights, **settings})
-    cells = Cells(Path(options.cells or RESULTS / "scratch" / "smollm2_cells.json"), identity)
+    identity = data_digest({"files": checksums, "weights": reader.weights, "code": record["code"], **settings})
+    cells = Cells(options.cells or scratch("smollm2_cells.json"), identity)
     parts = options.part or [part for part in PARTS if part != "questions" or asked_files]
     missing = {part: "not asked for" for part in PARTS if part not in parts}
     controls = {}

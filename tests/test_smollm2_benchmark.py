@@ -57,7 +57,7 @@ def command(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
     monkeypatch.setattr(smollm2, "CONTEXTS", CONTEXTS)
     monkeypatch.setattr(smollm2, "COPIES", (32, 64, 128))
     monkeypatch.setattr(
-        smollm2_rows.SentenceEncoder, "__call__", lambda self, query, sentences: bm25(query, sentences)
+        smollm2_rows.NearestByMiniLM, "__call__", lambda self, query, sentences: bm25(query, sentences)
     )
     return [
         str(pair), "--text", str(TEXT), "--questions", str(questions(tmp_path)), "--limit", "3",

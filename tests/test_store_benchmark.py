@@ -26,7 +26,7 @@ def test_passages_are_found_by_every_way_and_intervals_are_over_passages(tmp_pat
         {"context": "He asked for a room with a view of the sea.", "question": "A view of what, the sea?"},
     ]
     file = tmp_path / "asked.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file.write_text("".join(json.dumps({**row, "answers": []}) + "\n" for row in rows))
     out = tmp_path / "retrieval.json"
     assert retrieval.main(["model_cards/starter-tiny", str(file), "--out", str(out)]) == 0
     metrics = read_json(out)["metrics"]
@@ -40,13 +40,13 @@ def test_texts_of_any_length_are_measured_and_a_run_goes_on(tmp_path, capsys, mo
     file = tmp_path / "two.jsonl"
     text = "The sign was newly painted, and the windows had red curtains. He asked for a room with a view. " * 3
     file.write_text("".join(json.dumps({"text": f"Title\n{i} {text}"}) + "\n" for i in range(2)))
-    out, notes = tmp_path / "any.json", tmp_path / "notes.json"
+    out, cells = tmp_path / "any.json", tmp_path / "cells.json"
     command = ["model_cards/starter-tiny", "model_cards/starter-autoencoder-64", "--text", f"prose={file}"]
-    command += ["--documents", "2", "--lengths", "6", "40", "--out", str(out), "--notes", str(notes)]
+    command += ["--documents", "2", "--lengths", "6", "40", "--out", str(out), "--cells", str(cells)]
     monkeypatch.setattr(any_text, "measure_formats", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         any_text.main(command)
-    measured = len(read_json(notes))
+    measured = len(read_json(cells)["cells"])
     monkeypatch.undo()
     monkeypatch.setattr(any_text, "measure_memory", lambda *_: pytest.fail("measured twice"))
     assert measured == 12 and any_text.main(command) == 0

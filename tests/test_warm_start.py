@@ -130,5 +130,5 @@ def test_a_readable_projector_keeps_every_token_of_a_group_apart():
 
 def test_only_states_side_by_side_can_be_made_readable():
     model = build_model("llama", projector_type="linear")
-    with pytest.raises(ValueError, match="readable, which needs the pooling concat; it is last"):
+    with pytest.raises(ValueError, match="needs the pooling concat and a linear projector; they are last and linear"):
         start_projector(model, WarmStartRecipe(projector="readable"), [(0, random_ids(CHUNK))], "here")

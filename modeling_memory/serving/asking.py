@@ -1,12 +1,11 @@
-"""Which memories of a store a prompt is answered from, and what the model makes of each alone.
+"""Which memories of a store a prompt is answered from.
 
-L chunk length, K memories per chunk, D decoder width.
+Q memories of a prompt, D decoder width.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -126,51 +125,3 @@ def prompt_memories(store: MemoryStore, prompt: str) -> torch.Tensor:
             inputs["context_input_ids"], inputs["context_attention_mask"]
         )
     return memories[mask.bool()].float().cpu()
-
-
-@torch.no_grad()
-def regenerate_ids(store: MemoryStore, chunks: Sequence[Chunk]) -> list[list[int]]:
-    """Let the model write chunks from their memories alone, without any text in sight: one pass, all chunks at once.
-
-    Chunks that follow each other and fill a window together are written together, as in training.
-
-    Args:
-        store ([`MemoryStore`]): Opened with its model.
-        chunks (`Sequence` of [`Chunk`]): The chunks.
-
-    Raises:
-        ValueError: If the model knows no BLANK token, by which it is asked to.
-    """
-    model: Any = store.model
-    processor, config = store.processor, model.config
-    if config.blank_token_id is None:
-        raise ValueError("The model knows no BLANK token, so it cannot be asked what a memory holds.")
-    if processor.encoder_tokenizer is not None:
-        raise ValueError("Encoder and decoder cut text differently, so chunks cannot be laid beside what is written.")
-    per_window = config.window_length // config.chunk_length
-    groups: list[list[Chunk]] = []
-    for chunk in chunks:
-        last = groups[-1] if groups else []
-        if (
-            last
-            and last[-1].text_id == chunk.text_id
-            and last[-1].number == chunk.number - 1
-            and len(last) < per_window
-        ):
-            last.append(chunk)
-        else:
-            groups.append([chunk])
-    written: dict[Chunk, list[int]] = {}
-    slots = [config.memory_token_id] * config.memories_per_chunk
-    for size in sorted({len(group) for group in groups}):
-        rows = [group for group in groups if len(group) == size]
-        row = slots * size + [config.blank_token_id] * (config.chunk_length * size)
-        memories = store.load([chunk for group in rows for chunk in group])["memory_embeds"]
-        memories = memories.reshape(len(rows), -1, memories.shape[-1])  # (groups, size*K, D)
-        input_ids = torch.tensor([row] * len(rows), device=model.device)
-        logits = model(input_ids=input_ids, memory_embeds=memories, use_cache=False).logits
-        tokens = logits[:, len(slots) * size :].argmax(-1).reshape(len(rows), size, config.chunk_length).tolist()
-        for group, lines in zip(rows, tokens, strict=True):
-            for chunk, line in zip(group, lines, strict=True):
-                written[chunk] = line[: chunk.num_tokens]
-    return [written[chunk] for chunk in chunks]

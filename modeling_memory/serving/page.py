@@ -20,7 +20,7 @@ import gradio as gr
 
 from ..pipeline_memory import RememberedContexts
 from ..store import MemoryStore
-from .asking import choose, regenerate_ids
+from .asking import choose
 from .engine import Engine, Limits, RefusedError
 
 SHOWN_NUMBERS = 32
@@ -103,7 +103,7 @@ def write_back(engine: Engine, session: Session) -> tuple[str, str]:
     """Let the model write the document from its memories alone, with wrong tokens marked; and say what was lost."""
     store, decode = session["store"], engine.processor.tokenizer.decode
     with engine.model_lock:
-        written = regenerate_ids(store, store.chunks())
+        written = store.regenerate_ids(store.chunks())
     with engine.tokenizer_lock:
         cut = engine.processor.cut_context(session["text"])
     lines, lost, right, total = [], [], 0, 0

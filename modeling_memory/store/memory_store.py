@@ -313,7 +313,20 @@ class MemoryStore(Tables):
         return original
 
     def regenerate(self, chunks: Chunk | Passage | Sequence[Chunk]) -> list[str]:
-        """Return what the model writes of chunks from their memories alone, right or wrong, all in one pass.
+        """Return what the model writes of chunks from their memories alone, right or wrong; see [`regenerate_ids`]."""
+        chunks = self.select(chunks)
+        sizes = [None if chunk.start is None else chunk.end - chunk.start for chunk in chunks]  # type: ignore[operator]
+        written = self.regenerate_ids(chunks)
+        return [as_text(self.processor.tokenizer, ids, size) for ids, size in zip(written, sizes, strict=True)]
+
+    def regenerate_ids(self, chunks: Chunk | Passage | Sequence[Chunk]) -> list[list[int]]:
+        """Return the tokens that the model writes of chunks from their memories alone, all in one pass.
+
+        Args:
+            chunks ([`Chunk`], [`Passage`] or a sequence of chunks): Of this store.
+
+        Returns:
+            `list` of `list` of `int`: For each chunk as many tokens as it has, right or wrong.
 
         Raises:
             MemoryStoreError: If the store was opened without a model.
@@ -330,9 +343,7 @@ class MemoryStore(Tables):
         beside = [chunk for window in windows for chunk in window]
         lines = write_back(self._model(), self.memories(beside), [len(window) for window in windows]).tolist()
         written = {chunk: line[: chunk.num_tokens] for chunk, line in zip(beside, lines, strict=True)}
-        sizes = [None if chunk.start is None else chunk.end - chunk.start for chunk in chunks]  # type: ignore[operator]
-        tokenizer = self.processor.tokenizer
-        return [as_text(tokenizer, written[chunk], size) for chunk, size in zip(chunks, sizes, strict=True)]
+        return [written[chunk] for chunk in chunks]
 
     def quote(self, chunks: Chunk | Passage | Sequence[Chunk]) -> list[str]:
         """Return the text of chunks word for word: as it was kept, else as the model writes it back.

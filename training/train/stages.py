@@ -44,7 +44,7 @@ from .checkpoints import check_same, last_complete_checkpoint, replace_folder
 from .inputs import Inputs
 from .stopping import StoppedError
 from .trainer import MemoryTrainer, training_arguments
-from .warm_start import FITTED_CHUNKS, start_projector
+from .warm_start import FITTED_CHUNKS, READ_CHUNKS, start_projector
 from .watching import WatchMemories
 
 WATCHED_TEXTS = 16
@@ -162,7 +162,8 @@ class StageRunner:
         if self.state.is_main_process:
             print("\n".join(report_lines(report)), flush=True)
         collator, train_rows, validation_rows = self._data(stage, model, list(objectives))
-        if stage.kind == "memory" and "model" not in stage.from_:
+        # A checkpoint brings its own projector.
+        if stage.kind == "memory" and "model" not in stage.from_ and self._checkpoint(folder / "checkpoints") is None:
             self._start_projector(stage, model, collator)
         # Before the first step: a layout that does not fit says so here.
         first_batch = collator([train_rows[i] for i in range(training.batch_size)])
@@ -252,10 +253,14 @@ class StageRunner:
                     f"{where}.projector is {stage.warm_start.projector}, but the encoder has a tokenizer of its own, "
                     "whose tokens are none of the decoder's; use default"
                 )
-            number = -(-FITTED_CHUNKS * model.config.chunk_length // stage.data.row_length)
+            chunks = READ_CHUNKS if stage.warm_start.projector == "readable" else FITTED_CHUNKS
+            number = -(-chunks * model.config.chunk_length // stage.data.row_length)
             fitted = self._train_rows(stage, model, number, self._order(stage))
             sample = [fitted[i] for i in range(number)]
-        start_projector(model, stage.warm_start, sample, where)
+        shares = start_projector(model, stage.warm_start, sample, where)
+        if shares and self.state.is_main_process:
+            told = ", ".join(f"{share:.1%} of {size}" for size, share in shares.items())
+            print(f"tokens of a memory that a linear map gives back: {told}", flush=True)
 
     def _run_trainer(self, trainer: MemoryTrainer, stage: StageRecipe, folder: Path) -> "StageClock":
         """Train from the last checkpoint on, if there is one."""

@@ -13,6 +13,8 @@ from modeling_memory.memory_encoder import encode_chunks
 from ..recipes.recipe import WarmStartRecipe
 
 FITTED_CHUNKS = 8192
+READ_CHUNKS = 131_072
+"""As many as [`make_readable`] reads in its steps: rare tokens must be met."""
 RIDGE = 0.1
 """Of the mean variance of the inputs, divided by samples per input: noise averages out, and so does its remedy."""
 
@@ -39,7 +41,7 @@ def copy_tables(source: PreTrainedModel, target: PreTrainedModel, path: str) -> 
 @torch.no_grad()
 def start_projector(
     model: MemoryEncoderDecoderForCausalLM, warm_start: WarmStartRecipe, rows: Sequence[tuple[Any, ...]], path: str
-) -> None:
+) -> dict[int, float]:
     """Give a fresh projector the recipe's starting point.
 
     Args:
@@ -50,12 +52,16 @@ def start_projector(
         rows (sequence of `(number, tokens, ...)`): Rows of the training text, for `last_token` and `readable`.
         path (`str`): Where the recipe says so, for errors.
 
+    Returns:
+        `dict` of `int` to `float`: Of `readable` the shares that [`make_readable`] returns, else nothing.
+
     Raises:
         ValueError: If the projector cannot start so.
     """
     out = model.projector.out
+    shares: dict[int, float] = {}
     if isinstance(out, torch.nn.Identity):  # nothing to start
-        return
+        return shares
     if warm_start.projector == "identity":
         if out.in_features != out.out_features:
             raise ValueError(
@@ -69,16 +75,15 @@ def start_projector(
         chunks = torch.cat(whole).view(-1, chunk_length).to(out.weight.device)
         if warm_start.projector == "last_token":
             fit_projector(model, chunks)
-        elif model.config.pooling != "concat":
+        elif (model.config.pooling, model.config.projector_type) != ("concat", "linear"):
             raise ValueError(
-                f"{path}.projector is readable, which needs the pooling concat; it is {model.config.pooling}"
+                f"{path}.projector is readable, which needs the pooling concat and a linear projector; they are "
+                f"{model.config.pooling} and {model.config.projector_type}"
             )
         else:
             shares = make_readable(model, chunks, steps=warm_start.projector_steps)
-            print("tokens of a memory that a linear map gives back: " + ", ".join(
-                f"{share:.1%} of {size}" for size, share in shares.items()
-            ), flush=True)  # fmt: skip
     out.weight.mul_(warm_start.projector_scale)
+    return shares
 
 
 @torch.no_grad()
@@ -139,6 +144,9 @@ def make_readable(
 
     Returns:
         `dict` of `int` to `float`: For each group size the share of tokens that come back in its last steps.
+
+    Raises:
+        ValueError: If chunks cannot be cut into equal groups.
     """
     out, table = model.projector.out, _unit_table(model)
     places, length = model.pooling.max_group, chunks.shape[1]
@@ -147,6 +155,11 @@ def make_readable(
         for size in range(2, places + 1)
         if not length % size and length // size <= model.pooling.memories_per_chunk
     ]
+    if not sizes:
+        raise ValueError(
+            f"A chunk of {length} tokens has no groups of 2 to {places} that {model.pooling.memories_per_chunk} "
+            "memories can hold; use another start."
+        )
     weight = out.weight.detach().float().clone().requires_grad_()  # (D, R*E)
     last_place = weight.shape[1] // places
     readouts = {size: _first_readouts(model, weight, chunks, size).requires_grad_() for size in sizes}
