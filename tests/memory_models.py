@@ -77,3 +77,19 @@ def assert_same_gradients(
     for name, gradient in expected.items():
         largest = gradient.abs().max().clamp(min=least)
         assert (found[name] - gradient).abs().max() <= tolerance * largest, name
+
+
+def assert_equal_gradients(
+    model: torch.nn.Module, fast: torch.Tensor, slow: torch.Tensor, *, atol: float, rtol: float = 0.0
+) -> dict[str, torch.Tensor]:
+    """A random sum of two results has the same gradient in every parameter that trains; returns those there are."""
+    names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad), strict=True)
+    weights = torch.randn_like(slow) if slow.dim() else torch.ones_like(slow)
+    sides = (torch.autograd.grad((x * weights).sum(), parameters, allow_unused=True) for x in (fast, slow))
+    found = {}
+    for name, one, other in zip(names, *sides, strict=True):
+        assert (one is None) == (other is None), name
+        if one is not None:
+            torch.testing.assert_close(one, other, atol=atol, rtol=rtol, msg=lambda text, name=name: f"{name}: {text}")
+            found[name] = one
+    return found

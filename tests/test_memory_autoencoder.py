@@ -12,6 +12,7 @@ from transformers.trainer_utils import set_seed
 from modeling_memory.configuration_memory_autoencoder import MemoryAutoencoderConfig
 from modeling_memory.memory_encoder import build_encoder
 from modeling_memory.modeling_memory_autoencoder import MemoryAutoencoder, RepeatExpansion, UnrollExpansion
+from tests.memory_models import assert_equal_gradients
 from tests.reference.autoencoder_loop import autoencoder_loop, expand
 from tests.reference.mixer_loop import affine, mixer_loop, mixer_states
 
@@ -104,13 +105,9 @@ def test_outputs_and_gradients_equal_the_plain_loop(variant):
     nats = [-logits[b, i].log_softmax(-1)[token] for b, text in enumerate(TEXTS) for i, token in enumerate(text)]
     loss = torch.stack(nats).mean()
     torch.testing.assert_close(outputs.loss, loss.float(), atol=1e-6, rtol=0)  # the library's loss is in float32
-    probes = torch.randn_like(logits)
-    parameters = list(model.parameters())
-    fast = torch.autograd.grad((model.decode(model.encode(input_ids, mask)) * probes).sum(), parameters)
-    slow = torch.autograd.grad((logits * probes).sum(), parameters)
-    for (name, _), one, other in zip(model.named_parameters(), fast, slow, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
-        assert one.abs().sum() > 0, name
+    fast = model.decode(model.encode(input_ids, mask))
+    gradients = assert_equal_gradients(model, fast, logits, atol=1e-9, rtol=1e-9)
+    assert all(gradients[name].abs().sum() > 0 for name, _ in model.named_parameters())
 
 
 @settings(max_examples=60, deadline=None)
@@ -239,9 +236,8 @@ def test_noise_enters_outputs_and_gradients_as_in_the_plain_loop():
     vector = affine(affine(narrow + noise, model.bottleneck.up), model.bridge)
     slow = torch.stack([affine(x, model.lm_head) for x in mixer_states(model.decoder, expand(model, [vector]))])
     torch.testing.assert_close(fast, slow, atol=1e-11, rtol=0)
-    probes, parameters = torch.randn_like(slow), list(model.parameters())
-    for one, other in zip(*(torch.autograd.grad((x * probes).sum(), parameters) for x in (fast, slow)), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
+    gradients = assert_equal_gradients(model, fast, slow, atol=1e-9, rtol=1e-9)
+    assert len(gradients) == len(list(model.parameters()))
 
 
 def test_a_frozen_encoder_stays_frozen_and_in_evaluation(tmp_path):
