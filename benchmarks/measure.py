@@ -284,6 +284,11 @@ def run_benchmark(
     return 0 if reached else 1
 
 
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the keys and values of a cache of the library."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
 def load_average() -> float | None:
     """Other work on the machine, where the system says."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None

@@ -28,6 +28,7 @@ from transformers import DynamicCache, LlamaConfig
 
 from benchmarks.measure import (
     benchmark_parser,
+    cache_bytes,
     describe_run,
     fit_exponent,
     interleave,
@@ -338,11 +339,6 @@ def measure_first_token(cell: FirstToken, model: MemoryEncoderDecoderForCausalLM
         for key in ("median", "cpu_median")
     )
     return {**result, "layers": depth, "full_is_scaled_by_layers": cell.layers is not None}
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of a cache's keys and values."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def random_cache(model: MemoryEncoderDecoderForCausalLM, columns: int) -> DynamicCache:

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Cells, benchmark_parser, describe_run, run_benchmark, scratch
+from benchmarks.measure import Cells, benchmark_parser, cache_bytes, describe_run, run_benchmark, scratch
 from benchmarks.smollm2_rows import RATES, SELECTIONS, NearestByMiniLM, Reader, Reading, Selector, nats, readings
 from modeling_memory.memory_adapters import adapters_on
 from training.data.texts import file_checksums, load_texts
@@ -337,11 +337,6 @@ def squad_scores(asked: list[dict[str, Any]], answers: list[str]) -> Cell:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # first token
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of the keys and values of a cache of the library."""
-    return sum(part.numel() * part.element_size() for layer in cache.layers for part in (layer.keys, layer.values))
 
 
 @torch.no_grad()

@@ -58,11 +58,6 @@ LEFT_BEHIND = (
 )
 
 
-def digest(content: bytes) -> str:
-    """Return the SHA-256."""
-    return hashlib.sha256(content).hexdigest()
-
-
 def squeeze(tokens: torch.Tensor) -> bytes:
     """Write token ids below 65,536 as two bytes each, compressed (zstd)."""
     if len(tokens) and int(tokens.max()) >= 2**16:
@@ -141,50 +136,47 @@ def make_payload(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             tokens = tokenise_documents(tokenizer, [*take_bytes(documents, 6 * wanted)]).tokens[:wanted]
             counts[f"{kind}_{split}"] = len(tokens)
             (folder / f"{kind}_{split}.u16.zst").write_bytes(squeeze(tokens))
-    chunks.save_pretrained(folder / "tokenizer")
+    chunks.save_pretrained(folder.with_name("tokenizer"))  # stays here, to read with what part c brings back
     for name, split, count in (("questions", "train", options.questions), ("validation_questions", "validation", 64)):
         save_questions(make_cloze(texts[split], count), folder / f"{name}.jsonl")
     packages = (base["path"].removeprefix("package:").partition("/")[0], *(["gguf"] if base["gguf_file"] else []))
     (folder / "site.tar").write_bytes(tar_of(package_files(packages)))
     warm = Path(options.warm)
     (folder / "warm.tar").write_bytes(tar_of((file, file.name) for file in warm.iterdir() if file.is_file()))
-    (folder / "tokenizer.tar").write_bytes(tar_of((file, file.name) for file in (folder / "tokenizer").iterdir()))
     return {"base": base, "tokens": counts, "toy": options.toy, "code": describe_code()}
 
 
-def cut(payload: Path, room: int) -> list[list[dict[str, Any]]]:
-    """Share the files of a payload out over calls of so many bytes, text first, the largest in pieces.
+def cut(sizes: dict[str, int], room: int) -> list[list[dict[str, Any]]]:
+    """Share files out over calls of so many bytes, in their order, the largest in pieces.
 
     Returns:
-        For each call its pieces: name of the file, its part of all, and where its bytes begin and end.
+        For each call its pieces: name of the file, and where its bytes begin and end.
     """
-    order = ("chunks", "tokenizer", "questions", "pair", "validation", "site", "warm")
-    files = sorted(
-        (file for file in payload.iterdir() if file.is_file()),
-        key=lambda file: (next((i for i, word in enumerate(order) if file.name.startswith(word)), -1), file.name),
-    )
     calls: list[list[dict[str, Any]]] = [[]]
     left = room
-    for file in files:
-        size, start = file.stat().st_size, 0
-        while start < size or not size:
+    for name, size in sizes.items():
+        start = 0
+        while start < size:
             if left <= 0:
                 calls.append([])
                 left = room
             end = min(size, start + left)
-            calls[-1].append({"file": file.name, "start": start, "end": end})
-            left -= end - start
-            start = end
-            if not size:
-                break
+            calls[-1].append({"file": name, "start": start, "end": end})
+            left, start = left - (end - start), end
     return calls
 
 
-def write_calls(folder: Path, payload: Path, said: dict[str, Any], room: int) -> int:
-    """Write the folders of the calls; returns how many."""
-    files = {file.name: file.read_bytes() for file in payload.iterdir() if file.is_file()}
-    manifest = {**said, "files": {name: {"bytes": len(one), "sha256": digest(one)} for name, one in files.items()}}
-    calls = cut(payload, room)
+def write_calls(folder: Path, payload: Path, said: dict[str, Any], room: int) -> list[list[dict[str, Any]]]:
+    """Write the folders of the calls, text first; returns the pieces in each, from [`cut`]."""
+    order = ("chunks", "questions", "pair", "validation", "site", "warm")
+    names = sorted(file.name for file in payload.iterdir())
+    names.sort(key=lambda name: order.index(name.partition("_")[0].partition(".")[0]))
+    files = {name: (payload / name).read_bytes() for name in names}
+    sizes = {name: len(content) for name, content in files.items()}
+    manifest = {**said, "files": {
+        name: {"bytes": sizes[name], "sha256": hashlib.sha256(content).hexdigest()} for name, content in files.items()
+    }}  # fmt: skip
+    calls = cut(sizes, room)
     for number, pieces in enumerate(calls, 1):
         place = folder / f"call{number}"
         place.mkdir()
@@ -192,7 +184,7 @@ def write_calls(folder: Path, payload: Path, said: dict[str, Any], room: int) ->
             content = files[piece["file"]][piece["start"] : piece["end"]]
             (place / f"{piece['file']}.{piece['start']:012d}").write_bytes(content)
         write_json(place / MANIFEST, manifest)
-    return len(calls)
+    return calls
 
 
 def receive(call: Path, payload: Path) -> dict[str, Any]:
@@ -219,7 +211,7 @@ def receive(call: Path, payload: Path) -> dict[str, Any]:
         if len(content) < wanted["bytes"]:
             missing.append(name)
             continue
-        if digest(content) != wanted["sha256"]:
+        if hashlib.sha256(content).hexdigest() != wanted["sha256"]:
             raise ValueError(f"{name} is not the file that was sent; delete {payload} and send all calls again")
         part = payload / f"{name}.part"
         part.write_bytes(content)
@@ -276,9 +268,7 @@ def commands(calls: list[list[dict[str, Any]]], sizes: dict[str, int]) -> list[d
         left = [name for name in left if name not in ready]
         place = f"{FOLDER}/call{number}"
         seconds = sum(PARTS[name].seconds + 10 for name in ready)
-        words = f"--payload {place} --to /tmp/gpu --ship $OUT" + (
-            f" --parts {','.join(ready)}" if ready else " --parts ,"
-        )
+        words = f"--payload {place} --to /tmp/gpu --ship $OUT --parts {','.join(ready) or ','}"
         found.append({
             "command": f"python3 -u -m benchmarks.gpu {words}", "timeout_s": min(600, seconds + 60), "carry": [place],
         })  # fmt: skip
@@ -335,14 +325,14 @@ def run(options: argparse.Namespace, command: str) -> None:
 
     def fill(part: Path) -> None:
         said = make_payload(options, part / "payload")
-        write_calls(part, part / "payload", said, options.room)
+        calls = write_calls(part, part / "payload", said, options.room)
+        sizes = {name: one["bytes"] for name, one in packed(part / "call1")["files"].items()}
+        write_json(part / "calls.json", commands(calls, sizes))
+        shown = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+        print(f"{sum(sizes.values()):,} bytes in {len(calls)} calls: {shown}")
 
     replace_folder(folder, fill)
-    sizes = {name: one["bytes"] for name, one in packed(folder / "call1")["files"].items()}
-    calls = cut(folder / "payload", options.room)
-    sent = commands(calls, sizes)
-    write_json(folder / "calls.json", sent)
-    print(f"{sum(sizes.values()):,} bytes in {len(calls)} calls: {', '.join(f'{k} {v:,}' for k, v in sizes.items())}")
+    sent = json.loads((folder / "calls.json").read_text(encoding="utf-8"))
     print(f"git switch {BRANCH}     # the code alone; git switch - when all is done")
     for one in sent:
         print(json.dumps(one))

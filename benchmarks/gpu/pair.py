@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.gpu.bundle import packed, read_tokens
 from benchmarks.gpu.job import Job, Numbers, finish, free_memory, peak_gib
-from benchmarks.smollm2 import cache_bytes
+from benchmarks.measure import cache_bytes
 from modeling_memory import MemoryEncoderDecoderForCausalLM
 from modeling_memory.memory_adapters import adapters_on
 from training.data.tokenizer import complete_tokenizer, special_tokens_of

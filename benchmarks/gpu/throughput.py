@@ -17,6 +17,7 @@ from transformers import LlamaConfig
 
 from benchmarks.gpu.job import PEAK, Job, Numbers, finish, free_memory, peak_gib, seconds_of
 from benchmarks.measure import assert_equal
+from benchmarks.rolling import SHAPES
 from modeling_memory import (
     MaskedMixerConfig,
     MemoryAutoencoder,
@@ -31,10 +32,7 @@ from training.train.optimizer import build_optimizer
 from training.train.trainer import compile_blocks, run_objective_chunked
 
 Batch = dict[str, torch.Tensor]
-SMOLLM2 = {
-    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "tie_word_embeddings": True,
-}  # fmt: skip
+SMOLLM2 = {**SHAPES["small"].decoder, "max_position_embeddings": 8192}
 KINDS = {"attention": ("flash", "fmha", "attention"), "products": ("gemm", "cutlass", "matmul", "nvjet", "bmm")}
 
 
@@ -152,15 +150,13 @@ class Step:
             total, _, count = run_objective_chunked(self.model, batch, self.chunk, judge=False)
         return total / count
 
-    def __call__(self, batch: Batch) -> None:
-        self.loss(batch).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def plain(self, loss: Callable[[Any, Batch], torch.Tensor], batch: Batch) -> None:
-        """One step by the plain loop, as precise."""
-        with torch.autocast(self.device.type, dtype=torch.bfloat16):
-            value = loss(self.model, batch)
+    def __call__(self, batch: Batch, plain: Callable[[Any, Batch], torch.Tensor] | None = None) -> None:
+        """One step, its loss by the fast path or by a plain loop that is as precise."""
+        if plain is None:
+            value = self.loss(batch)
+        else:
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                value = plain(self.model, batch)
         value.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -233,7 +229,7 @@ def measure_training(
     step = Step(model, 32 if job.toy else 32768)
     few = make(model, 2 if job.toy else 8, job.device)
     found: Numbers = {"operations_per_row": count_operations(step, few)}
-    seconds = seconds_of(partial(step.plain, plain, few), job.device, repetitions=1 if job.toy else 2, warmup=1)
+    seconds = seconds_of(partial(step, few, plain), job.device, repetitions=1 if job.toy else 2, warmup=1)
     found["plain"] = {"batch": len(few["input_ids"]), "tokens_per_second": text_tokens(few) / seconds}
     free_memory(job.device)
     build_batch = partial(make, model, device=job.device)
