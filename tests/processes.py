@@ -12,6 +12,13 @@ import torch
 from training.places import REPOSITORY
 
 
+def run_clean(words: list[str], folder: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run Python in a folder, without what this process's environment says to Python and to the Hub's client."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    environment = {**kept, **environment, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True)
+
+
 def run_snippet(page: str, folder: Path) -> "subprocess.CompletedProcess[str]":
     """Run the first Python block of a page in a folder, as if our package were not installed, and without network."""
     snippet = re.search(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)

@@ -1,11 +1,8 @@
 """Publishing by reference: what was trained goes to the Hub, and the bases are fetched, checked, or refused."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,6 +14,7 @@ from modeling_memory import MemoryEncoderDecoderForCausalLM, MemoryProcessor
 from tests.conftest import build_tiny_tokenizer, tiny_decoder_config, tiny_encoder_config
 from tests.loopback_hub import LoopbackHub, Repository
 from tests.memory_models import BLANK, CHUNK, COPY, SLOT, WINDOW, build_model, random_ids
+from tests.processes import run_clean
 from training import publish
 from training.publishing.hub_folder import REPOSITORY
 
@@ -194,12 +192,6 @@ def test_a_base_that_is_another_model_or_needs_code_is_refused(checkpoint, decod
     assert not (tmp_path / "hub").exists()
 
 
-def run(words, folder, environment):
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-    environment = {**kept, **environment, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True)
-
-
 def test_from_the_checkpoint_to_a_user_whose_base_is_on_the_hub_too(checkpoint, decoder, model, tmp_path):
     """Publish, load and run the card's snippet; then with a base that is another one now, each refused by name.
 
@@ -216,7 +208,7 @@ def test_from_the_checkpoint_to_a_user_whose_base_is_on_the_hub_too(checkpoint, 
 
         command = ["-m", "training.publish", str(checkpoint), "--to", str(tmp_path / "hub"), "--push", "me/model"]
         command += ["--by-reference", "--base", f"decoder=me/base@{commit}"]
-        done = run(command, REPOSITORY, environment)
+        done = run_clean(command, REPOSITORY, **environment)
         assert done.returncode == 0, done.stderr
         revision = hub.repositories["me/model"].refs["main"]
         assert "trained.safetensors" in hub.repositories["me/model"].files()
@@ -226,19 +218,19 @@ def test_from_the_checkpoint_to_a_user_whose_base_is_on_the_hub_too(checkpoint, 
         snippet = re.search(r"^```python\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
         places = [revision, str(tmp_path / "inputs.pt"), str(tmp_path / "outputs.pt")]
         user = ["-P", "-c", USER + snippet[1], *places]
-        done = run(user, tmp_path, hub.environment(tmp_path / "user"))
+        done = run_clean(user, tmp_path, **hub.environment(tmp_path / "user"))
         assert (done.returncode, done.stdout.strip() != "") == (0, True), done.stderr
         for found, wanted in zip(torch.load(tmp_path / "outputs.pt"), answers(model), strict=True):
             assert torch.equal(found, wanted)
 
         # A folder that is no copy of what the Hub has at that commit is never pushed.
         other = changed(decoder, tmp_path / "other")
-        done = run([*command, "--base-folder", f"decoder={other}"], REPOSITORY, environment)
+        done = run_clean([*command, "--base-folder", f"decoder={other}"], REPOSITORY, **environment)
         assert done.returncode == 2 and "is not the one in" in done.stderr, done.stderr
         assert hub.repositories["me/model"].refs["main"] == revision
 
         # A Hub that serves other weights under the same commit is refused by who loads.
         weights = (other / "model.safetensors").read_bytes()
         hub.repositories["me/base"].commits[commit] = {**files, "model.safetensors": weights}
-        done = run(user, tmp_path, hub.environment(tmp_path / "late"))
+        done = run_clean(user, tmp_path, **hub.environment(tmp_path / "late"))
         assert done.returncode and "The base of the decoder (me/base) has other weights" in done.stderr, done.stderr

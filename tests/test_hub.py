@@ -1,8 +1,5 @@
 """From a checkpoint to the Hub and back: the command itself, and the real client, in processes of their own."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ from modeling_memory import MemoryProcessor
 from tests.conftest import build_tiny_tokenizer
 from tests.loopback_hub import TOKEN, LoopbackHub
 from tests.memory_models import CHUNK, WINDOW, build_model, random_ids
+from tests.processes import run_clean
 from training.publishing import hub_folder
 from training.publishing.hub_folder import ALLOWED_FILES, REPOSITORY, write_hub_folder
 from training.publishing.push import push_folder
@@ -46,23 +44,11 @@ def changed(model, by):
     return model
 
 
-def run(arguments: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env={**kept, **environment, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def load_as_a_user(hub: LoopbackHub, revision: str, work: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and text of what the Hub serves under a revision."""
     torch.save(random_ids(2, 29), work / "inputs.pt")
     files = [str(work / name) for name in ("inputs.pt", "outputs.pt")]
-    done = run(["-P", "-c", USER, "me/model", revision, *files], work, **hub.environment(work / "home"))
+    done = run_clean(["-P", "-c", USER, "me/model", revision, *files], work, **hub.environment(work / "home"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(CHUNK)]
     return torch.load(work / "outputs.pt")
@@ -88,7 +74,7 @@ def test_what_the_command_publishes_is_what_a_user_gets(hub, tmp_path):
     processor().save_pretrained(checkpoint)
     arguments = ["-m", "training.publish", str(checkpoint), "--to", str(tmp_path / "hub"), "--push", "me/model"]
     arguments += ["--licence", "apache-2.0"]
-    done = run(arguments, REPOSITORY, **hub.environment(tmp_path / "home"))
+    done = run_clean(arguments, REPOSITORY, **hub.environment(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
     repository = hub.repositories["me/model"]
     revision = repository.refs["main"]
@@ -134,7 +120,9 @@ print(torch.equal(loaded.decoder.lm_head.weight, model.decoder.lm_head.weight))
 
 def test_the_librarys_own_push_never_leaves_old_weights_beside_new_shards(hub, tmp_path):
     """`push_to_hub` deletes nothing, and an old single file wins over new shards: refused, nothing uploaded."""
-    done = run(["-c", LIBRARY_PUSH], REPOSITORY, PYTHONPATH=str(REPOSITORY), **hub.environment(tmp_path / "home"))
+    done = run_clean(
+        ["-c", LIBRARY_PUSH], REPOSITORY, PYTHONPATH=str(REPOSITORY), **hub.environment(tmp_path / "home")
+    )
     assert done.returncode == 0, done.stderr
     refusal, sha, same = done.stdout.strip().splitlines()
     assert "holds a model.safetensors of an earlier push" in refusal and "Nothing was uploaded" in refusal
