@@ -157,7 +157,11 @@ def fill_short_chunks(
     input_ids = input_ids.gather(1, torch.argsort(1 - real, dim=1, stable=True))
     num_tokens = real.sum(1, keepdim=True)  # (N, 1)
     columns = torch.arange(max(length, input_ids.shape[1]), device=input_ids.device)
-    rank = columns % num_tokens.clamp(min=1) if config.short_chunks == "repeat" else columns.expand(len(input_ids), -1)
+    rank = (
+        columns % num_tokens.clamp(min=1)
+        if config.short_chunks == "repeat"
+        else columns.expand(input_ids.shape[0], -1)
+    )
     filled = input_ids.gather(1, rank.clamp(max=input_ids.shape[1] - 1))
     if config.short_chunks == "end":
         filled = torch.where(columns < num_tokens, filled, end[0] if isinstance(end, list) else end)
@@ -343,7 +347,7 @@ class QueryPooling(nn.Module):
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, num_memories: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Pool the states of each chunk; a chunk without tokens gives zeros."""
-        queries = self.queries.expand(len(hidden_states), -1, -1)
+        queries = self.queries.expand(hidden_states.shape[0], -1, -1)
         return attend(queries, self.key(hidden_states), hidden_states, attention_mask)
 
 

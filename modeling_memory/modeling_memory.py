@@ -657,7 +657,7 @@ def encode_context(
         chunk_ids, chunk_mask = chunk_ids[layout.chunks], chunk_mask[layout.chunks]
     embeds = project_chunks(model, chunk_ids, chunk_mask, layout.num_memories).flatten(0, 1)  # (N * K, D)
     # Where every chunk is absent, all places below still point at a vector; the mask sets it to zero.
-    if len(embeds) == 0:
+    if embeds.shape[0] == 0:  # not `len`, which would fix the size of an exported program
         embeds = embeds.new_zeros(1, embeds.shape[1])
     embeds = embeds[layout.place].masked_fill(layout.mask[..., None] == 0, 0)  # (B, M, D)
     none = torch.zeros_like(layout.mask[:, :0].sum(1))
@@ -668,11 +668,11 @@ def project_chunks(
     model: Any, chunk_ids: torch.Tensor, chunk_mask: torch.Tensor | None, num_memories: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Encode chunks `(N, L)` into memories `(N, K, D)`; the encoder runs once for all, or for each group."""
-    if len(chunk_ids) == 0:
+    if chunk_ids.shape[0] == 0:
         shape = 0, model.config.memories_per_chunk, model.config.decoder.hidden_size
         return torch.zeros(shape, dtype=model.decoder.dtype, device=chunk_ids.device)
-    groups, parts = [slice(0, len(chunk_ids))], []
-    if chunk_ids.numel() > FEW_TOKENS and not torch.is_grad_enabled():
+    groups, parts = [slice(None)], []
+    if not (torch.is_grad_enabled() or is_compiling()) and chunk_ids.numel() > FEW_TOKENS:
         groups = row_groups(len(chunk_ids), chunk_ids.shape[1], chunk_ids.device)
     for part in groups:
         mask = None if chunk_mask is None else chunk_mask[part]
