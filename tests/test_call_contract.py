@@ -278,6 +278,7 @@ class TestTheLibrarysContracts:
             if states is not None:
                 torch.testing.assert_close(states, whole[place + skipped], atol=ATOL, rtol=0)
 
+    @pytest.mark.parametrize("fields", EVERY_LAYOUT)
     def test_attentions_after_memories_cover_them(self, fields):
         model = build_model(**fields)
         model.set_attn_implementation("eager")

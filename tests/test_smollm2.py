@@ -70,7 +70,7 @@ def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def tiny(folder: Path, base: str) -> list[str]:
     """Overrides by which SmolLM2's recipe runs in seconds."""
     overrides = [
-        "stages.four.warm_start.fitted_rows=24",
+        "stages.four.warm_start.fitted_rows=24", "stages.four.model.encoder_layers=1",
         f"output_dir={folder}", f"tokenizer.path={base}", "tokenizer.gguf_file=null", "threads=1",
         f"pretrained.smollm2.path={base}", "pretrained.smollm2.gguf_file=null", "pretrained.smollm2.config={}",
         "data.max_train_tokens=20000",
