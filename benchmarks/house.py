@@ -53,36 +53,37 @@ def path_of(call: Callable[[], Any]) -> list[tuple[str, str]]:
 
 
 class Looks(TorchDispatchMode):
-    """Counts the operations that wait for a number of the device."""
+    """Names the operations that make the host wait for a number of the device: on a CPU, too, where nothing waits."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.number = 0
+        self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count one operation, and run it."""
+        """Note one operation, and run it."""
         name = func.__name__
-        self.number += name.startswith(("_local_scalar_dense", "nonzero", "masked_select"))
+        waits = name.startswith(("_local_scalar_dense", "nonzero", "masked_select", "_unique", "unique", "equal"))
         if name.startswith(("index.", "index_put")):
-            self.number += any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in args[1])
+            waits = any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in args[1])
+        self.found += [name] if waits else []
         return func(*args, **(kwargs or {}))
 
 
-def looks_of(call: Callable[[], Any]) -> int:
-    """Return how often a call waits for a number; a list read from a tensor is one, too."""
+def looks_of(call: Callable[[], Any]) -> list[str]:
+    """Return what a call waits for; a list read from a tensor is one look, too."""
     to_list: Any = torch.Tensor.tolist
     with torch.no_grad(), Looks() as looks:
 
-        def counted(tensor: torch.Tensor) -> Any:
-            looks.number += 1
+        def noted(tensor: torch.Tensor) -> Any:
+            looks.found.append("tolist")
             return to_list(tensor)
 
-        torch.Tensor.tolist = counted
+        torch.Tensor.tolist = noted
         try:
             call()
         finally:
             torch.Tensor.tolist = to_list
-    return looks.number
+    return looks.found
 
 
 def tracked(pattern: str) -> list[Path]:
@@ -177,9 +178,9 @@ def main() -> None:
     model(ids)  # what is done once is not counted
     path = path_of(lambda: model(ids))
     cache = model(ids[:, :40], use_cache=True).past_key_values
-    step = looks_of(lambda: model(ids[:, 40:41], past_key_values=cache))
-    forward = looks_of(lambda: model(ids[:, :16]))
-    windows = looks_of(lambda: model(ids, attention_mask=torch.ones_like(ids)))
+    step = len(looks_of(lambda: model(ids[:, 40:41], past_key_values=cache)))
+    forward = len(looks_of(lambda: model(ids[:, :16])))
+    windows = len(looks_of(lambda: model(ids, attention_mask=torch.ones_like(ids))))
     package, python = tracked("modeling_memory/*.py"), tracked("*.py")
     tests = [path for path in python if "tests" in path.parts]
     large, large_tests = large_functions([path for path in python if path not in tests]), large_functions(tests)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     DynamicCache,
     GPT2Config,
@@ -19,6 +18,7 @@ from transformers import (
     StaticCache,
 )
 
+from benchmarks.house import looks_of
 from modeling_memory import MemoryCache, MemoryEncoderDecoderForCausalLM
 from tests.memory_models import CHUNK, COPY, SLOT, WINDOW, build_model, ragged_batch, random_ids
 
@@ -109,8 +109,16 @@ def test_padding_among_the_next_tokens_shows_what_a_single_call_shows(cache):
     assert torch.equal(more[0, 2], more[0, 1]) and torch.equal(more[0, 3], more[0, 1])
 
 
+def caches_that_reset() -> list[Callable[[], Any]]:
+    """Caches that hold nothing after `reset`: in transformers 5.17 a `DynamicCache` holds zeros instead."""
+    library = DynamicCache()
+    library.update(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), 0)
+    library.reset()
+    return [MemoryCache, lambda: MemoryCache(rolling=False), *([] if library.get_seq_length() else [DynamicCache])]
+
+
 class TestResetCaches:
-    @pytest.mark.parametrize("make", [MemoryCache, DynamicCache, lambda: MemoryCache(rolling=False)])
+    @pytest.mark.parametrize("make", caches_that_reset())
     @pytest.mark.parametrize("before", ["slots", "rolling", "embeds", "windows", "front"])
     def test_a_reset_cache_does_what_a_fresh_one_does(self, make, before):
         decoder = MistralForCausalLM(
@@ -263,15 +271,13 @@ class TestTheLibrarysContracts:
         plain = model.decoder(ids[:, :5], output_hidden_states=[0, 2]).hidden_states
         whole = model(ids, output_hidden_states=True).hidden_states
         some = model(ids, output_hidden_states=[0, 2]).hidden_states
-        assert len(some) == len(plain)
-        for mine, theirs in zip(some, plain, strict=True):
-            assert (mine is None) == (theirs is None)
-        kept = [states for states in some if states is not None]
-        wanted = whole if len(kept) == len(whole) else (whole[0], whole[2])
-        for mine, expected in zip(kept, wanted, strict=True):
-            torch.testing.assert_close(mine, expected, atol=ATOL, rtol=0)
+        # Which layers a list means, and whether what the first one reads is among them, the library has changed.
+        assert [states is None for states in some] == [states is None for states in plain]
+        skipped = len(whole) - len(some)
+        for place, states in enumerate(some):
+            if states is not None:
+                torch.testing.assert_close(states, whole[place + skipped], atol=ATOL, rtol=0)
 
-    @pytest.mark.parametrize("fields", EVERY_LAYOUT)
     def test_attentions_after_memories_cover_them(self, fields):
         model = build_model(**fields)
         model.set_attn_implementation("eager")
@@ -282,7 +288,7 @@ class TestTheLibrarysContracts:
         with pytest.raises(ValueError, match="padded on the left"):
             build_model().generate_batch([[5, 6]])
 
-    def test_encoding_with_a_mask_can_be_exported_and_compiled_whole(self):
+    def test_encoding_with_a_mask_can_be_compiled_whole(self):
         model = build_model("llama")
         chunks, mask = random_ids(2, 3, CHUNK), torch.ones(2, 3, CHUNK, dtype=torch.long)
         mask[0, 2] = mask[1, 1, 2:] = 0
@@ -292,6 +298,22 @@ class TestTheLibrarysContracts:
         torch.testing.assert_close(got[0], expected[0], atol=ATOL, rtol=0)
         assert torch.equal(got[1], expected[1])
 
+    @pytest.mark.parametrize(
+        ("encoder", "fields"),
+        [
+            ("llama", {}),
+            ("bert", {"pooling": "mean", "memories_per_chunk": 2}),
+            ("masked_mixer", {"pooling": "concat"}),
+        ],
+    )
+    @torch.no_grad()
+    def test_an_exported_encoding_is_the_models_own_for_other_texts_too(self, encoder, fields, tmp_path):
+        """For other numbers of texts and chunks, shorter chunks, other masks; after it was saved and loaded.
+
+        The projector of `concat` is as wide as the chunks are long, so these keep their length.
+        """
+        model, size = build_model(encoder, **fields), torch.export.Dim.AUTO
+
         class Encode(torch.nn.Module):
             def __init__(self):
                 super().__init__()
@@ -300,8 +322,21 @@ class TestTheLibrarysContracts:
             def forward(self, chunks, mask):
                 return self.model.encode_memories(chunks, mask)
 
-        exported = torch.export.export(Encode(), (chunks, mask)).module()(chunks, mask)
-        torch.testing.assert_close(exported[0], expected[0], atol=ATOL, rtol=0)
+        def inputs(*shape):
+            chunks, mask = random_ids(*shape), torch.ones(shape, dtype=torch.long)
+            mask[0, -1, 1:] = 0
+            mask[-1, 1:] = 0  # absent chunks
+            return chunks, mask
+
+        shorter = model.config.pooling != "concat"
+        sizes = ({0: size, 1: size, **({2: size} if shorter else {})},) * 2
+        torch.export.save(
+            torch.export.export(Encode(), inputs(2, 3, CHUNK), dynamic_shapes=sizes), tmp_path / "it.pt2"
+        )
+        program = torch.export.load(tmp_path / "it.pt2").module()
+        for shape in [(1, 1, CHUNK), (3, 5, CHUNK), (2, 1200, CHUNK), (5, 1, 3)][: 3 + shorter]:
+            for got, expected in zip(program(*inputs(*shape)), model.encode_memories(*inputs(*shape)), strict=True):
+                torch.testing.assert_close(got, expected, atol=ATOL, rtol=0)
 
     @pytest.mark.parametrize("given", [{"input_ids": random_ids(1, 6)}, slotted(6)])
     def test_generation_while_training_under_checkpointing(self, given):
@@ -421,44 +456,16 @@ class TestPrintedRemedies:
         torch.testing.assert_close(out.logits, model(**given).logits, atol=ATOL, rtol=0)
 
 
-class Looks(TorchDispatchMode):
-    """Counts how often a call has to wait for a number of the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.number = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.__name__
-        self.number += name.startswith(("_local_scalar_dense", "nonzero", "masked_select"))
-        if name.startswith(("index.", "index_put")):
-            self.number += any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in args[1])
-        return func(*args, **(kwargs or {}))
-
-
-def looks_of(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> int:
-    with monkeypatch.context() as patch, Looks() as looks, torch.no_grad():
-        to_list = torch.Tensor.tolist
-
-        def counted(tensor):
-            looks.number += 1
-            return to_list(tensor)
-
-        patch.setattr(torch.Tensor, "tolist", counted)
-        call()
-    return looks.number
-
-
 @pytest.mark.parametrize("fields", EVERY_LAYOUT)
 class TestLooksAtTheDevice:
-    def test_one_for_a_text_and_none_for_a_step(self, fields, monkeypatch):
+    def test_one_for_a_text_and_none_for_a_step(self, fields):
         # A Llama as encoder looks once by itself, whether its texts are packed; a BERT does not.
         model, text = build_model("bert", **fields), random_ids(2, 20)
         masked = {"attention_mask": torch.ones_like(text), "labels": text}
-        assert looks_of(lambda: model(text), monkeypatch) <= 1
-        assert looks_of(lambda: model(text, **masked), monkeypatch) <= 1
-        assert looks_of(lambda: model(text[:, :WINDOW]), monkeypatch) <= 1
-        assert looks_of(lambda: model(**slotted()), monkeypatch) <= 1
+        assert len(looks_of(lambda: model(text))) <= 1
+        assert len(looks_of(lambda: model(text, **masked))) <= 1
+        assert len(looks_of(lambda: model(text[:, :WINDOW]))) <= 1
+        assert len(looks_of(lambda: model(**slotted()))) <= 1
         for start in (
             {"input_ids": text[:1]},
             {"input_ids": text[:1, :5]},
@@ -467,7 +474,7 @@ class TestLooksAtTheDevice:
         ):
             cache = model(**start, use_cache=True).past_key_values
             step = random_ids(1, 1)
-            assert looks_of(lambda cache=cache, step=step: model(step, past_key_values=cache), monkeypatch) == 0
+            assert not looks_of(lambda cache=cache, step=step: model(step, past_key_values=cache))
 
 
 def test_arguments_are_left_as_they_were():

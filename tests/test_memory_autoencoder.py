@@ -491,8 +491,9 @@ def test_attentions_and_single_states_of_the_decoder_are_returned_when_asked():
     config = MemoryAutoencoderConfig(encoder=attention("llama"), decoder=attention("llama"), chunk_length=LENGTH)
     model = MemoryAutoencoder._from_config(config, attn_implementation="eager").eval()
     input_ids = torch.randint(3, VOCAB, (2, LENGTH))
-    asked = model(input_ids, output_attentions=True, output_hidden_states=[1])
-    assert [state is None for state in asked.hidden_states] == [True, False]
+    asked = model(input_ids, output_attentions=True, output_hidden_states=[0])
+    # The first is what the layer reads, or in transformers 5.17, which leaves that out of a list, what it writes.
+    assert [state is None for state in asked.hidden_states] in ([False, True], [False])
     assert [tuple(one.shape) for one in asked.attentions] == [(2, 2, LENGTH, LENGTH)]
     assert torch.allclose(asked.attentions[0].sum(-1), torch.ones(2, 2, LENGTH))
     plain = model(input_ids)

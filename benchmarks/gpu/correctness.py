@@ -14,10 +14,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import import_utils
 
 from benchmarks.gpu.job import Job, Numbers
+from benchmarks.house import looks_of
 from benchmarks.measure import assert_equal
 from benchmarks.speed import Sizes, build_model, random_tokens
 from modeling_memory import MemoryProcessor, MemoryStore
@@ -30,8 +30,6 @@ FLOAT_TOLERANCE = 1e-4
 # bfloat16 keeps 8 bits: the fast path may be off the float32 loop by so many times what the bfloat16 loop is.
 HALF_FACTOR = 2.0
 TEXT = "The sea was calm, and the boats lay in a row. Nobody came to the harbour before noon. "
-# Reading any of these makes the host wait for the device.
-WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique2", "is_nonzero", "equal")
 KERNELS = {
     "sdpa": lambda: True,
     "flash_attention_2": import_utils.is_flash_attn_2_available,
@@ -166,20 +164,6 @@ def check_store(model: Any, sizes: Sizes, device: torch.device) -> Numbers:
     return assert_equal({"logits": stored}, {"logits": model(**inputs).logits}, tolerance=FLOAT_TOLERANCE)
 
 
-class Waits(TorchDispatchMode):
-    """Counts the operations that make the host wait for a device: seen on a CPU, too, where nothing waits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function.overloadpacket.__name__
-        if name in WAITING:
-            self.found.append(name)
-        return function(*args, **(kwargs or {}))
-
-
 @torch.no_grad()
 def count_waits(model: Any, sizes: Sizes, device: torch.device) -> Numbers:
     """Count what makes the host wait in cached steps of one token, by operation, and on a GPU by the driver's word."""
@@ -188,19 +172,24 @@ def count_waits(model: Any, sizes: Sizes, device: torch.device) -> Numbers:
     steps = list(random_tokens(sizes, 4, 1, 1, seed=6).to(device))
     cache = model(steps.pop(), past_key_values=cache, use_cache=True).past_key_values  # whatever is done once is done
     cuda = device.type == "cuda"
-    with Waits() as waits, warnings.catch_warnings(record=True) as told:
+
+    def take_steps() -> None:
+        own = cache
+        for token in steps:
+            own = model(token, past_key_values=own, use_cache=True).past_key_values
+
+    with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         if cuda:
             torch.cuda.set_sync_debug_mode("warn")
         try:
-            for token in steps:
-                cache = model(token, past_key_values=cache, use_cache=True).past_key_values
+            waits = looks_of(take_steps)
         finally:
             if cuda:
                 torch.cuda.set_sync_debug_mode("default")
     synchronised = [str(one.message)[:200] for one in told if "synchroniz" in str(one.message)]
-    if waits.found or synchronised:
-        raise ValueError(f"in {len(steps)} cached steps the host waits: {waits.found} {synchronised[:3]}")
+    if waits or synchronised:
+        raise ValueError(f"in {len(steps)} cached steps the host waits: {waits} {synchronised[:3]}")
     return {"steps": len(steps), "operations": 0, "synchronisations": 0 if cuda else "not counted: no GPU"}
 
 

@@ -152,11 +152,7 @@ class Columns(NamedTuple):
 
 
 def causal(tokens: torch.Tensor, attention_mask: torch.Tensor) -> Columns:
-    """Ask each token for the next one.
-
-    Args:
-        tokens (`torch.LongTensor` of shape `(B, n)`): Rows, padded on the right.
-        attention_mask (`torch.LongTensor` of shape `(B, n)`): 1 for tokens, 0 for padding.
+    """Ask each token of rows `(B, n)`, padded on the right, for the next one: also the paper's copy without a marker.
 
     >>> causal(torch.tensor([[5, 6, 7, 8, 0]]), torch.tensor([[1, 1, 1, 1, 0]])).targets.tolist()
     [[6, 7, 8, -100, -100]]
@@ -165,12 +161,7 @@ def causal(tokens: torch.Tensor, attention_mask: torch.Tensor) -> Columns:
 
 
 def copy(tokens: torch.Tensor, attention_mask: torch.Tensor, copy_token_id: int) -> Columns:
-    """Ask for the source again, each token with the ones before it in sight.
-
-    Args:
-        tokens (`torch.LongTensor` of shape `(B, H)`): Sources, padded on the right.
-        attention_mask (`torch.LongTensor` of shape `(B, H)`): 1 for tokens, 0 for padding.
-        copy_token_id (`int`): Marker in front of the first token.
+    """Ask for sources `(B, H)`, padded on the right, after a marker: each token with the ones before it in sight.
 
     >>> columns = copy(torch.tensor([[5, 6, 7, 8, 9]]), torch.ones(1, 5).long(), copy_token_id=3)
     >>> columns.input_ids.tolist(), columns.targets.tolist()
@@ -182,12 +173,7 @@ def copy(tokens: torch.Tensor, attention_mask: torch.Tensor, copy_token_id: int)
 
 
 def blank_copy(tokens: torch.Tensor, attention_mask: torch.Tensor, blank_token_id: int) -> Columns:
-    """Ask for the source again with no text in sight: what is right was remembered.
-
-    Args:
-        tokens (`torch.LongTensor` of shape `(B, H)`): Sources, padded on the right.
-        attention_mask (`torch.LongTensor` of shape `(B, H)`): 1 for tokens, 0 for padding.
-        blank_token_id (`int`): What stands in every column.
+    """Ask for sources `(B, H)`, padded on the right, with no text in sight: what is right was remembered.
 
     >>> columns = blank_copy(torch.tensor([[5, 6, 7, 8, 9]]), torch.ones(1, 5).long(), blank_token_id=4)
     >>> columns.input_ids.tolist(), columns.targets.tolist()
@@ -196,29 +182,8 @@ def blank_copy(tokens: torch.Tensor, attention_mask: torch.Tensor, blank_token_i
     return Columns(torch.full_like(tokens, blank_token_id), present_tokens(tokens, attention_mask), attention_mask)
 
 
-def markerless_copy(tokens: torch.Tensor, attention_mask: torch.Tensor) -> Columns:
-    """Show the source a second time without a marker, as the paper does: the text of `causal`.
-
-    The first token is asked of the last source token, which `build_batch` adds.
-
-    Args:
-        tokens (`torch.LongTensor` of shape `(B, H)`): Sources, padded on the right.
-        attention_mask (`torch.LongTensor` of shape `(B, H)`): 1 for tokens, 0 for padding.
-
-    >>> columns = markerless_copy(torch.tensor([[5, 6, 7, 8, 9]]), torch.ones(1, 5).long())
-    >>> columns.input_ids.tolist(), columns.targets.tolist()
-    ([[5, 6, 7, 8, 9]], [[6, 7, 8, 9, -100]])
-    """
-    return causal(tokens, attention_mask)
-
-
 def markerless_blank_copy(tokens: torch.Tensor, attention_mask: torch.Tensor, blank_token_id: int) -> Columns:
     """Show blanks in the place of the source's second appearance, each asked for the *next* token, as the paper does.
-
-    Args:
-        tokens (`torch.LongTensor` of shape `(B, H)`): Sources, padded on the right.
-        attention_mask (`torch.LongTensor` of shape `(B, H)`): 1 for tokens, 0 for padding.
-        blank_token_id (`int`): What stands in every column.
 
     >>> columns = markerless_blank_copy(torch.tensor([[5, 6, 7, 8, 9]]), torch.ones(1, 5).long(), blank_token_id=4)
     >>> columns.input_ids.tolist(), columns.targets.tolist()
@@ -347,6 +312,8 @@ class BatchSpec:
         num_memories (`Sequence[int]`): Memories per chunk, of which each batch draws one number; slots layout only.
             Default: always `memories_per_chunk`.
         num_memories_weights (`Sequence[float]`): How often each of them is drawn, in any unit. Default: equally.
+        begin (`bool`): Whether a begin token stands before the slots: a pretrained decoder rests its attention on what
+            stands first, and should not have to rest it on a memory. A conversation begins by itself. Slots only.
         recall_prompt (`int`): Tokens that recall shows.
         recall_length (`int`): Most tokens that recall asks for.
         taught (`str`): What distillation's student is asked: `"causal"`, `"copy"`, `"recall"` or `"qa"`.
@@ -369,6 +336,7 @@ class BatchSpec:
     every: Mapping[str, int] = field(default_factory=dict)
     num_memories: Sequence[int] = ()
     num_memories_weights: Sequence[float] = ()
+    begin: bool = False
     recall_prompt: int = 8
     recall_length: int = 32
     taught: str = "causal"
@@ -474,6 +442,9 @@ def build_batch(
         return _batch([*before, source, text], pad)
     chunks, chunks_mask = _chunks_of(source, spec) if context is None else _ready_chunks(context, len(tokens))
     slot = spec.special_tokens.require("memory", "the slots layout")
+    if spec.begin and not before:
+        begin = torch.full_like(tokens[:, :1], spec.special_tokens.require("bos", "`begin`"))
+        before = [Columns(begin, torch.full_like(begin, IGNORED), torch.ones_like(begin))]
     slots = _slot_columns(chunks_mask, spec.memories_per_chunk, slot)
     batch = {
         **_batch([*before, slots, text], pad), "context_input_ids": chunks, "context_attention_mask": chunks_mask
@@ -532,10 +503,7 @@ def _chunks_of(source: Columns, spec: BatchSpec) -> tuple[torch.Tensor, torch.Te
 
 
 def targets_of(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Return what each position of a batch must output, whatever its objective; -100 where nothing is asked.
-
-    Args:
-        batch (`Mapping[str, torch.Tensor]`): From [`build_batch`].
+    """Return what each position of a batch from [`build_batch`] must output; -100 where nothing is asked.
 
     >>> targets_of({"labels": torch.tensor([[5, -100]])}).tolist()
     [[5, -100]]
@@ -646,11 +614,7 @@ def states_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 
 def next_tokens(tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Return for each column the token of the next column; -100 where there is none.
-
-    Args:
-        tokens (`torch.LongTensor` of shape `(B, n)`): Rows, padded on the right.
-        attention_mask (`torch.LongTensor` of shape `(B, n)`): 1 for tokens, 0 for padding.
+    """Return for each column of rows `(B, n)`, padded on the right, the token of the next; -100 where there is none.
 
     >>> next_tokens(torch.tensor([[5, 6, 0]]), torch.tensor([[1, 1, 0]])).tolist()
     [[6, -100, -100]]
@@ -660,11 +624,7 @@ def next_tokens(tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Ten
 
 
 def present_tokens(tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Return the tokens, -100 where there is padding.
-
-    Args:
-        tokens (`torch.LongTensor` of shape `(B, n)`): Rows.
-        attention_mask (`torch.LongTensor` of shape `(B, n)`): 1 for tokens, 0 for padding.
+    """Return the tokens of rows `(B, n)`, -100 where the mask says padding.
 
     >>> present_tokens(torch.tensor([[5, 0]]), torch.tensor([[1, 0]])).tolist()
     [[5, -100]]
@@ -686,7 +646,7 @@ def _copy_parts(objective: str, tokens: torch.Tensor, mask: torch.Tensor, spec: 
         columns = torch.arange(tokens.shape[1], device=tokens.device)
         last = columns == mask.sum(1, keepdim=True) - 1  # (B, H)
         source = source._replace(targets=torch.where(last, tokens[:, :1], nothing))
-    text = markerless_copy(tokens, mask) if blank is None else markerless_blank_copy(tokens, mask, blank)
+    text = causal(tokens, mask) if blank is None else markerless_blank_copy(tokens, mask, blank)
     return source, text
 
 
