@@ -84,12 +84,17 @@ class Rows(list):
         return iter(self)
 
 
+def stand_in(monkeypatch):
+    """Put a Ray that works in this process in the place of the real one."""
+    context = types.SimpleNamespace(get_current=lambda: types.SimpleNamespace())
+    data = types.SimpleNamespace(DataContext=context, from_items=lambda rows, override_num_blocks: Rows(rows))
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(data=data, is_initialized=lambda: True))
+
+
 @pytest.fixture(params=["stand-in", pytest.param("ray", marks=pytest.mark.ray)])
 def engine(request, monkeypatch):
     if request.param == "stand-in":
-        context = types.SimpleNamespace(get_current=lambda: types.SimpleNamespace())
-        data = types.SimpleNamespace(DataContext=context, from_items=lambda rows, override_num_blocks: Rows(rows))
-        monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(data=data, is_initialized=lambda: True))
+        stand_in(monkeypatch)
 
 
 def test_workers_store_what_one_process_stores_and_go_on(saved, engine, tmp_path, monkeypatch, capsys):
