@@ -408,7 +408,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--text", nargs="+", default=TEXT, metavar="FILE", help="held-out text (the shipped test text)"
     )
     parser.add_argument("--questions", metavar="FILE", help="questions as SQuAD's, .jsonl or .jsonl.gz")
-    parser.add_argument("--rates", nargs="+", type=int, choices=RATES, help="tokens a memory (those of 4, 8 and 16 that the model can have)")
+    parser.add_argument(
+        "--rates", nargs="+", type=int, choices=RATES,
+        help="tokens a memory (those of 4, 8 and 16 that the model can have)",
+    )  # fmt: skip
     parser.add_argument(
         "--control", action=Control, default={}, metavar="ROW=MODEL",
         help=f"a model whose adapters were trained as long on this row, of {', '.join(CONTROLS)}; may be repeated",
@@ -441,9 +444,8 @@ def measure(options: argparse.Namespace, command: str) -> Cell:
             controls[name] = Reader(load_memory_model(options.control[name], "cpu")[0].eval(), processor)
         else:
             missing[f"control {name}"] = "no adapters trained as long on this row were given (--control)"
-    config = model.config
-    able = [rate for rate in RATES if config.least_memories <= config.chunk_length // rate <= config.memories_per_chunk]
-    rates = options.rates or able
+    least, most = model.config.least_memories, model.config.memories_per_chunk
+    rates = options.rates or [rate for rate in RATES if least <= model.config.chunk_length // rate <= most]
     rows = readings(reader, controls, rates)
     metrics: Cell = {}
     if {"continue", "copy"} & set(parts):
