@@ -2,7 +2,7 @@
 PYTHON ?= python
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint types test test-slow test-library test-oldest quickstart starters check
+.PHONY: help install format lint types test test-slow test-library test-oldest quickstart starters site check
 
 help:  ## print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,5 +38,8 @@ quickstart:  ## train, evaluate and export the quickstart model (about 20 minute
 
 starters:  ## write the cards and the links to code in model_cards/ anew, from the records there
 	for folder in model_cards/starter-*; do $(PYTHON) -m training.publish $$folder --refresh || exit 1; done
+
+site:  ## build the documentation as a site, in site/
+	$(PYTHON) -m mkdocs build --strict
 
 check: lint types test  ## what a change must pass

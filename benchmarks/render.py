@@ -98,6 +98,8 @@ TABLES: dict[str, Entry] = {
         store_tables.any_text,
         store_tables.formats,
     ),
+    "store": Entry(("store", "store_million"), store_tables.store, "python -m benchmarks.store"),
+    **_entries("workers", "python -m benchmarks.workers model_cards/starter-tiny TEXTS", store_tables.workers),
     **_entries("short_chunks", "python -m benchmarks.any_text starter-autoencoder-64", store_tables.short_chunks),
     **_entries("speed", "python -m benchmarks.speed", cost_tables.speed),
     **_entries(

@@ -403,7 +403,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--text", nargs="+", default=TEXT, metavar="FILE", help="held-out text (the shipped test text)"
     )
     parser.add_argument("--questions", metavar="FILE", help="questions as SQuAD's, .jsonl or .jsonl.gz")
-    parser.add_argument("--rates", nargs="+", type=int, choices=RATES, default=RATES, help="tokens a memory (4 8 16)")
+    parser.add_argument(
+        "--rates", nargs="+", type=int, choices=RATES,
+        help="tokens a memory (those of 4, 8 and 16 that the model can have)",
+    )  # fmt: skip
     parser.add_argument(
         "--control", action=Control, default={}, metavar="ROW=MODEL",
         help=f"a model whose adapters were trained as long on this row, of {', '.join(CONTROLS)}; may be repeated",
@@ -436,7 +439,9 @@ def measure(options: argparse.Namespace, command: str) -> Cell:
             controls[name] = Reader(load_memory_model(options.control[name], "cpu")[0].eval(), processor)
         else:
             missing[f"control {name}"] = "no adapters trained as long on this row were given (--control)"
-    rows = readings(reader, controls, options.rates)
+    least, most = model.config.least_memories, model.config.memories_per_chunk
+    rates = options.rates or [rate for rate in RATES if least <= model.config.chunk_length // rate <= most]
+    rows = readings(reader, controls, rates)
     metrics: Cell = {}
     if {"continue", "copy"} & set(parts):
         ids = documents(processor.tokenizer, load_texts(files), options.limit, max(CONTEXTS) + TARGET)
@@ -444,7 +449,7 @@ def measure(options: argparse.Namespace, command: str) -> Cell:
     if "continue" in parts:
         metrics["continue"] = measure_continue(rows, selector, ids, cells)
     if "copy" in parts:
-        metrics["copy"] = measure_copy(reader, ids, options.rates, cells)
+        metrics["copy"] = measure_copy(reader, ids, rates, cells)
     if "questions" in parts:
         if not asked_files:
             raise ValueError("--part questions needs questions: --questions FILE")
@@ -454,8 +459,8 @@ def measure(options: argparse.Namespace, command: str) -> Cell:
     if "first_token" in parts:
         key = f"first_token {options.first_token}"
         metrics["first_token"] = {
-            "tokens": options.first_token, "rate": RATES[-1],
-            **cells.get(key, partial(first_token, reader, options.first_token, RATES[-1])),
+            "tokens": options.first_token, "rate": rates[-1],
+            **cells.get(key, partial(first_token, reader, options.first_token, rates[-1])),
         }  # fmt: skip
     return {**record, "inputs": {"files": checksums}, "settings": settings, "missing": missing, "metrics": metrics}
 

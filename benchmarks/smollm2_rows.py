@@ -121,6 +121,9 @@ class Reader:
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
         self.chunk = model.config.chunk_length
+        # Every row begins as the decoder's first texts did: what stands first is rested on, not read.
+        begin = self.tokenizer.bos_token_id
+        self.begin = [] if begin is None else [begin]
         # Tells models apart whose cells would be kept under one name.
         self.weights = sum(float(p.detach().double().sum()) for p in model.parameters() if p.requires_grad)
 
@@ -137,17 +140,19 @@ class Reader:
     @torch.no_grad()
     def text(self, rows: Sequence[Sequence[int]], keep: int, adapters: bool) -> torch.Tensor:
         """Return logits of the last columns `(B, keep, V)` of rows of text."""
+        rows = [[*self.begin, *row] for row in rows]
         with adapters_on(self.model.decoder, adapters):
             return self.model.decoder(**self.padded(rows), use_cache=False, logits_to_keep=keep).logits
 
     def slots(self, sources: torch.Tensor, rate: int) -> dict[str, torch.Tensor]:
-        """Return sources `(B, S)` as chunks with their budget, and the slots `(B, S/r)` they take."""
+        """Return sources `(B, S)` as chunks with their budget, and what takes their place: begin and S/r slots."""
         chunks = sources.view(len(sources), -1, self.chunk)
         per_chunk = self.chunk // rate
+        slots = torch.full((len(sources), chunks.shape[1] * per_chunk), self.model.config.memory_token_id)
         return {
             "context_input_ids": chunks,
             "context_num_memories": torch.full(chunks.shape[:2], per_chunk),
-            "slots": torch.full((len(sources), chunks.shape[1] * per_chunk), self.model.config.memory_token_id),
+            "slots": torch.cat([torch.tensor([self.begin] * len(sources), dtype=torch.long), slots], 1),
         }
 
     @torch.no_grad()

@@ -63,3 +63,31 @@ def _cell(name: str, found: object) -> str:
     if isinstance(found, dict):
         return percent({"share": found["share"], "share_interval": found["interval"]}, "share", 0)
     return f"{found:.2f} times" if name.startswith("chunks") else f"{found:.1%}"
+
+
+def store(*records: Record) -> Table:
+    """A column for each store that was measured: processor time of what is done with it, bytes of file and memory."""
+    columns: list[dict[str, str]] = []
+    for record in records:
+        found = pick(record, "metrics")
+        times = {name: f"{value:,.{2 if value < 10 else 0}f} ms" for name, value in found["milliseconds"].items()}
+        sizes = {name: f"{found['bytes'][name] / 1e6:,.0f} MB" for name in ("store", "peak memory")}
+        columns.append(times | {"the file": sizes["store"], "memory at the peak": sizes["peak memory"]})
+    heads = [f"{found['chunks']:,} chunks of {found['width']} numbers" for found in (r["metrics"] for r in records)]
+    rows = [["", *heads], *([name, *(one.get(name, "-") for one in columns)] for name in columns[0])]
+    kept = " and ".join(f"{record['metrics']['texts']:,}" for record in records)
+    return Table(rows, f"{kept} texts of 8 chunks, their text kept, in {records[0]['metrics']['dtype']}; each thing "
+                 "once. Processor time: the clock says several times as much where the disk is busy, since "
+                 "every change is synced.")  # fmt: skip
+
+
+def workers(record: Record) -> Table:
+    """A row for each number of workers: how fast a corpus is remembered."""
+    rows = [["workers", "tokens a second", "tokens a processor second", "start and encode", "merge", "load before"]]
+    for number, found in pick(record, "metrics").items():
+        speeds = [f"{found[name]:,.0f}" for name in ("tokens_a_second", "tokens_a_processor_second")]
+        seconds = [f"{found['seconds'][name]:.0f} s" for name in ("start and encode", "merge")]
+        rows.append([number, *speeds, *seconds, f"{found['load_average'][0]:.1f}"])
+    return Table(rows, f"{found['tokens']:,} tokens in {found['chunks']:,} chunks, each written back once to see "
+                 "whether it is lost. A worker has one thread; the load is what else ran on the machine's "
+                 f"{pick(record, 'hardware.cores')} processors, of which the clock tells.")  # fmt: skip

@@ -95,6 +95,8 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         max_group (`int`, *optional*): Tokens of the largest group that `"concat"` has places for. Default: those of a
             full chunk, chunk_length / K. More where budgets are to be asked for: with chunks of 16 and K = 4, 16
             places serve budgets of 4, 2 and 1 through one projector. Special tokens of the encoder count.
+        lookback (`int`): Tokens of the chunk before a group whose states `"concat"` lays before its own. With 1 a
+            memory also tells what came before its first token.
         encoder_layers (`int`, *optional*): How many of its first layers the encoder was cut to when it was joined; 0
             leaves its token table. Default: all.
         projector_type (`str`): `"identity"`, `"linear"` (the paper's), `"mlp"` (RMSNorm, linear, GELU, linear) or
@@ -170,6 +172,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         projector_noise: float = 0.0,
         projector_start: str = "random",
         max_group: int | None = None,
+        lookback: int = 0,
         encoder_layers: int | None = None,
         memory_token_id: int | None = None,
         copy_token_id: int | None = None,
@@ -201,7 +204,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         self.projector_noise, self.projector_start = projector_noise, projector_start
         if max_group is None and pooling == "concat" and at_least(1)(chunk_length) and at_least(1)(memories_per_chunk):
             max_group = -(-chunk_length // memories_per_chunk)
-        self.max_group, self.encoder_layers = max_group, encoder_layers
+        self.max_group, self.lookback, self.encoder_layers = max_group, lookback, encoder_layers
         self.memory_token_id, self.copy_token_id, self.blank_token_id = memory_token_id, copy_token_id, blank_token_id
         self.memory_positions, self.absent_memories = memory_positions, absent_memories
         self.max_memories, self.memory_policy = max_memories, memory_policy
@@ -464,6 +467,7 @@ FIELDS: Fields = (
     ("max_memories encoder_layers encoder_trained_from", at_least(0, or_none=True), "an integer from 0 on, or None"),
     ("projector_hidden_size max_group", at_least(1, or_none=True), "an integer from 1 on, or None"),
     ("memory_token_id copy_token_id blank_token_id", at_least(0, or_none=True), "an integer of 0 or more, or None"),
+    ("lookback", at_least(0), "an integer from 0 on"),
     ("initializer_range", lambda value: is_number(value) and value >= 0, "a number of 0 or more"),
     ("projector_noise", lambda value: is_number(value) and value >= 0, "a number, 0 or a positive half-width"),
     ("adapters references", lambda value: isinstance(value, dict), "a dictionary"),
@@ -520,6 +524,11 @@ RULES: Rules = (
         lambda c: c.max_group is None or c.max_group * c.memories_per_chunk >= c.chunk_length,
         "`max_group` is {c.max_group}, but a chunk of {c.chunk_length} tokens in {c.memories_per_chunk} memories has "
         "larger groups. Raise it, to `chunk_length` for budgets down to one memory.",
+    ),
+    (
+        lambda c: not c.lookback or c.pooling == "concat",
+        "`lookback` is {c.lookback}, but only `pooling='concat'` has places for earlier tokens, and the pooling is "
+        "{c.pooling!r}. Leave it out.",
     ),
     (
         lambda c: c.encoder_trained_from is None or c.freeze_encoder,

@@ -24,6 +24,7 @@ class Memories:
         num_pinned (`torch.LongTensor` of shape `(B,)`): How many belong to a context, which stays in front whatever
             becomes a memory after it.
         num_embedded (`torch.LongTensor` of shape `(B,)`): How many of the pinned are embedded tokens.
+        is_token (`torch.LongTensor` of shape `(B, M)`): 1 for those that are embedded tokens.
     """
 
     embeds: torch.Tensor
@@ -31,6 +32,7 @@ class Memories:
     num_tokens: torch.Tensor
     num_pinned: torch.Tensor
     num_embedded: torch.Tensor
+    is_token: torch.Tensor
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Memories":
         """Apply a function of rows, such as a selection, to every tensor."""

@@ -157,7 +157,11 @@ def fill_short_chunks(
     input_ids = input_ids.gather(1, torch.argsort(1 - real, dim=1, stable=True))
     num_tokens = real.sum(1, keepdim=True)  # (N, 1)
     columns = torch.arange(max(length, input_ids.shape[1]), device=input_ids.device)
-    rank = columns % num_tokens.clamp(min=1) if config.short_chunks == "repeat" else columns.expand(len(input_ids), -1)
+    rank = (
+        columns % num_tokens.clamp(min=1)
+        if config.short_chunks == "repeat"
+        else columns.expand(input_ids.shape[0], -1)
+    )
     filled = input_ids.gather(1, rank.clamp(max=input_ids.shape[1] - 1))
     if config.short_chunks == "end":
         filled = torch.where(columns < num_tokens, filled, end[0] if isinstance(end, list) else end)
@@ -258,17 +262,25 @@ class ConcatPooling(nn.Module):
 
     A group of r tokens is right-aligned, so that its last token's state is always in the last place; missing places
     are zero. Unlike those of other poolings, groups share no token unless there are fewer tokens than groups: here a
-    token that is read twice would only take a place from the others.
+    token that is read twice would only take a place from the others. With `lookback` the states of the tokens before
+    a group stand before its own, so that a decoder that looks for what came before a token finds it in one memory.
 
     Args:
         memories_per_chunk (`int`): Groups (K).
-        max_group (`int`): Places (R): tokens of the largest group, also under the smallest budget to be asked for.
+        max_group (`int`): Tokens of the largest group, also under the smallest budget to be asked for.
+        lookback (`int`): Tokens of the chunk before a group that have places, too; R is `max_group + lookback`.
     """
 
-    def __init__(self, memories_per_chunk: int, max_group: int):
+    def __init__(self, memories_per_chunk: int, max_group: int, lookback: int = 0):
         super().__init__()
         self.memories_per_chunk = memories_per_chunk
         self.max_group = max_group
+        self.lookback = lookback
+
+    @property
+    def places(self) -> int:
+        """Places (R) of a memory."""
+        return self.max_group + self.lookback
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, num_memories: torch.Tensor | None = None
@@ -287,9 +299,10 @@ class ConcatPooling(nn.Module):
         first = torch.minimum(
             F.pad(end[:, :-1], (1, 0)), (end - 1).clamp(min=0)
         )  # after the group before, or the last
-        places = self.max_group  # the number of columns is known on the host, a budget is not
+        places = self.places  # the number of columns is known on the host, a budget is not
         if num_memories is None:
-            places = min(places, -(-real.shape[1] // self.memories_per_chunk))
+            places = min(self.max_group, -(-real.shape[1] // self.memories_per_chunk)) + self.lookback
+        first = (first - self.lookback).clamp(min=0)
         rank = end[..., None] - places + torch.arange(places, device=end.device)  # (N, K, r)
         states = read_columns(hidden_states, real, rank.flatten(1)).unflatten(1, rank.shape[1:])  # (N, K, r, E)
         return states.masked_fill((rank < first[..., None])[..., None], 0).flatten(2)
@@ -334,7 +347,7 @@ class QueryPooling(nn.Module):
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, num_memories: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Pool the states of each chunk; a chunk without tokens gives zeros."""
-        queries = self.queries.expand(len(hidden_states), -1, -1)
+        queries = self.queries.expand(hidden_states.shape[0], -1, -1)
         return attend(queries, self.key(hidden_states), hidden_states, attention_mask)
 
 
@@ -401,7 +414,11 @@ LEARNED = {"queries": QueryPooling, "pooled_queries": PooledQueryPooling}
 
 
 def build_pooling(
-    name: str, memories_per_chunk: int, hidden_size: int | None = None, max_group: int | None = None
+    name: str,
+    memories_per_chunk: int,
+    hidden_size: int | None = None,
+    max_group: int | None = None,
+    lookback: int = 0,
 ) -> nn.Module:
     """Build a pooling: a module that maps states `(N, L, E)` and a mask `(N, L)` to `(N, K, E)`.
 
@@ -410,6 +427,7 @@ def build_pooling(
         memories_per_chunk (`int`): Vectors per chunk (K).
         hidden_size (`int`, *optional*): Width of the states (E); needed by those that learn.
         max_group (`int`, *optional*): Tokens of the largest group; needed by `"concat"`, which gives `(N, K, r*E)`.
+        lookback (`int`): Tokens before a group that `"concat"` has places for, too.
 
     Raises:
         ValueError: If the name is unknown, the number is not positive, or what the pooling needs is not given.
@@ -422,7 +440,7 @@ def build_pooling(
     if name == "concat":
         if max_group is None:
             raise ValueError("The pooling 'concat' has a place for each token of a group; give `max_group`.")
-        return ConcatPooling(memories_per_chunk, max_group)
+        return ConcatPooling(memories_per_chunk, max_group, lookback)
     if name not in LEARNED:
         return POOLINGS[name](memories_per_chunk)
     if hidden_size is None:
@@ -476,7 +494,8 @@ class MemoryProjector(nn.Module):
             if config.pooling != "concat":
                 return nn.Linear(encoder_size, out_features)
             usual_places = -(-config.chunk_length // config.memories_per_chunk)
-            return PlacesLinear(config.max_group, encoder_size, out_features, usual_places)
+            places = config.max_group + config.lookback
+            return PlacesLinear(places, encoder_size, out_features, usual_places + config.lookback)
 
         if config.projector_type == "bottleneck":
             bottleneck_size = config.projector_hidden_size or max(1, encoder_size // 4)

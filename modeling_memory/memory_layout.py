@@ -60,6 +60,7 @@ class Layout:
         positions (`torch.LongTensor` of shape `(R, S)`, *optional*): `None` leaves them to the decoder.
         text (`torch.LongTensor` of shape `(R, S)`, *optional*): Flat text columns; `None`: the text as it stands.
         entries (`torch.LongTensor` of shape `(R, S)`, *optional*): Flat numbers of memories, -1 for text columns.
+        is_token (`torch.LongTensor` of shape `(R, S)`, *optional*): Of a prefix, 1 for entries that are tokens.
         places (`torch.LongTensor` of shape `(R, S)`, *optional*): Places in the window that tokens are given, or -1.
         sees_memories (`bool` or `torch.BoolTensor` of shape `(R,)`): Whether a row sees any memory.
         num_wanted (`int`, *optional*): Only the last so many columns of a row are of the text; `None`: all.
@@ -94,6 +95,7 @@ class Layout:
     positions: torch.Tensor | None = None
     text: torch.Tensor | None = None
     entries: torch.Tensor | None = None
+    is_token: torch.Tensor | None = None
     places: torch.Tensor | None = None
     sees_memories: bool | torch.Tensor = False
     num_wanted: int | None = None
@@ -138,6 +140,7 @@ class Front:
         num (`torch.LongTensor` of shape `(B,)`): Entries of each row.
         num_pinned (`torch.LongTensor` of shape `(B,)`): How many of them stay whatever is compressed.
         num_embedded (`torch.LongTensor` of shape `(B,)`): How many of those are tokens.
+        is_token (`torch.LongTensor` of shape `(B, F)`): 1 for tokens.
         counts (`list` of `int`): `num`, known on the host.
         num_given (`int`): Memories given for all texts together; those of compressed windows are counted after them.
         asked (`torch.BoolTensor` of shape `(B,)`, *optional*): Whether a marker stands among or before them.
@@ -151,6 +154,7 @@ class Front:
     num: torch.Tensor
     num_pinned: torch.Tensor
     num_embedded: torch.Tensor
+    is_token: torch.Tensor
     counts: list[int]
     num_given: int
     asked: torch.Tensor | None = None
@@ -161,7 +165,7 @@ def no_memories(weight: torch.Tensor, batch_size: int, width: int) -> Memories:
     """Return no memories for so many texts, of the type and device of a weight."""
     none = torch.zeros(batch_size, 0, dtype=torch.long, device=weight.device)
     zero = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
-    return Memories(weight.new_zeros(batch_size, 0, width), none, none, zero, zero)
+    return Memories(weight.new_zeros(batch_size, 0, width), none, none, zero, zero, none)
 
 
 def tokens_of_memories(config: PreTrainedConfig, num_memories: int, device: torch.device) -> torch.Tensor:
@@ -370,7 +374,8 @@ def front_of_memories(memories: Memories, counts: list[int], asked: torch.Tensor
     order = pack(memories.mask)[:, : max(counts)]
     return Front(
         row * width + order, None, None, memories.num_tokens.gather(1, order), memories.mask.sum(1),
-        memories.num_pinned, memories.num_embedded, counts, batch_size * width, asked,
+        memories.num_pinned, memories.num_embedded, memories.is_token.gather(1, order), counts, batch_size * width,
+        asked,
     )  # fmt: skip
 
 
@@ -401,8 +406,8 @@ def front_of_text(config: PreTrainedConfig, text: Text, memories: Memories, fact
     front = Front(
         entries.gather(1, order), row * mask.shape[1] + order, places,
         _takes_of_slots(slots, memories, entries).gather(1, order), ahead.sum(1), ahead.sum(1), num_embedded,
-        [width] * len(mask) if facts is None else facts.num_ahead, memories.mask.numel(), asked,
-        (ahead.cumsum(1) - 1).clamp(min=0),
+        (~slots).long().gather(1, order), [width] * len(mask) if facts is None else facts.num_ahead,
+        memories.mask.numel(), asked, (ahead.cumsum(1) - 1).clamp(min=0),
     )  # fmt: skip
     return front, after
 
@@ -481,7 +486,7 @@ def lay_windows(
     if front is None:
         none = torch.zeros(len(counts), 0, dtype=torch.long, device=cut.row.device)
         zero = none.sum(1)
-        front = Front(none, None, None, none, zero, zero, zero, [0] * len(counts), 0)
+        front = Front(none, None, None, none, zero, zero, zero, none, [0] * len(counts), 0)
     per_window = cut.window_length // config.chunk_length * config.memories_per_chunk if window_length else 0
     prefix, own_position, takes = _lay_prefix(config, text, front, cut, per_window)
     assert prefix.entries is not None
@@ -520,7 +525,8 @@ def lay_windows(
         layout.positions = positions
     else:
         _lay_own_entries(config, layout, front, cut, num_visible, num_seen, own_position, positions, room)
-    layout.memories = Memories(torch.empty(0), (own_position >= 0).long(), takes, front.num_pinned, front.num_embedded)
+    present = (own_position >= 0).long()
+    layout.memories = Memories(torch.empty(0), present, takes, front.num_pinned, front.num_embedded, prefix.is_token)
     if room is not None and num_entries:
         _keep(config, layout, front, own_position, cut, num_visible, num_seen, room)
     # Padding shows what stands before it; columns before the first wanted one show something else.
@@ -659,13 +665,14 @@ def _lay_prefix(
     first = front.num_given + (new.cumsum(0) - new)[:, None]
     # Absent entries are masked later; until then they must name some vector.
     entries = torch.where(present, first + rank, 0)
-    takes = torch.ones_like(entries)
+    takes, is_token = torch.ones_like(entries), torch.zeros_like(entries)
     text = places = None
     if config.memory_positions == "source":
         takes = tokens_of_memories(config, config.memories_per_chunk, device)[rank % config.memories_per_chunk]
     if given:
         place = number.clamp(max=given - 1).expand(batch_size, -1)
         entries = torch.where(in_front, front.entries.gather(1, place), entries)
+        is_token = front.is_token.gather(1, place) * in_front
         if config.memory_positions == "source":
             takes = torch.where(in_front, front.num_tokens.gather(1, place), takes)
         if front.text is not None:
@@ -680,7 +687,7 @@ def _lay_prefix(
     # The entries of one row share one run, and absent ones stand at its end, where nothing present sees them.
     prefix = Layout(
         source, positions=position, text=text, entries=entries, places=places, sees_memories=True,
-        memories=None, mask=present.long(),
+        memories=None, mask=present.long(), is_token=is_token,
     )  # fmt: skip
     return prefix, torch.where(present, position, -1), takes
 
@@ -741,6 +748,7 @@ def _keep(
     room: int,
 ) -> None:
     """Say which entries each text's last window still sees: these are what a cache goes on with."""
+    assert layout.prefix is not None and layout.prefix.is_token is not None
     batch_size, num_entries = own_position.shape
     last = torch.arange(batch_size, device=own_position.device) if cut.last is None else cut.last
     number = torch.arange(min(num_entries, room + front.entries.shape[1]), device=own_position.device)
@@ -751,7 +759,8 @@ def _keep(
     # The tokens of what made room count to the one after it.
     position = own_position.gather(1, place)
     takes = torch.diff(position, dim=1, prepend=torch.full_like(position[:, :1], -1)) * mask
-    layout.memories = Memories(torch.empty(0), mask, takes, front.num_pinned, front.num_embedded)
+    is_token = layout.prefix.is_token.gather(1, place)
+    layout.memories = Memories(torch.empty(0), mask, takes, front.num_pinned, front.num_embedded, is_token)
 
 
 def _open_windows(

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -316,7 +317,7 @@ class MemoryEncoderDecoderModel(MemoryPreTrainedModel):
         super().__init__(config)
         self.encoder = build_encoder(config.encoder, config.encoder_layers) if encoder is None else encoder
         self.pooling = build_pooling(
-            config.pooling, config.memories_per_chunk, config.encoder.hidden_size, config.max_group
+            config.pooling, config.memories_per_chunk, config.encoder.hidden_size, config.max_group, config.lookback
         )
         self.projector = MemoryProjector(config)
         self.decoder = build_decoder(config.decoder) if decoder is None else decoder
@@ -393,7 +394,13 @@ class MemoryEncoderDecoderModel(MemoryPreTrainedModel):
             module.lora_dropout.train(mode)
         return self
 
-    def add_adapters(self, parts: Sequence[str] = ("decoder",), adapter_name: str = "default", **fields: Any) -> None:
+    def add_adapters(
+        self,
+        parts: Sequence[str] = ("decoder",),
+        adapter_name: str = "default",
+        memory_modules: Sequence[str] = (),
+        **fields: Any,
+    ) -> None:
         """Put LoRA into the encoder, the decoder or both, and freeze the weights beside it.
 
         In the decoder it acts only in rows that see memories: other texts have the plain decoder's logits, bit for
@@ -402,6 +409,9 @@ class MemoryEncoderDecoderModel(MemoryPreTrainedModel):
         Args:
             parts (`Sequence[str]`): `"encoder"`, `"decoder"` or both.
             adapter_name (`str`): Their name.
+            memory_modules (`Sequence[str]`): Names of the decoder's maps whose adapters act only in the columns in
+                which memories stand: `["k_proj", "v_proj"]` gives memories keys and values of their own, and text
+                keeps its own.
             fields: Fields of peft's `LoraConfig`, `r=8, lora_alpha=16` for example; `target_modules` are found.
 
         Raises:
@@ -410,7 +420,7 @@ class MemoryEncoderDecoderModel(MemoryPreTrainedModel):
 
         Source: Hu et al. 2021, arXiv 2106.09685.
         """
-        add_adapters(self, parts, adapter_name, fields)
+        add_adapters(self, parts, adapter_name, fields, memory_modules)
 
     def adapters_off(self) -> AbstractContextManager[None]:
         """Read without adapters inside this context: the base weights alone, a teacher for example."""
@@ -647,22 +657,22 @@ def encode_context(
         chunk_ids, chunk_mask = chunk_ids[layout.chunks], chunk_mask[layout.chunks]
     embeds = project_chunks(model, chunk_ids, chunk_mask, layout.num_memories).flatten(0, 1)  # (N * K, D)
     # Where every chunk is absent, all places below still point at a vector; the mask sets it to zero.
-    if len(embeds) == 0:
+    if embeds.shape[0] == 0:  # not `len`, which would fix the size of an exported program
         embeds = embeds.new_zeros(1, embeds.shape[1])
     embeds = embeds[layout.place].masked_fill(layout.mask[..., None] == 0, 0)  # (B, M, D)
     none = torch.zeros_like(layout.mask[:, :0].sum(1))
-    return Memories(embeds, layout.mask, layout.num_tokens, layout.mask.sum(1), none)
+    return Memories(embeds, layout.mask, layout.num_tokens, layout.mask.sum(1), none, torch.zeros_like(layout.mask))
 
 
 def project_chunks(
     model: Any, chunk_ids: torch.Tensor, chunk_mask: torch.Tensor | None, num_memories: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Encode chunks `(N, L)` into memories `(N, K, D)`; the encoder runs once for all, or for each group."""
-    if len(chunk_ids) == 0:
+    if chunk_ids.shape[0] == 0:
         shape = 0, model.config.memories_per_chunk, model.config.decoder.hidden_size
         return torch.zeros(shape, dtype=model.decoder.dtype, device=chunk_ids.device)
-    groups, parts = [slice(0, len(chunk_ids))], []
-    if chunk_ids.numel() > FEW_TOKENS and not torch.is_grad_enabled():
+    groups, parts = [slice(None)], []
+    if not (torch.is_grad_enabled() or is_compiling()) and chunk_ids.numel() > FEW_TOKENS:
         groups = row_groups(len(chunk_ids), chunk_ids.shape[1], chunk_ids.device)
     for part in groups:
         mask = None if chunk_mask is None else chunk_mask[part]
@@ -688,7 +698,7 @@ def memories_of(model: Any, call: Call, facts: Facts | None) -> Memories:
         if num_tokens is None:
             num_tokens = tokens_of_memories(model.config, embeds.shape[1], embeds.device).expand_as(mask)
         none = torch.zeros_like(mask[:, :0].sum(1))
-        memories = Memories(embeds, mask, num_tokens, mask.sum(1), none)
+        memories = Memories(embeds, mask, num_tokens, mask.sum(1), none, torch.zeros_like(mask))
     batch_size = call.text.tokens.shape[0]
     if memories.batch_size == batch_size:
         return memories
@@ -886,6 +896,20 @@ def embed(model: Any, layout: Layout, entries: torch.Tensor | None) -> torch.Ten
     return torch.where((layout.entries >= 0)[..., None], vectors, embeds)
 
 
+def memory_columns(layout: Layout) -> torch.Tensor | bool:
+    """Tell in which columns `(R, S)` of what was laid out memories stand."""
+    if layout.entries is None:
+        return False
+    columns = layout.entries >= 0
+    if layout.is_token is not None:  # what stands before windows: some of it may be text, a chat around its slots
+        columns = columns & (layout.is_token == 0)
+    elif layout.prefix is not None:  # rows that hold their own entries; fillers, at the end, stand for memories
+        assert layout.prefix.is_token is not None
+        kinds = F.pad((layout.prefix.is_token == 0).flatten(), (0, 1), value=True)
+        columns = columns & kinds[layout.entries.clamp(min=0)]
+    return columns
+
+
 @dataclass
 class Decoded:
     """What the decoder gave.
@@ -1022,7 +1046,8 @@ def run(
         inputs["logits_to_keep"], keep = keep, None
     read = model.decoder if head else model.decoder.base_model
     adapted = model.config.adapters or getattr(model, "peft_config", None)
-    with adapters_on(model.decoder, layout.sees_memories) if adapted else nullcontext():
+    where = (layout.sees_memories, memory_columns(layout)) if adapted else None
+    with nullcontext() if where is None else adapters_on(model.decoder, *where):
         outputs = read(**inputs, **({} if unread else call.options))
     features = outputs.logits if head else outputs.last_hidden_state
     if keep is not None:

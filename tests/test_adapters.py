@@ -366,5 +366,5 @@ def test_wrong_rows_are_refused():
     model, input_ids = adapted()
     with pytest.raises(ValueError, match=r"is torch.int64 of shape \(3,\); expected one boolean a row"):
         decoder_logits(model, input_ids, torch.ones(3, dtype=torch.long))
-    with pytest.raises(ValueError, match="gives 3 rows for 2 texts"):
+    with pytest.raises(ValueError, match=r"gives \(3, 7, 32\) for 2 texts"):
         decoder_logits(model, input_ids, torch.tensor([True, False]))

@@ -212,19 +212,22 @@ def concat_model(max_group: int | None = None, encoder_layers: int | None = 0, *
 @given(
     masks=st.lists(st.lists(st.booleans(), min_size=8, max_size=8), min_size=1, max_size=4),
     budget=st.sampled_from([None, 1, 2]),
+    lookback=st.integers(0, 2),
 )
-def test_concat_and_its_projector_equal_the_plain_loop(masks, budget):
+def test_concat_and_its_projector_equal_the_plain_loop(masks, budget, lookback):
     """Padding anywhere, short chunks, budgets, outputs and gradients of states and weights."""
-    projector = concat_model(max_group=8).projector.double()
+    projector = concat_model(max_group=8, lookback=lookback).projector.double()
     weight, bias = (value.detach().clone().requires_grad_() for value in (projector.out.weight, projector.out.bias))
     mask = torch.tensor(masks)
     states = torch.randn(*mask.shape, 16, dtype=torch.float64, requires_grad=True)
     counts = None if budget is None else torch.full((len(masks),), budget)
     groups = budget or 2
-    pooled = build_pooling("concat", 2, max_group=8)(states, mask, counts)
-    assert pooled.shape[-1] == (4 if budget is None else 8) * 16, "places that no group can fill are left out"
+    pooled = build_pooling("concat", 2, max_group=8, lookback=lookback)(states, mask, counts)
+    assert pooled.shape[-1] == ((4 if budget is None else 8) + lookback) * 16, (
+        "places that no group can fill are left out"
+    )
     found = projector(pooled)[:, :groups]
-    expected = concat_loop(states, mask, groups, weight, bias)
+    expected = concat_loop(states, mask, groups, weight, bias, lookback)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-10)
     probe = torch.randn_like(expected)
     one = torch.autograd.grad((found * probe).sum(), (states, projector.out.weight, projector.out.bias))
@@ -241,6 +244,9 @@ def test_concat_takes_nothing_from_padding_and_no_token_twice():
     pooled = build_pooling("concat", 3, max_group=3)(states, mask)
     assert pooled[0].tolist() == [[1, 2, 3], [0, 4, 5], [0, 6, 7]]
     assert pooled[1].tolist() == [[0, 1, 2], [0, 3, 4], [0, 0, 5]]
+    back = build_pooling("concat", 3, max_group=3, lookback=1)(states, mask)
+    assert back[0].tolist() == [[0, 1, 2, 3], [0, 3, 4, 5], [0, 5, 6, 7]]
+    assert back[1].tolist() == [[0, 0, 1, 2], [0, 2, 3, 4], [0, 0, 4, 5]]
 
 
 def test_a_group_without_places_is_refused():

@@ -50,7 +50,7 @@ def memories_of(config: MemoryEncoderDecoderConfig, mask: torch.Tensor) -> Memor
     """Memories of full chunks, without vectors."""
     none = torch.zeros(len(mask), dtype=torch.long)
     takes = tokens_of_memories(config, mask.shape[1], mask.device).expand_as(mask)
-    return Memories(torch.empty(*mask.shape, 0), mask, takes, mask.sum(1), none)
+    return Memories(torch.empty(*mask.shape, 0), mask, takes, mask.sum(1), none, torch.zeros_like(mask))
 
 
 def read(layout: Layout, number: int, length: int) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -395,3 +396,19 @@ def test_model_takes_the_batch_as_it_is_and_loss_is_the_mean_over_targets(
         )
         expected = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED)
         torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("objective", ["copy", "causal", "distillation"])
+def test_a_begin_token_stands_before_the_slots_and_is_no_target(objective):
+    ids = SpecialTokens(pad=0, bos=1, eos=2, memory=99, copy=3, blank=4)
+    spec = BatchSpec(ids, chunk_length=2, window_length=2, layout="slots", source_length=4)
+    rows = torch.arange(10, 18).view(1, 8)
+    without = build_batch(objective, rows, spec)
+    batch = build_batch(objective, rows, replace(spec, begin=True))
+    assert batch["input_ids"].tolist() == [[1, *without["input_ids"][0].tolist()]]
+    assert batch["shift_labels"].tolist() == [[-100, *without["shift_labels"][0].tolist()]]
+    assert torch.equal(batch["context_input_ids"], without["context_input_ids"])
+    if objective == "distillation":
+        assert batch["teacher_input_ids"].tolist() == [[1, *without["teacher_input_ids"][0].tolist()]]
+    with pytest.raises(ValueError, match="`begin` needs a bos token"):
+        build_batch(objective, rows, replace(spec, begin=True, special_tokens=replace(ids, bos=None)))

@@ -51,6 +51,23 @@ def test_without_ray_the_extra_is_named(saved, capsys, monkeypatch):
     assert "needs Ray: pip install 'modeling-memory[ray]'" in capsys.readouterr().err
 
 
+def test_ray_that_does_not_start_is_started_again_and_then_explained():
+    """It waits 30 seconds for its processes, which is too short where others take all processors."""
+    tries: list[dict] = []
+
+    def init(**settings):
+        tries.append(settings)
+        if len(tries) != 2:
+            raise Exception("The current node timed out during startup.")
+
+    ray = types.SimpleNamespace(init=init, shutdown=lambda: None)
+    remember_ray.start(ray, 2)
+    assert len(tries) == 2 and tries[0]["num_cpus"] == 2
+    tries[1:] = [{}, {}]
+    with pytest.raises(ValueError, match="did not start in 3 tries: The current node timed out.*same command again"):
+        remember_ray.start(ray, 2)
+
+
 class Rows(list):
     """What is used of a dataset of Ray, in this process."""
 
@@ -67,12 +84,17 @@ class Rows(list):
         return iter(self)
 
 
+def stand_in(monkeypatch):
+    """Put a Ray that works in this process in the place of the real one."""
+    context = types.SimpleNamespace(get_current=lambda: types.SimpleNamespace())
+    data = types.SimpleNamespace(DataContext=context, from_items=lambda rows, override_num_blocks: Rows(rows))
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(data=data, is_initialized=lambda: True))
+
+
 @pytest.fixture(params=["stand-in", pytest.param("ray", marks=pytest.mark.ray)])
 def engine(request, monkeypatch):
     if request.param == "stand-in":
-        context = types.SimpleNamespace(get_current=lambda: types.SimpleNamespace())
-        data = types.SimpleNamespace(DataContext=context, from_items=lambda rows, override_num_blocks: Rows(rows))
-        monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(data=data, is_initialized=lambda: True))
+        stand_in(monkeypatch)
 
 
 def test_workers_store_what_one_process_stores_and_go_on(saved, engine, tmp_path, monkeypatch, capsys):

@@ -45,7 +45,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         show_progress=False,
     )
     backend.train_from_iterator(load_texts([TEXT])[:20], trainer=trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(place / "tiny_chat")
     torch.manual_seed(0)
@@ -68,7 +70,7 @@ def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def tiny(folder: Path, base: str) -> list[str]:
     """Overrides by which SmolLM2's recipe runs in seconds."""
     overrides = [
-        "stages.near.warm_start.projector_steps=4",
+        "stages.four.warm_start.fitted_rows=24", "stages.four.model.encoder_layers=1",
         f"output_dir={folder}", f"tokenizer.path={base}", "tokenizer.gguf_file=null", "threads=1",
         f"pretrained.smollm2.path={base}", "pretrained.smollm2.gguf_file=null", "pretrained.smollm2.config={}",
         "data.max_train_tokens=20000",
@@ -88,10 +90,9 @@ def test_the_recipe_trains_all_its_stages_and_publishes_by_reference(installed: 
     assert main(["smollm2", *tiny(folder, installed)]) == 0
     record = read_json(folder / "record.json")
     assert record is not None and record["run"]["status"] == "success"
-    assert set(record["stages"]) == {"near", "four", "sixteen", "questions"}
-    for stage in ("near", "four", "sixteen"):
-        keys = {key for log in record["stages"][stage]["series"] for key in log}
-        assert {f"{name}_loss" for name in ("copy", "recall", "causal", "distillation")} <= keys
+    assert set(record["stages"]) == {"four", "questions"}
+    keys = {key for log in record["stages"]["four"]["series"] for key in log}
+    assert {f"{name}_loss" for name in ("copy", "recall", "causal", "distillation")} <= keys
     assert any("eval_qa_loss" in log for log in record["stages"]["questions"]["series"])
     questions = read_questions([folder / "stages" / "questions" / "questions_0.jsonl"])
     assert len(questions) == 12 and all(one.answer in one.context for one in questions)
@@ -102,7 +103,8 @@ def check_small_folder(hub: Path, base: str) -> None:
     """The published folder holds what was trained, rounded, and names its base for the rest."""
     model = AutoModelForCausalLM.from_pretrained(hub)
     config = model.config
-    assert (config.memories_per_chunk, config.max_group, config.copy_token_id) == (4, 16, SPECIALS.index("<file_sep>"))
+    assert (config.memories_per_chunk, config.lookback, config.copy_token_id) == (16, 1, SPECIALS.index("<file_sep>"))
+    assert config.adapters["default"]["memory_modules"] == ["k_proj", "v_proj"]
     assert model.dtype == torch.bfloat16
     kept = (hub / "trained.safetensors").stat().st_size
     assert kept < 2 * 2 * sum(p.numel() for p in model.parameters() if p.requires_grad), "what was trained, rounded"
@@ -118,7 +120,7 @@ def test_what_the_recipe_cannot_refer_to_or_make_is_named(site: Path, tmp_path: 
     raw = yaml.safe_load((REPOSITORY / "configuration" / "recipes" / "smollm2.yaml").read_text())
     raw["pretrained"]["smollm2"] |= {"path": str(site / "tiny_chat"), "gguf_file": None, "config": {}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
-    with pytest.raises(ValueError, match="stages.near takes its encoder and decoder from no package"):
+    with pytest.raises(ValueError, match="stages.four takes its encoder and decoder from no package"):
         load_recipe(tmp_path / "recipe.yaml")
 
 

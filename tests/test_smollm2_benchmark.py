@@ -72,25 +72,29 @@ def losses_by_hand(pair: Path) -> dict[str, float]:
     processor = MemoryProcessor.from_pretrained(pair)
     ids = smollm2.documents(processor.tokenizer, load_texts([TEXT]), 3, max(CONTEXTS) + 64)[:, -128:]
     source, target, slot = ids[0, :64], ids[0, 64:], model.config.memory_token_id
+    begin = torch.tensor([processor.tokenizer.bos_token_id])
+
+    def text(*parts: torch.Tensor) -> torch.Tensor:
+        return model.decoder(torch.cat([begin, *parts])[None]).logits[0]
 
     def loss(logits: torch.Tensor) -> float:
         return -logits[-64:-1].log_softmax(-1).gather(1, target[1:, None]).sum().item()
 
     def memories(own: torch.Tensor, rate: int) -> float:
-        row = torch.cat([torch.full((64 // rate,), slot), target])
+        row = torch.cat([begin, torch.full((64 // rate,), slot), target])
         chunks, counts = own.view(1, 4, 16), torch.full((1, 4), 16 // rate)
         return loss(model(row[None], context_input_ids=chunks, context_num_memories=counts, use_cache=False).logits[0])
 
     with torch.no_grad(), model.adapters_off():
         plain = {
-            "full": loss(model.decoder(ids[:1]).logits[0]),
-            "none": loss(model.decoder(target[None]).logits[0]),
-            "last/8": loss(model.decoder(torch.cat([source[-8:], target])[None]).logits[0]),
-            "first/16": loss(model.decoder(torch.cat([source[:4], target])[None]).logits[0]),
-            "every/4": loss(model.decoder(torch.cat([source[3::4], target])[None]).logits[0]),
+            "full": loss(text(ids[0])),
+            "none": loss(text(target)),
+            "last/8": loss(text(source[-8:], target)),
+            "first/16": loss(text(source[:4], target)),
+            "every/4": loss(text(source[3::4], target)),
         }
     with torch.no_grad():
-        tuned = {"last/4, adapters on": loss(model.decoder(torch.cat([source[-16:], target])[None]).logits[0])}
+        tuned = {"last/4, adapters on": loss(text(source[-16:], target))}
         own = {f"memories/{rate}": memories(source, rate) for rate in RATES}
         return {**plain, **tuned, **own, "another text's/4": memories(ids[-1, :64], 4)}
 

@@ -1,10 +1,14 @@
 """The store's benchmarks on a few texts: whole records."""
 
+import gzip
 import json
 
 import pytest
 
-from benchmarks import any_text, retrieval, store, store_tables
+from benchmarks import any_text, other_texts, retrieval, store, store_tables, workers
+from tests.test_remember_ray import stand_in
+from training import remember_ray
+from training.data.texts import load_texts
 from training.records.record import read_json
 
 
@@ -17,6 +21,12 @@ def test_the_record_is_whole(tmp_path, capsys, monkeypatch):
     assert {"open", "fetch a chunk", "exact search", "verify", "delete half"} <= set(metrics["milliseconds"])
     assert metrics["bytes_per_chunk"]["float16"] == 64 and metrics["bytes_per_chunk"]["int8"] == 36
     assert "ms  open" in capsys.readouterr().out
+    record = read_json(tmp_path / "store.json")
+    metrics["milliseconds"] |= {"open": 1.234, "verify": 4321.6}
+    del record["metrics"]["milliseconds"]["delete half"]  # as of a store that stays
+    table = store_tables.store({"metrics": metrics}, record)
+    assert table.rows[0][1] == "160 chunks of 32 numbers" and table.cell("open", 1) == "1.23 ms"
+    assert table.cell("verify", 1) == "4,322 ms" and table.cell("delete half", 2) == "-"
 
 
 def test_passages_are_found_by_every_way_and_intervals_are_over_passages(tmp_path, capsys):
@@ -58,3 +68,31 @@ def test_texts_of_any_length_are_measured_and_a_run_goes_on(tmp_path, capsys, mo
     assert formats["float32"]["bytes_a_token"] >= 64 >= 4 * formats["int8"]["bytes_a_token"] - 4 * 4
     for table in (store_tables.any_text, store_tables.short_chunks, store_tables.formats):
         assert len(table(record).rows) > 3
+
+
+def test_texts_of_other_kinds_are_gathered(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    for name, row in (("haystack_essays", {"text": "a" * 4000}), ("qmsum_test", {"turns": ["b" * 2000, "c" * 2000]})):
+        with gzip.open(tmp_path / "data" / f"{name}.jsonl.gz", "wt") as file:
+            file.write(json.dumps(row) + "\n" + json.dumps({"text": "short", "turns": ["short"]}) + "\n")
+    assert other_texts.main([str(tmp_path / "data"), "--to", str(tmp_path / "texts")]) == 0
+    assert "code: 60 documents" in capsys.readouterr().out
+    kinds = {file.stem: load_texts([file]) for file in (tmp_path / "texts").iterdir() if file.stat().st_size}
+    assert kinds["essays"] == ["a" * 4000] and kinds["meetings"] == ["b" * 2000 + "\n" + "c" * 2000]
+    assert all("\nName: " in text for text in kinds["lists"])
+    assert all(4000 <= len(text) <= 20_000 for documents in kinds.values() for text in documents)
+
+
+def test_workers_are_timed_and_what_they_store_is_whole(tmp_path, monkeypatch, capsys):
+    """With a stand-in of Ray, which `tests/test_remember_ray.py` runs itself."""
+    file = tmp_path / "two.jsonl"
+    file.write_text("".join(json.dumps({"text": f"{place} The sign was newly painted."}) + "\n" for place in range(2)))
+    monkeypatch.setattr(remember_ray, "Encode", remember_ray.Encode)  # is put back
+    stand_in(monkeypatch)
+    out = tmp_path / "workers.json"
+    assert workers.main(["model_cards/starter-tiny", str(file), "--workers", "2", "--out", str(out)]) == 0
+    assert "2 workers:" in capsys.readouterr().out
+    record = read_json(out)
+    found = record["metrics"]["2"]
+    assert found["texts"] == 2 and found["processes"] == 1 and found["tokens_a_processor_second"] > 0
+    assert store_tables.workers(record).cell("2", "tokens a second") == f"{found['tokens_a_second']:,.0f}"

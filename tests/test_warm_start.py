@@ -3,14 +3,12 @@
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import LlamaForCausalLM
 
-from modeling_memory import MemoryEncoderDecoderForCausalLM
 from modeling_memory.memory_encoder import encode_chunks
-from tests.memory_models import CHUNK, WINDOW, build_model, random_ids, tiny_decoder_config
+from tests.memory_models import CHUNK, build_model, random_ids
 from training.data.rows import TokenRows
 from training.recipes.recipe import WarmStartRecipe
-from training.train.warm_start import RIDGE, fit_projector, make_readable, start_projector
+from training.train.warm_start import RIDGE, fit_projector, start_projector
 
 
 @pytest.mark.parametrize(
@@ -84,51 +82,3 @@ def test_what_cannot_be_fitted_is_refused():
     start_projector(wide, WarmStartRecipe(), rows, "here")  # its own draw needs no text
     identity = build_model(projector_type="identity")
     start_projector(identity, WarmStartRecipe(projector="last_token"), rows, "here")  # nothing to start
-
-
-def best_linear_reading(model, size):
-    """Share of held-out tokens that the best linear map of a memory gives back, place by place."""
-
-    def memories(chunks):
-        budget = torch.full((len(chunks),), CHUNK // size)
-        with torch.no_grad():
-            states = encode_chunks(model.encoder, model.pooling, chunks, num_memories=budget)
-            return model.projector(states[:, : CHUNK // size]).flatten(0, 1), chunks.reshape(-1, size)
-
-    table = model.get_input_embeddings().weight.detach()
-    (seen, tokens), (new, expected) = memories(random_ids(3000, CHUNK)), memories(random_ids(200, CHUNK, seed=1))
-    shares = []
-    for place in range(size):
-        reading = torch.linalg.lstsq(seen, F.normalize(table, dim=-1)[tokens[:, place]]).solution
-        scores = (new @ reading) @ F.normalize(table, dim=-1).T
-        shares.append((scores.argmax(1) == expected[:, place]).float().mean().item())
-    return torch.tensor(shares)
-
-
-def test_a_readable_projector_keeps_every_token_of_a_group_apart():
-    """Tokens that lie in 8 of 32 directions, laid over each other there at first: there is room for four of them."""
-    torch.manual_seed(0)
-    decoder = LlamaForCausalLM(tiny_decoder_config("llama"))
-    table, few = decoder.get_input_embeddings().weight, torch.linalg.qr(torch.randn(32, 32))[0][:, :8]
-    with torch.no_grad():
-        table.copy_(table @ few @ few.T)
-    model = MemoryEncoderDecoderForCausalLM.from_encoder_decoder_pretrained(
-        decoder, decoder, encoder_layers=0, pooling="concat", chunk_length=CHUNK, memories_per_chunk=2,
-        max_group=CHUNK, window_length=WINDOW, projector_start="identity_on_last",
-    )  # fmt: skip
-    out = model.projector.out.weight
-    with torch.no_grad():
-        out.copy_(few @ few.T @ out)
-    before, block = best_linear_reading(model, CHUNK), out[:, -32:].clone()
-    with torch.no_grad():  # as a stage calls it
-        told = make_readable(model, random_ids(2000, CHUNK), steps=300, tokens=512)
-    after = best_linear_reading(model, CHUNK)
-    assert set(told) == {2, 4} and told[4] > 0.95, told
-    assert after.min() > 0.95 and before[:-1].max() < 0.3, (before, after)
-    assert torch.equal(model.projector.out.weight[:, -32:], block), "the decoder still meets a token that it knows"
-
-
-def test_only_states_side_by_side_can_be_made_readable():
-    model = build_model("llama", projector_type="linear")
-    with pytest.raises(ValueError, match="needs the pooling concat and a linear projector; they are last and linear"):
-        start_projector(model, WarmStartRecipe(projector="readable"), [(0, random_ids(CHUNK))], "here")

@@ -21,6 +21,8 @@ from modeling_memory.store.texts import text_digest
 
 TEXTS = 64
 """Texts of a file."""
+STARTS = 3
+"""How often Ray is started before it is given up."""
 
 
 class Encode:
@@ -67,6 +69,30 @@ def digests(folder: Path) -> dict[str, str]:
     return found
 
 
+def start(ray: Any, workers: int) -> None:
+    """Start Ray on this machine, with one worker a processor that it is told of.
+
+    Raises:
+        ValueError: If its processes do not answer.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers what is run
+    # Workers find what this process finds, also in a checkout that is not installed.
+    paths = os.pathsep.join(str(Path(place or ".").resolve()) for place in sys.path)
+    settings: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False, "log_to_driver": False}
+    settings |= {"logging_level": "ERROR", "runtime_env": {"env_vars": {"PYTHONPATH": paths}}}
+    for left in reversed(range(STARTS)):
+        try:
+            ray.init(**settings)
+            return
+        except Exception as error:  # Ray raises this very class: it waits 30 seconds for its processes, no longer
+            ray.shutdown()
+            if not left:
+                raise ValueError(
+                    f"Ray did not start in {STARTS} tries: {error} Where other work takes all processors, what Ray "
+                    "starts does not answer in time. Give the same command again later; what is encoded is kept."
+                ) from error
+
+
 def remember_by_ray(
     store: MemoryStore,
     model: str,
@@ -96,7 +122,7 @@ def remember_by_ray(
         `dict`: As [`training.remember.remember`].
 
     Raises:
-        ValueError: If Ray is not installed.
+        ValueError: If Ray is not installed, or does not start.
     """
     try:
         import ray
@@ -117,15 +143,7 @@ def remember_by_ray(
     if rows:
         started_here = not ray.is_initialized()
         if started_here:
-            # Workers find what this process finds, also in a checkout that is not installed.
-            paths = os.pathsep.join(str(Path(place or ".").resolve()) for place in sys.path)
-            ray.init(
-                num_cpus=workers,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-                runtime_env={"env_vars": {"PYTHONPATH": paths}},
-            )
+            start(ray, workers)
         try:
             ray.data.DataContext.get_current().enable_progress_bars = False
             encoded = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // TEXTS)).map_batches(

@@ -1,6 +1,6 @@
 """Parts d and e: the real pair, trained for three minutes by its recipe, and what its memories save.
 
-Part d goes on from the first weights in `training/warm_starts/smollm2` with the last two stages of the recipe
+Part d goes on from the first weights in `training/warm_starts/smollm2` by the stages of the recipe
 `smollm2`, in bfloat16 and batches of a GPU's size. The first stage is short; how fast it was says how many steps the
 last one can have, so that its rates fall to zero when the time ends.
 """
@@ -31,7 +31,7 @@ from training.records.record import data_digest, read_json, write_json
 from training.train.inputs import Inputs, byte_lengths_of
 from training.train.stages import StageRunner
 
-RATE = 16
+RATE = 4
 LENGTHS = (16384, 65536)
 FIRST_STEPS = 40
 # Loading, validation and saving, seconds beside the steps themselves.
@@ -56,9 +56,10 @@ def pair_recipe(job: Job, steps: dict[str, int], base: dict[str, Any]) -> Recipe
     mapping["stages"] = [stage for stage in mapping["stages"] if stage["name"] in steps]
     for stage in mapping["stages"]:
         name, training, own = stage["name"], stage["training"], steps[stage["name"]]
-        if name == "sixteen":
+        if name == "four":
             stage["from"] = {"model": "warm"}
-            stage.pop("model", None)  # the warm start has 4 memories a chunk already
+            for key in ("model", "warm_start", "adapters"):  # the warm start has them
+                stage.pop(key, None)
         else:
             for split in ("questions", "validation_questions"):
                 stage["data"][split] = [str(job.payload / f"{split}.jsonl")]
@@ -87,7 +88,7 @@ def pair_inputs(job: Job, recipe: Recipe) -> Inputs:
 def train_pair(job: Job) -> Numbers:
     """Run both stages; returns their entries for the record, and leaves the adapters in `weights/pair`."""
     base = packed(job.payload)["base"]
-    steps = {"sixteen": 2, "questions": 2} if job.toy else {"sixteen": FIRST_STEPS, "questions": 100}
+    steps = {"four": 2, "questions": 2} if job.toy else {"four": FIRST_STEPS, "questions": 100}
     recipe = pair_recipe(job, steps, base)
     inputs = pair_inputs(job, recipe)
 
@@ -99,7 +100,7 @@ def train_pair(job: Job) -> Numbers:
         return done
 
     PartialState(cpu=job.device.type == "cpu")
-    first = run(recipe, "sixteen")
+    first = run(recipe, "four")
     free_memory(job.device)
     last_folder, kept = job.folder / "pair" / "stages" / "questions", job.folder / "pair" / "steps.json"
     if (last_folder / "stage.json").is_file():
@@ -113,7 +114,7 @@ def train_pair(job: Job) -> Numbers:
     last = run(pair_recipe(job, steps, base), "questions")
     keep_trained(job.payload / "warm", last_folder / "model", job.folder / "weights" / "pair")
     ends = [log for log in last["series"] if "eval_copy_loss" in log][-1:]
-    speed = {name: done["text_tokens_per_second"] for name, done in (("sixteen", first), ("questions", last))}
+    speed = {name: done["text_tokens_per_second"] for name, done in (("four", first), ("questions", last))}
     return {"steps": steps, "tokens_per_second": speed, "validation": ends, "peak_gib": peak_gib(job.device)}
 
 
@@ -183,7 +184,7 @@ def answer(job: Job, read: Callable[[], Any], step: Callable[[Any, torch.Tensor]
 
 @torch.no_grad()
 def measure_length(job: Job, model: Any, length: int) -> Numbers:
-    """One length of text: as memories of 16 tokens that lie ready in main memory, and as full text."""
+    """One length of text: as memories of 4 tokens that lie ready in main memory, and as full text."""
     config, device, steps = model.config, job.device, 2 if job.toy else 32
     high = min(40_000, config.decoder.vocab_size)
     ids = torch.randint(high // 2, high, (1, length), generator=torch.Generator().manual_seed(0)).to(device)

@@ -6,7 +6,12 @@ import torch
 
 
 def concat_loop(
-    states: torch.Tensor, mask: torch.Tensor, num_groups: int, weight: torch.Tensor, bias: torch.Tensor
+    states: torch.Tensor,
+    mask: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    lookback: int = 0,
 ) -> torch.Tensor:
     """Project groups of states: the last token of a group is read by the last block of the weight, and so on.
 
@@ -16,6 +21,7 @@ def concat_loop(
         num_groups (`int`): Memories of each chunk (k).
         weight (`torch.Tensor` of shape `(D, R*E)`): Of the projector, one block of E columns for each place.
         bias (`torch.Tensor` of shape `(D,)`): Of the projector.
+        lookback (`int`): Tokens before a group that are read with it.
 
     Returns:
         `torch.Tensor` of shape `(N, k, D)`.
@@ -29,7 +35,7 @@ def concat_loop(
             start, end = end, math.ceil((group + 1) * len(tokens) / num_groups)
             start = min(start, max(end - 1, 0))  # with fewer tokens than groups the last one is read again
             memory = bias
-            for place, state in enumerate(reversed(tokens[start:end]), 1):
+            for place, state in enumerate(reversed(tokens[max(start - lookback, 0) : end]), 1):
                 columns = slice(weight.shape[1] - place * width, weight.shape[1] - (place - 1) * width)
                 memory = memory + weight[:, columns] @ state
             memories.append(memory)

@@ -312,6 +312,8 @@ class BatchSpec:
         num_memories (`Sequence[int]`): Memories per chunk, of which each batch draws one number; slots layout only.
             Default: always `memories_per_chunk`.
         num_memories_weights (`Sequence[float]`): How often each of them is drawn, in any unit. Default: equally.
+        begin (`bool`): Whether a begin token stands before the slots: a pretrained decoder rests its attention on what
+            stands first, and should not have to rest it on a memory. A conversation begins by itself. Slots only.
         recall_prompt (`int`): Tokens that recall shows.
         recall_length (`int`): Most tokens that recall asks for.
         taught (`str`): What distillation's student is asked: `"causal"`, `"copy"`, `"recall"` or `"qa"`.
@@ -334,6 +336,7 @@ class BatchSpec:
     every: Mapping[str, int] = field(default_factory=dict)
     num_memories: Sequence[int] = ()
     num_memories_weights: Sequence[float] = ()
+    begin: bool = False
     recall_prompt: int = 8
     recall_length: int = 32
     taught: str = "causal"
@@ -439,6 +442,9 @@ def build_batch(
         return _batch([*before, source, text], pad)
     chunks, chunks_mask = _chunks_of(source, spec) if context is None else _ready_chunks(context, len(tokens))
     slot = spec.special_tokens.require("memory", "the slots layout")
+    if spec.begin and not before:
+        begin = torch.full_like(tokens[:, :1], spec.special_tokens.require("bos", "`begin`"))
+        before = [Columns(begin, torch.full_like(begin, IGNORED), torch.ones_like(begin))]
     slots = _slot_columns(chunks_mask, spec.memories_per_chunk, slot)
     batch = {
         **_batch([*before, slots, text], pad), "context_input_ids": chunks, "context_attention_mask": chunks_mask

@@ -31,10 +31,12 @@ from modeling_memory.memory_encoder import build_encoder
 from modeling_memory.modeling_memory_autoencoder import RepeatExpansion, UnrollExpansion
 
 from ..train.build import child_config
-from ..train.fit import Budget, Order, fit
+from ..train.fit import Budget, Order, Validation, fit
 from .frozen import FrozenEncoder, TextRows, read_all
 from .metrics import bits_per_byte, token_results
 from .suites import Scores, summarise_scores
+
+HELD_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,7 @@ def invert(
     checkpoint: Path | None = None,
     vectors: Callable[[TextRows], torch.Tensor] | None = None,
     device: torch.device | None = None,
+    stop_after: int | None = None,
     label: str = "",
 ) -> dict[str, Any]:
     """Train a decoder on a frozen encoder's vectors and measure how much of other texts comes back.
@@ -218,10 +221,12 @@ def invert(
         checkpoint (`Path`, *optional*): Where the training state is kept.
         vectors (`Callable`, *optional*): Gives the vectors of texts, e.g. from a cache. Default: reads them.
         device (`torch.device`, *optional*): Where to compute.
+        stop_after (`int`, *optional*): From this step on training ends where the loss on held-back texts rests.
         label (`str`): For the progress bar.
 
     Returns:
-        `dict`: Metrics of the test texts with counts and intervals, and what was spent.
+        `dict`: Metrics of the test texts with counts and intervals, what was spent, and the curve of the loss on
+        training texts that were held back (`validation`), with whether it still falls (`at_plateau`).
 
     Raises:
         ValueError: If there are too few texts for a control, or the loss is not finite.
@@ -241,15 +246,25 @@ def invert(
         source = (index + len(rows) // 2) % len(rows) if shuffled else index
         return encoder.read(rows.tokens[source].to(device)) if known is None else known[source].to(device)
 
-    order = Order(len(train), max(1, budget.batch_tokens // length), budget.seed)
+    # The last texts are held back: they tell whether the decoder could still be trained further.
+    num_held = min(len(train) // 10, max(1, HELD_TOKENS // length))
+    order = Order(len(train) - num_held, max(1, budget.batch_tokens // length), budget.seed)
 
-    def loss_of_step(step: int) -> torch.Tensor:
-        index = order.rows(step)
+    def loss_of(index: torch.Tensor) -> torch.Tensor:
         logits = decoder(vectors_of(train, index, known))
         rows = decoder.row_of_id[train.tokens[index].to(device)]
         return nn.functional.cross_entropy(logits.float().flatten(0, 1), rows.flatten())
 
-    losses = fit(model, loss_of_step, budget, checkpoint=checkpoint, label=label)
+    held = torch.arange(len(train) - num_held, len(train))
+    validation = Validation(lambda: loss_of(held).item(), max(1, budget.steps // 20), stop_after)
+    losses = fit(
+        model,
+        lambda step: loss_of(order.rows(step)),
+        budget,
+        checkpoint=checkpoint,
+        validation=validation if num_held else None,
+        label=label,
+    )
     known = None if model.trains_table else read(test)
     scores = _score(decoder, test, device, lambda index: vectors_of(test, index, known))
     num_vectors = encoder.num_vectors(length)
@@ -258,7 +273,10 @@ def invert(
         "num_vectors": num_vectors,
         "final_train_loss": sum(losses[-20:]) / len(losses[-20:]),
         "train_texts": len(train),
-        "train_tokens_read": order.rows(0).numel() * length * budget.steps,
+        "train_tokens_read": order.rows(0).numel() * length * len(losses),
+        "validation": validation.points,
+        "fall": validation.fall,
+        "at_plateau": validation.at_plateau,
         "unknown_test_tokens": int(decoder.is_unknown(test.tokens.to(device)).sum()),
         "decoder_parameters": sum(p.numel() for p in decoder.parameters()),
     }

@@ -29,13 +29,12 @@ TEMPLATE = CARDS / "template.md"
 # Where the project lives, unless pyproject.toml names another place or its publisher does.
 PROJECT = "https://github.com/modeling-memory/modeling-memory"
 OWN_MODELS = ("memory_encoder_decoder", "memory_autoencoder", "masked_mixer")
-SECTIONS = ("What it does", "Use", "Results", "Limits", "Training", "Licence")
+SECTIONS = ("What it does", "Use", "Results", "Limits", "Origin")
 # Suites that show no text to the model that writes it, and those that ask for the next token.
 ALONE = ("blank_copy", "retention", "autoencoder", "reconstruction")
 NEXT_TOKEN = ("clm", "causal")
-# Pieces of a text that a memory model is asked for beside whole copies.
-PIECES = {"autoencoder": ", one chunk, by the encoder's own autoencoder", "retention": ", one window"}
-SHOWN_TOKENS = 32
+PIECES = ("autoencoder", "retention")  # of a text: a chunk, a window
+SHOWN_TOKENS = 12
 OWN_RESULTS = ("memory", "this_model", "validation_split")
 CONDITIONS = {
     "memory": "",
@@ -225,24 +224,21 @@ def result_table(record: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
     >>> copy = {"memory": {"token_accuracy": 0.98, "generated_token_accuracy": 0.7, "exact_match": 0.5}}
     >>> result_table({"metrics": {"copy": copy}})["test split"]
-    {'copy, teacher-forced': '98.00 %', 'copy, free-running': '70.00 %', 'whole texts, free-running': '50.00 %'}
+    {'teacher-forced': '98.00 %', 'free-running': '70.00 %', 'texts without an error': '50.00 %'}
     """
     rows: dict[str, dict[str, str]] = {}
     for text, suites in _measured_texts(record):
         copies = bool({"blank_copy", "copy"} & set(suites))
         for suite, condition, values in _conditions(suites):
-            is_piece = copies and suite in PIECES
-            if suite in NEXT_TOKEN or (condition not in OWN_RESULTS and (is_piece or text != "test split")):
-                continue  # controls of other text and of pieces are in the record
-            start = "validation split" if condition == "validation_split" else text
-            label = start + (PIECES[suite] if is_piece else "") + CONDITIONS[condition]
+            is_piece = copies and suite in PIECES  # asked for beside whole copies: in the record
+            if suite in NEXT_TOKEN or is_piece or (condition not in OWN_RESULTS and text != "test split"):
+                continue
+            label = ("validation split" if condition == "validation_split" else text) + CONDITIONS[condition]
             row = rows.setdefault(label, {})
             if suite == "copy":
                 row |= _copy_cells(values)
-                for length, found in values.get("short_sources", {}).items():
-                    row |= {f"whole texts of {length} tokens": _whole(found)}
             elif "token_accuracy" in values:
-                row["from memories alone"] = _share(values, "token_accuracy")
+                row["memories alone" if copies else "tokens right"] = _share(values, "token_accuracy")
                 for length, found in ({} if copies else values.get("short_chunks", {})).items():
                     row[f"only {length} tokens"] = _share(found, "token_accuracy")
     return {label: row for label, row in rows.items() if row}
@@ -293,7 +289,11 @@ def metadata_results(
         "exact_match": "exact match, free-running",
     }
     found = []
-    for suite, condition, values in _conditions(record.get("metrics", {})):
+    suites = record.get("metrics", {})
+    copies = bool({"blank_copy", "copy"} & set(suites))
+    for suite, condition, values in _conditions(suites):
+        if copies and suite in PIECES:
+            continue
         split = "validation" if condition == "validation_split" else "test"
         task_name = "next token" if suite in NEXT_TOKEN else suite.replace("_", " ")
         for metric, title in titles.items():
@@ -330,9 +330,9 @@ def _conditions(suites: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[s
 
 
 def _copy_cells(values: Mapping[str, Any]) -> dict[str, str]:
-    shares = {"copy, teacher-forced": "token_accuracy", "copy, free-running": "generated_token_accuracy"}
+    shares = {"teacher-forced": "token_accuracy", "free-running": "generated_token_accuracy"}
     cells = {title: _share(values, name) for title, name in shares.items() if name in values}
-    return cells | ({"whole texts, free-running": _whole(values)} if "exact_match" in values else {})
+    return cells | ({"texts without an error": _whole(values)} if "exact_match" in values else {})
 
 
 def _whole(values: Mapping[str, Any]) -> str:

@@ -142,6 +142,7 @@ class RowsRecipe:
     `num_memories` are memories per chunk, of which each batch draws one number, so that one model serves many
     budgets; default: always `model.memories_per_chunk`. `num_memories_weights` says how often each is drawn. Slots
     layout only.
+    `begin` puts the decoder's begin token before the slots.
     `recall_prompt` and `recall_length` are the tokens that the objective recall shows and asks for.
     `questions` are files for the objective qa (`.jsonl` or `.parquet` with context, question and answer), or
     `cloze:N` for N questions made of the run's own training text; `validation_questions` those that are asked in
@@ -165,6 +166,7 @@ class RowsRecipe:
     documents: bool = False
     num_memories: list[int] = field(default_factory=list)
     num_memories_weights: list[float] = field(default_factory=list)
+    begin: bool = False
     recall_prompt: int = 8
     recall_length: int = 32
     questions: list[str] = field(default_factory=list)
@@ -218,13 +220,13 @@ class WarmStartRecipe:
 
     `tables_from` copies token table and output head of that stage where shapes agree; `projector` is where a fresh
     projector starts, `last_token` being the least-squares map from a memory to the embedding of the last token that it
-    has read, `readable` the start that keeps every token of a group apart, trained for `projector_steps` without the
-    decoder; `projector_scale` multiplies its last linear weight.
+    has read, `fitted` the start from which a decoder reads memories before any training, its adapters fitted, too, to
+    `fitted_rows` rows of text; `projector_scale` multiplies its last linear weight.
     """
 
     tables_from: str | None = None
-    projector: Literal["default", "identity", "last_token", "readable"] = "default"
-    projector_steps: int = 1000
+    projector: Literal["default", "identity", "last_token", "fitted"] = "default"
+    fitted_rows: int = 512
     projector_scale: float = 1.0
 
 

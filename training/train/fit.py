@@ -6,7 +6,7 @@ the dozen, on tensors that are already in memory.
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,9 @@ class Budget:
         learning_rate (`float`): Peak learning rate of AdamW.
         muon_learning_rate (`float`): Peak learning rate of Muon.
         warmup (`float`): Share of the steps in which the rates rise.
-        decay (`float`): Share of the steps, at the end, in which they fall to zero.
+        decay (`float`): Share of the steps, before the rest, in which they fall to `floor` of the peak.
+        rest (`float`): Share of the steps, at the end, in which they stay there.
+        floor (`float`): What the rates fall to, as a share of the peak.
         max_grad_norm (`float`): Largest norm of a step's gradient.
         bf16 (`bool`): Whether matrix products are computed in bfloat16; weights stay in float32.
         seed (`int`): Of fresh weights and of the order of texts.
@@ -42,6 +44,8 @@ class Budget:
     muon_learning_rate: float = 1.0e-2
     warmup: float = 0.05
     decay: float = 0.7
+    rest: float = 0.0
+    floor: float = 0.0
     max_grad_norm: float = 1.0
     bf16: bool = True
     seed: int = 0
@@ -50,6 +54,65 @@ class Budget:
         for name in ("steps", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
+
+
+PLATEAU_SHARE, PLATEAU_FALL, PLATEAU_NATS = 0.2, 0.005, 0.005
+"""At a plateau the validation loss fell by under 0.5 % over the last 20 % of the steps, or by under 0.005 nats: of a
+loss that tends to zero no share ever stays small."""
+
+
+@dataclass
+class Validation:
+    """The validation loss of a training, by steps, and whether it still falls.
+
+    Attributes:
+        measure (`Callable`): Gives the loss, in nats per token; the module is in `eval()` and without gradients.
+        every (`int`): Steps between two measurements.
+        stop_after (`int`, *optional*): From this step on training ends at the first plateau. Default: it never does.
+        points (`list`): Pairs of a step and the loss after it.
+
+    >>> falling = Validation(lambda: 0.0, every=1, points=[(80, 2.0), (90, 1.9), (100, 1.8)])
+    >>> round(falling.fall, 3), falling.at_plateau
+    (0.1, False)
+    >>> Validation(lambda: 0.0, every=1, points=[(80, 2.0), (100, 1.995)]).at_plateau
+    True
+    """
+
+    measure: Callable[[], float]
+    every: int
+    stop_after: int | None = None
+    points: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def fall(self) -> float | None:
+        """By what share of itself the loss fell over the last 20 % of the steps; `None` before there are as many."""
+        before = self._before()
+        return None if before is None else (before - self.points[-1][1]) / max(before, 1e-9)
+
+    @property
+    def at_plateau(self) -> bool:
+        """Whether it fell by under 0.5 %, or by under 0.005 nats."""
+        before = self._before()
+        return before is not None and before - self.points[-1][1] < max(PLATEAU_FALL * before, PLATEAU_NATS)
+
+    def _before(self) -> float | None:
+        """Return the loss after 80 % of the steps so far, on the line between the measurements around it."""
+        place = (1 - PLATEAU_SHARE) * (self.points[-1][0] if self.points else 0)
+        for (start, first), (end, second) in zip(self.points, self.points[1:], strict=False):
+            if start <= place <= end:
+                return first + (second - first) * (place - start) / (end - start)
+        return None
+
+    @torch.no_grad()
+    def after(self, step: int, module: nn.Module, autocast: Any) -> bool:
+        """Measure if it is time to; returns whether training may end."""
+        if step % self.every:
+            return False
+        module.eval()
+        with autocast:
+            self.points.append((step, self.measure()))
+        module.train()
+        return self.stop_after is not None and step >= self.stop_after and self.at_plateau
 
 
 @dataclass(frozen=True)
@@ -85,6 +148,7 @@ def fit(
     *,
     checkpoint: Path | None = None,
     save_steps: int = 100,
+    validation: Validation | None = None,
     label: str = "",
 ) -> list[float]:
     """Train a module.
@@ -96,6 +160,7 @@ def fit(
         budget (`Budget`): Steps and rates.
         checkpoint (`Path`, *optional*): File that the state is kept in; a second call resumes from it.
         save_steps (`int`): Steps between two savings.
+        validation (`Validation`, *optional*): Measured on the way; may end training before the last step.
         label (`str`): What the progress bar is headed by.
 
     Returns:
@@ -114,6 +179,8 @@ def fit(
         for name, part in parts.items():
             part.load_state_dict(state[name])
         losses = state["losses"]
+        if validation is not None:
+            validation.points = [(step, loss) for step, loss in state["validation"]]
     module.train()
     shown: dict[str, Any] = {"leave": False, "disable": None, "file": sys.stderr, "mininterval": 1}
     bar = tqdm(total=budget.steps, initial=len(losses), desc=label, **shown)
@@ -130,10 +197,15 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         losses.append(value)
         bar.update(1)
+        autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=budget.bf16)
+        if validation is not None and validation.after(len(losses), module, autocast):
+            break
         if checkpoint is not None and len(losses) % save_steps == 0 and len(losses) < budget.steps:
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
             part_file = checkpoint.with_suffix(".part")
-            torch.save({name: part.state_dict() for name, part in parts.items()} | {"losses": losses}, part_file)
+            curve = [] if validation is None else validation.points
+            states = {name: part.state_dict() for name, part in parts.items()}
+            torch.save(states | {"losses": losses, "validation": curve}, part_file)
             part_file.replace(checkpoint)
     bar.close()
     module.eval()
@@ -151,7 +223,11 @@ def _optimizer_and_schedule(module: nn.Module, budget: Budget) -> tuple[torch.op
         "warmup_stable_decay",
         optimizer,
         num_warmup_steps=round(budget.warmup * budget.steps),
-        num_training_steps=budget.steps,
-        scheduler_specific_kwargs={"num_decay_steps": round(budget.decay * budget.steps), "decay_type": "linear"},
+        num_training_steps=budget.steps - round(budget.rest * budget.steps),  # after these the rates stay
+        scheduler_specific_kwargs={
+            "num_decay_steps": round(budget.decay * budget.steps),
+            "decay_type": "linear",
+            "min_lr_ratio": budget.floor,
+        },
     )
     return optimizer, scheduler

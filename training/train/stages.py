@@ -44,7 +44,7 @@ from .checkpoints import check_same, last_complete_checkpoint, replace_folder
 from .inputs import Inputs
 from .stopping import StoppedError
 from .trainer import MemoryTrainer, training_arguments
-from .warm_start import FITTED_CHUNKS, READ_CHUNKS, start_projector
+from .warm_start import FITTED_CHUNKS, start_projector
 from .watching import WatchMemories
 
 WATCHED_TEXTS = 16
@@ -247,20 +247,21 @@ class StageRunner:
         """Let a fresh projector start where the recipe says."""
         where = f"stages.{stage.name}.warm_start"
         sample: list[tuple[Any, ...]] = []
-        if stage.warm_start.projector in ("last_token", "readable"):
+        if stage.warm_start.projector in ("last_token", "fitted"):
             if isinstance(collator, PairCollator):
                 raise ValueError(
                     f"{where}.projector is {stage.warm_start.projector}, but the encoder has a tokenizer of its own, "
                     "whose tokens are none of the decoder's; use default"
                 )
-            chunks = READ_CHUNKS if stage.warm_start.projector == "readable" else FITTED_CHUNKS
-            number = -(-chunks * model.config.chunk_length // stage.data.row_length)
+            number = -(-FITTED_CHUNKS * model.config.chunk_length // stage.data.row_length)
+            if stage.warm_start.projector == "fitted":
+                number = stage.warm_start.fitted_rows
             fitted = self._train_rows(stage, model, number, self._order(stage))
             sample = [fitted[i] for i in range(number)]
         shares = start_projector(model, stage.warm_start, sample, where)
         if shares and self.state.is_main_process:
-            told = ", ".join(f"{share:.1%} of {size}" for size, share in shares.items())
-            print(f"tokens of a memory that a linear map gives back: {told}", flush=True)
+            told = ", ".join(f"{share:.0%} of the variance of {name}" for name, share in shares.items())
+            print(f"the full text's, explained at memories before any training: {told}", flush=True)
 
     def _run_trainer(self, trainer: MemoryTrainer, stage: StageRecipe, folder: Path) -> "StageClock":
         """Train from the last checkpoint on, if there is one."""
@@ -339,6 +340,7 @@ class StageRunner:
             every=rows.every,
             num_memories=rows.num_memories,
             num_memories_weights=rows.num_memories_weights,
+            begin=rows.begin,
             recall_prompt=rows.recall_prompt,
             recall_length=rows.recall_length,
             taught=rows.taught,

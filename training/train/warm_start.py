@@ -4,17 +4,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from modeling_memory import MemoryEncoderDecoderForCausalLM
 from modeling_memory.memory_encoder import encode_chunks
 
 from ..recipes.recipe import WarmStartRecipe
+from .fitted_reading import fit_reading
 
 FITTED_CHUNKS = 8192
-READ_CHUNKS = 131_072
-"""As many as [`make_readable`] reads in its steps: rare tokens must be met."""
 RIDGE = 0.1
 """Of the mean variance of the inputs, divided by samples per input: noise averages out, and so does its remedy."""
 
@@ -41,25 +39,26 @@ def copy_tables(source: PreTrainedModel, target: PreTrainedModel, path: str) -> 
 @torch.no_grad()
 def start_projector(
     model: MemoryEncoderDecoderForCausalLM, warm_start: WarmStartRecipe, rows: Sequence[tuple[Any, ...]], path: str
-) -> dict[int, float]:
+) -> dict[str, float]:
     """Give a fresh projector the recipe's starting point.
 
     Args:
         model (`MemoryEncoderDecoderForCausalLM`): Just joined; its projector is drawn at the scale of the decoder's
             token table.
         warm_start (`WarmStartRecipe`): `projector` is `default` (its own draw), `identity`, `last_token`, see
-            [`fit_projector`], or `readable`, see [`make_readable`]; `projector_scale` multiplies its weights.
-        rows (sequence of `(number, tokens, ...)`): Rows of the training text, for `last_token` and `readable`.
+            [`fit_projector`], or `fitted`, see [`fit_reading`], which starts the adapters, too; `projector_scale`
+            multiplies its weights.
+        rows (sequence of `(number, tokens, ...)`): Rows of the training text, for `last_token` and `fitted`.
         path (`str`): Where the recipe says so, for errors.
 
     Returns:
-        `dict` of `int` to `float`: Of `readable` the shares that [`make_readable`] returns, else nothing.
+        `dict` of `str` to `float`: Of `fitted` the shares that [`fit_reading`] returns, else nothing.
 
     Raises:
         ValueError: If the projector cannot start so.
     """
     out = model.projector.out
-    shares: dict[int, float] = {}
+    shares: dict[str, float] = {}
     if isinstance(out, torch.nn.Identity):  # nothing to start
         return shares
     if warm_start.projector == "identity":
@@ -69,19 +68,15 @@ def start_projector(
                 "values; use default"
             )
         out.weight.copy_(torch.eye(out.in_features))
-    elif warm_start.projector in ("last_token", "readable"):
+    elif warm_start.projector in ("last_token", "fitted"):
         chunk_length = model.config.chunk_length
         whole = [row[1][: len(row[1]) // chunk_length * chunk_length] for row in rows]
-        chunks = torch.cat(whole).view(-1, chunk_length).to(out.weight.device)
         if warm_start.projector == "last_token":
-            fit_projector(model, chunks)
-        elif (model.config.pooling, model.config.projector_type) != ("concat", "linear"):
-            raise ValueError(
-                f"{path}.projector is readable, which needs the pooling concat and a linear projector; they are "
-                f"{model.config.pooling} and {model.config.projector_type}"
-            )
+            fit_projector(model, torch.cat(whole).view(-1, chunk_length).to(out.weight.device))
         else:
-            shares = make_readable(model, chunks, steps=warm_start.projector_steps)
+            length = max(map(len, whole))
+            full = torch.stack([row for row in whole if len(row) == length])
+            shares = fit_reading(model, full.to(out.weight.device))
     out.weight.mul_(warm_start.projector_scale)
     return shares
 
@@ -123,113 +118,3 @@ def fit_projector(model: MemoryEncoderDecoderForCausalLM, chunks: torch.LongTens
     weight = torch.linalg.solve(gram, inputs.T @ wanted)  # (E, D)
     projector.out.weight.mul_(blend).add_(weight.T)
     projector.out.bias.copy_(mean - center @ weight)
-
-
-@torch.enable_grad()
-def make_readable(
-    model: MemoryEncoderDecoderForCausalLM, chunks: torch.LongTensor, *, steps: int = 1000, tokens: int = 2048
-) -> dict[int, float]:
-    """Let a linear projector of `concat` keep every token of a group: a linear autoencoder, without the decoder.
-
-    States that lie over each other in one memory can only be told apart if the map keeps them apart. Drawn at random
-    it does not, and in our trainings the decoder read no more than the best linear map of a memory could. So this map
-    is trained first, with a linear readout for each place, to tell each token from others. The block of the last place
-    stays as it is, so that the decoder still meets a token that it knows.
-
-    Args:
-        model (`MemoryEncoderDecoderForCausalLM`): With the pooling `concat` and a linear projector.
-        chunks (`torch.LongTensor` of shape `(N, L)`): Chunks of text.
-        steps (`int`): Optimizer steps, one group size each, in turn.
-        tokens (`int`): Tokens a step.
-
-    Returns:
-        `dict` of `int` to `float`: For each group size the share of tokens that come back in its last steps.
-
-    Raises:
-        ValueError: If chunks cannot be cut into equal groups.
-    """
-    out, table = model.projector.out, _unit_table(model)
-    places, length = model.pooling.max_group, chunks.shape[1]
-    sizes = [
-        size
-        for size in range(2, places + 1)
-        if not length % size and length // size <= model.pooling.memories_per_chunk
-    ]
-    if not sizes:
-        raise ValueError(
-            f"A chunk of {length} tokens has no groups of 2 to {places} that {model.pooling.memories_per_chunk} "
-            "memories can hold; use another start."
-        )
-    weight = out.weight.detach().float().clone().requires_grad_()  # (D, R*E)
-    last_place = weight.shape[1] // places
-    readouts = {size: _first_readouts(model, weight, chunks, size).requires_grad_() for size in sizes}
-    # Steps of Adam have the size of the rate: both are set by the size of the weights they move.
-    rates = 0.03 * weight.detach()[:, :-last_place].std().item(), 0.05 / len(weight) ** 0.5
-    optimizer = torch.optim.Adam(
-        [{"params": [weight], "lr": rates[0]}, {"params": list(readouts.values()), "lr": rates[1]}], betas=(0.9, 0.98)
-    )
-    # Half of the steps at full rate, then down to nothing: what interferes last wants small steps.
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2 * (1 - step / steps)))
-    random, scale = torch.Generator().manual_seed(0), _scale_of(model, weight, chunks)
-    shares: dict[int, list[float]] = {size: [] for size in sizes}
-    for step in range(steps):
-        size = sizes[step % len(sizes)]
-        some = chunks[torch.randint(len(chunks), (-(-tokens // length),), generator=random).to(chunks.device)]
-        features = _group_features(model, some, size)  # (M, R*E)
-        targets = some.reshape(-1, size)  # (M, r)
-        candidates, places_of = torch.cat([targets.flatten(), _some_ids(table, random)]).unique(return_inverse=True)
-        places_of = places_of[: targets.numel()]
-        with torch.autocast(table.device.type, torch.bfloat16):
-            memories = features @ weight.T / scale
-            read = torch.einsum("md,rde->mre", memories, readouts[size])
-            scores = read.flatten(0, 1) @ table[candidates].T * (10 / len(weight))
-        loss = F.cross_entropy(scores.float(), places_of)
-        optimizer.zero_grad()
-        loss.backward()
-        weight.grad[:, -last_place:] = 0
-        optimizer.step()
-        schedule.step()
-        shares[size] = [*shares[size][-9:], (scores.argmax(1) == places_of).float().mean().item()]
-    with torch.no_grad():
-        out.weight.copy_(weight)
-    return {size: sum(values) / len(values) for size, values in shares.items() if values}
-
-
-@torch.no_grad()
-def _unit_table(model: MemoryEncoderDecoderForCausalLM) -> torch.Tensor:
-    """The decoder's token table, all rows of one length: a product with a readout then tells directions, not norms."""
-    table = model.get_input_embeddings().weight.detach().float()
-    return F.normalize(table, dim=1) * table.shape[1] ** 0.5
-
-
-@torch.no_grad()
-def _scale_of(model: MemoryEncoderDecoderForCausalLM, weight: torch.Tensor, chunks: torch.LongTensor) -> torch.Tensor:
-    """Root mean square of the first memories."""
-    return (_group_features(model, chunks[:FITTED_CHUNKS], 2) @ weight.T).square().mean().sqrt()
-
-
-def _some_ids(table: torch.Tensor, random: torch.Generator) -> torch.LongTensor:
-    """Other tokens to be told apart from: those of the batch alone are mostly frequent ones."""
-    return torch.randint(len(table), (min(1024, len(table)),), generator=random).to(table.device)
-
-
-@torch.no_grad()
-def _group_features(model: MemoryEncoderDecoderForCausalLM, chunks: torch.LongTensor, size: int) -> torch.Tensor:
-    """What the projector's linear map reads of each group of so many tokens, `(M, R*E)`."""
-    number = chunks.shape[1] // size
-    budget = torch.full((len(chunks),), number, device=chunks.device)
-    states = encode_chunks(model.encoder, model.pooling, chunks, num_memories=budget)  # (N, K, R*E)
-    return model.projector.features(states[:, :number]).flatten(0, 1).float()
-
-
-@torch.no_grad()
-def _first_readouts(
-    model: MemoryEncoderDecoderForCausalLM, weight: torch.Tensor, chunks: torch.LongTensor, size: int
-) -> torch.Tensor:
-    """Least squares from memories to the embeddings of each of their tokens, `(r, D, D)`."""
-    some = chunks[: -(-FITTED_CHUNKS // (chunks.shape[1] // size))]
-    memories = _group_features(model, some, size) @ weight.T / _scale_of(model, weight, chunks)  # (M, D)
-    wanted = _unit_table(model)[some.reshape(-1, size)]  # (M, r, D)
-    gram = memories.T @ memories
-    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-    return torch.linalg.solve(gram, torch.einsum("md,mre->rde", memories, wanted))
