@@ -279,7 +279,7 @@ def answers_of(reading: Reading, selector: Selector, asked: list[dict[str, Any]]
             if reading.has_memories
             else (_text_chats(reading, selector, own, batch), reader.model.decoder)
         )
-        with adapters_on(reader.model.decoder, reading.adapters or reading.has_memories):
+        with adapters_on(reader.model.decoder, reading.adapters or reading.has_memories, memories=False):
             output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
         columns = inputs["input_ids"].shape[1]
         found += reader.tokenizer.batch_decode(output[:, columns:], skip_special_tokens=True)

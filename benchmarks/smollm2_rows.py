@@ -141,7 +141,7 @@ class Reader:
     def text(self, rows: Sequence[Sequence[int]], keep: int, adapters: bool) -> torch.Tensor:
         """Return logits of the last columns `(B, keep, V)` of rows of text."""
         rows = [[*self.begin, *row] for row in rows]
-        with adapters_on(self.model.decoder, adapters):
+        with adapters_on(self.model.decoder, adapters, memories=False):
             return self.model.decoder(**self.padded(rows), use_cache=False, logits_to_keep=keep).logits
 
     def slots(self, sources: torch.Tensor, rate: int) -> dict[str, torch.Tensor]:
