@@ -208,12 +208,17 @@ def adapters_on(
             that act there alone.
 
     Raises:
-        ValueError: If the rows are neither a bool nor booleans in one dimension.
+        ValueError: If the rows are neither a bool nor booleans in one dimension, or the columns in two.
     """
     if not isinstance(sees_memories, bool) and (sees_memories.dim() != 1 or sees_memories.dtype != torch.bool):
         raise ValueError(
             f"`sees_memories` is {sees_memories.dtype} of shape {tuple(sees_memories.shape)}; expected one boolean a "
             "row, or True or False for all."
+        )
+    if not isinstance(memories, bool) and (memories.dim() != 2 or memories.dtype != torch.bool):
+        raise ValueError(
+            f"`memories` is {memories.dtype} of shape {tuple(memories.shape)}; expected one boolean a row and column, "
+            "or True or False for all."
         )
     gate: RowGate | None = getattr(decoder, "_adapter_rows", None)
     if gate is None or any(module.merged for module, _ in gate.modules):

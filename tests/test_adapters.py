@@ -368,3 +368,7 @@ def test_wrong_rows_are_refused():
         decoder_logits(model, input_ids, torch.ones(3, dtype=torch.long))
     with pytest.raises(ValueError, match=r"gives \(3, 7, 32\) for 2 texts"):
         decoder_logits(model, input_ids, torch.tensor([True, False]))
+    with pytest.raises(
+        ValueError, match=r"`memories` is torch.bool of shape \(3,\); expected one boolean a row and col"
+    ):
+        adapters_on(model.decoder, True, torch.ones(3, dtype=torch.bool))

@@ -105,6 +105,7 @@ def test_copying_is_the_attention_to_what_comes_next():
         ({"kind": (Qwen3Config, Qwen3ForCausalLM)}, "a decoder of the Llama family"),
         ({"memories_per_chunk": 3}, "chunks that their memories divide"),
         ({"adapters": {"r": 4}}, "adapters with memory_modules k_proj and v_proj"),
+        ({"copy_token_id": None}, "a begin and a COPY token"),
     ],
 )
 def test_models_that_cannot_be_fitted_are_refused(fields, message):

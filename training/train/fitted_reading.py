@@ -7,6 +7,8 @@ maps beside the decoder's own that act where memories stand. The projector keeps
 these keys and values can be told from.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -98,7 +100,7 @@ def _check(model: MemoryEncoderDecoderForCausalLM, tokens: torch.LongTensor) -> 
         "chunks that their memories divide": config.chunk_length % config.memories_per_chunk == 0,
         "adapters with memory_modules k_proj and v_proj": {"k_proj", "v_proj"}
         <= set(adapter.get("memory_modules", ())),
-        "a token that begins texts (`bos_token_id`)": config.bos_token_id is not None,
+        "a begin and a COPY token": None not in (config.bos_token_id, config.copy_token_id),
         f"rows of whole chunks of {config.chunk_length} tokens": tokens.shape[1] % config.chunk_length == 0,
     }
     missing = [need for need, met in needs.items() if not met]
@@ -116,24 +118,36 @@ def _read_full_text(model: MemoryEncoderDecoderForCausalLM, rows: torch.LongTens
     full = FullText(*(torch.empty(shape, dtype=model.dtype, device=rows.device) for _ in range(2)))
     part = slice(0, 0)
 
-    def keep(into: torch.Tensor, module: Any, inputs: Any, output: torch.Tensor) -> None:
-        into[part] = output[:, 1:].unflatten(2, (-1, size))
+    def keep(number: int, name: str, states: torch.Tensor) -> None:
+        (full.keys if name == "k_proj" else full.values)[number, part] = states[:, 1:]
 
+    with adapters_off(model), _heard(model, ("k_proj", "v_proj"), keep):
+        for first in range(0, len(rows), ROWS):
+            part = slice(first, first + ROWS)
+            some = model.decoder.model(input_ids=rows[part], use_cache=False, output_hidden_states=not first)
+            if not first:
+                norms = some.hidden_states[len(layers) // 2].float().norm(dim=-1)
+    return full, norms.median().item()  # not the mean: the first token's state may be a thousand times as long
+
+
+@contextmanager
+def _heard(
+    model: MemoryEncoderDecoderForCausalLM, names: tuple[str, ...], keep: Callable[[int, str, torch.Tensor], None]
+) -> Iterator[None]:
+    """Hand what maps of the attention give, by heads `(N, S, heads, head_dim)`, to a function of layer and name."""
     hooks = []
-    for number, layer in enumerate(layers):
-        for name, into in (("k_proj", full.keys), ("v_proj", full.values)):
-            hooks.append(getattr(layer.self_attn, name).register_forward_hook(partial(keep, into[number])))
+
+    def hear(number: int, name: str, module: Any, inputs: Any, output: torch.Tensor) -> None:
+        keep(number, name, output.unflatten(2, (-1, model.decoder.config.head_dim)))
+
+    for number, layer in enumerate(model.decoder.model.layers):
+        for name in names:
+            hooks.append(getattr(layer.self_attn, name).register_forward_hook(partial(hear, number, name)))
     try:
-        with adapters_off(model):
-            for first in range(0, len(rows), ROWS):
-                part = slice(first, first + ROWS)
-                some = model.decoder.model(input_ids=rows[part], use_cache=False, output_hidden_states=not first)
-                if not first:
-                    norms = torch.stack(some.hidden_states)[len(layers) // 2].float().norm(dim=-1)
+        yield
     finally:
         for hook in hooks:
             hook.remove()
-    return full, norms.median().item()  # of the median: the first token's state may be a thousand times as long
 
 
 def _rotated(model: MemoryEncoderDecoderForCausalLM, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -156,20 +170,12 @@ def copying(model: MemoryEncoderDecoderForCausalLM, tokens: torch.LongTensor) ->
     ]
     rows = torch.cat([frame[0], tokens, frame[1], tokens[:, :-1]], 1)
     found: dict[tuple[int, str], torch.Tensor] = {}
-    hooks = []
-    for number, layer in enumerate(model.decoder.model.layers):
-        for name in ("q_proj", "k_proj"):
 
-            def keep(module: Any, inputs: Any, output: torch.Tensor, key: tuple[int, str] = (number, name)) -> None:
-                found[key] = output.unflatten(2, (-1, config.head_dim))
+    def keep(number: int, name: str, states: torch.Tensor) -> None:
+        found[number, name] = states
 
-            hooks.append(getattr(layer.self_attn, name).register_forward_hook(keep))
-    try:
-        with adapters_off(model):
-            model.decoder.model(input_ids=rows, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with adapters_off(model), _heard(model, ("q_proj", "k_proj"), keep):
+        model.decoder.model(input_ids=rows, use_cache=False)
     positions = torch.arange(rows.shape[1], device=rows.device)
     after = torch.full((len(positions),) * 2, float("-inf"), device=rows.device).triu(1)
     columns = torch.arange(length, device=rows.device)
