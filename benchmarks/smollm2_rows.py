@@ -146,8 +146,8 @@ class Reader:
 
     def slots(self, sources: torch.Tensor, rate: int) -> dict[str, torch.Tensor]:
         """Return sources `(B, S)` as chunks with their budget, and what takes their place: begin and S/r slots."""
-        chunks = sources.view(len(sources), -1, self.chunk)
-        per_chunk = self.chunk // rate
+        length = min(self.chunk, sources.shape[1])
+        chunks, per_chunk = sources.unflatten(1, (-1, length)), length // rate
         slots = torch.full((len(sources), chunks.shape[1] * per_chunk), self.model.config.memory_token_id)
         return {
             "context_input_ids": chunks,

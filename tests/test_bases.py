@@ -109,7 +109,7 @@ def check_card_of_base(hub, place):
     card = ModelCard.load(hub / "README.md")
     assert card.data.base_model == ["me/base"] and card.data.license == "mit"
     assert f"- decoder: me/base at `{COMMIT}`" in card.text
-    assert "the library's own, to fetch the bases" in card.text
+    assert "`from_pretrained` fetches the rest, and refuses other weights than these:" in card.text
     for path in hub.rglob("*.*"):
         assert place.encode() not in path.read_bytes(), path
 
