@@ -115,7 +115,7 @@ def _starter_rows(found: Record) -> list[list[str]]:
         return [["next tokens", "", "reported", f"{loss:.3f} nats", ""]]
     length, load = found["source_length"], f"{found['width'] / found['chunk_length']:g}"
     goal, vectors = ("98%" if length >= 512 else "reported"), length // found["chunk_length"]
-    free = _worst_free(found)
+    free = worst_free(found)
     rows = [
         [f"blank copy of {length} tokens, {vectors} vectors", load, goal, lowest(found, "blank_copy"), "one pass"],
         [f"copy of {length} tokens, {vectors} vectors", load, goal, lowest(found, "copy"), free],
@@ -138,7 +138,7 @@ def lowest(found: Record, suite: str) -> str:
     return f"{accuracy:.2%} ({split})"
 
 
-def _worst_free(found: Record) -> str:
+def worst_free(found: Record) -> str:
     """The worst free-running figure over the splits, else that of the run which made the model, on books."""
     parts = {name: suites["copy"]["memory"] for name, suites in found["splits"].items()}
     measured = {name: memory for name, memory in parts.items() if "exact_match" in memory}
@@ -157,52 +157,6 @@ def free_running(memory: Record) -> str:
 
 def _goal(shown: str, met: bool) -> str:
     return shown if met else f"{shown} (missed)"
-
-
-def reproduced(quick: Record, shipped: Record, rolling: Record) -> Table:
-    """What the paper reports beside what stands here today, load and vocabulary with each figure, and one word."""
-    found = pick(shipped, "metrics.starters")
-    auto, memory = found["starter-autoencoder-64"], found["starter-tiny"]
-    causal = pick(quick, "metrics.clm")
-    share = pick(rolling, "metrics")["generation/quickstart/16384"]["cache_share"]["memories"]
-    loads = {
-        "auto": f"{auto['width'] / auto['chunk_length']:g}",
-        "memory": f"{memory['width'] / memory['chunk_length']:g}",
-    }
-    difference = causal["memory"]["loss"] - causal["no_memory_model"]["loss"]
-    rows = [
-        ["the paper", "its load", "here", "our load", "word"],
-        [
-            "autoencoders give back over 95% of 256 tokens (6)",
-            "2 numbers a token, vocabulary 8,000, web text",
-            f"64 tokens: {lowest(auto, 'retention')}",
-            f"{loads['auto']} numbers a token, vocabulary 2,048, books and news",
-            "reproduced in part",
-        ],
-        [
-            "copying 512 tokens through a frozen encoder after blank copy; 94.7%, all objectives at once (13 to 16)",
-            "2 numbers a token, vocabulary 8,000, web text",
-            f"{memory['source_length']} tokens, teacher-forced: {lowest(memory, 'copy')}; free-running "
-            f"{_worst_free(memory)} texts",
-            f"{loads['memory']} numbers a token, vocabulary 2,048, books and news",
-            "reproduced in part",
-        ],
-        [
-            "a model that copies also predicts better with memories than without (11, 16)",
-            "windows of 256 tokens",
-            f"{difference:+.3f} nats against the same decoder trained without memory",
-            "windows of 16 tokens",
-            "not converged here",
-        ],
-        [
-            "the cache holds memories and one window in the place of all tokens (23)",
-            "counted",
-            f"after 16,384 tokens 1/{1 / share:.1f} of the bytes",
-            "16 tokens a memory",
-            "reproduced",
-        ],
-    ]
-    return Table(rows, "One seed each; numbers in brackets are those of the statements below.")
 
 
 def probe(record: Record) -> Table:

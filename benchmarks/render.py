@@ -25,7 +25,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import training.records.figures
-from benchmarks import cost_tables, drawings, quality_tables, smollm2_tables, store_tables
+from benchmarks import cost_tables, drawings, quality_tables, smollm2_tables, store_tables, study_page
 from benchmarks.drawings import DRAWINGS
 from benchmarks.table import Record, Table, print_table, source
 from training.places import REPOSITORY
@@ -74,7 +74,8 @@ TABLES: dict[str, Entry] = {
         quality_tables.quickstart_sample,
     ),
     **_entries("starters", "python -m benchmarks.starters", quality_tables.starters, quality_tables.works),
-    "reproduced": Entry(("quickstart", "starters", "rolling"), quality_tables.reproduced, _QUICKSTART),
+    "reproduced": Entry(("study", "starters", "rolling"), study_page.reproduced, "python -m benchmarks.study"),
+    **_entries("study", "python -m benchmarks.study", study_page.study_arms),
     **_entries("probe", "python -m training.probe", quality_tables.probe),
     **_entries("fidelity", "python -m training.evaluate runs/quickstart/hub", quality_tables.fidelity),
     **_entries(

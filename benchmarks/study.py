@@ -21,7 +21,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ from training.measure.inversion import DecoderSize, invert
 from training.measure.suites import Evaluation, Scores, free_running_copy, score, score_suite, spread_rows
 from training.places import REPOSITORY
 from training.recipes.recipe import load_recipe
-from training.records.record import describe_code, read_json, write_json
+from training.records.record import data_digest, describe_code, read_json, write_json
 from training.train.build import autoencoder_config, child_config
 from training.train.fit import Budget, Order, Validation, fit
 from training.train.inputs import prepare_inputs
@@ -61,6 +61,7 @@ MEMORIES = ROW // CHUNK - 1  # before the last window
 STEP_TOKENS, TEST_TOKENS, TEMPERATURE = 1024, 8192, 0.02
 SEEDS, SCALES = (0, 1, 2), (0.4, 1.0, 2.5)
 RATES = {"ae": (1.0e-2, 1.0e-2), "lm": (4.0e-3, 1.0e-2)}  # of AdamW and Muon, the quickstart's
+SCHEDULE = {"warmup": 0.02, "decay": 0.25, "rest": 0.4, "floor": 0.1}
 NEWS = "training/corpora/wikinews/test.parquet"
 
 
@@ -109,76 +110,76 @@ def plan() -> dict[str, Arm]:
         swept = rest.pop("swept", "ae.m" if kind == "probe" else f"{task}.{name[-1]}")  # probes have one decoder
         arms[name] = Arm(name, kind, steps, tier, parents, rest, swept, scale)
 
-    for k in "mt":  # mixers are the cheaper ones: before transformers within a tier
+    for k in "mt":  # mixers first: a step costs half of a transformer's
         for scale in SCALES:
-            add(f"ae@{scale}.{k}", "ae", 240, 2 * (k == "t"), scale, swept=None)
-            add(f"lm@{scale}.{k}", "lm", 240, 2 * (k == "t"), scale, swept=None)
+            add(f"ae@{scale}.{k}", "ae", 240, 4 * (k == "t"), scale, swept=None)
+            add(f"lm@{scale}.{k}", "lm", 240, 4 * (k == "t"), scale, swept=None)
     for number, k in enumerate("mt"):
         _vectors(add, k, 1 + 3 * number)
         _copies(add, k, 2 + 3 * number)
         _others(add, k, 5 + number)
-    add("repeat.mt", "ae", 800, 5, expansion="repeat")
-    add("repeat.tm", "ae", 800, 5, expansion="repeat")
-    add("random.m", "ae", 800, 3, random=True)
-    add("narrow.m", "ae", 1600, 3, bottleneck=16)  # two numbers a token
-    add("noisy.m", "ae", 1600, 3, bottleneck=16, noise=0.0625)
+    add("repeat.mt", "ae", 1600, 5, expansion="repeat")
+    add("repeat.tm", "ae", 1600, 5, expansion="repeat")
+    add("random.m", "ae", 1600, 3, random=True)
+    add("narrow.m", "ae", 3200, 3, bottleneck=16)  # two numbers a token
+    add("noisy.m", "ae", 3200, 3, bottleneck=16, noise=0.0625)
     for name, encoder in (("blank.mt", "ae.m"), ("blank.tm", "ae.t")):
-        add(name, "memory", 1000, 6, objectives={"blank_copy": 1.0}, encoder=encoder)
+        add(name, "memory", 2400, 6, objectives={"blank_copy": 1.0}, encoder=encoder)
     causal = {"objectives": {"causal": 1.0}}
-    add("frozen.mt", "memory", 800, 6, **causal, encoder="ae.m")
-    add("free.t", "memory", 800, 6, **causal, positions="contiguous")
-    add("ones.t", "memory", 800, 6, **causal, absent="ones")
-    add("borderless.t", "memory", 800, 7, **causal, border=False)
-    add("open32.m", "ae", 2400, 7, length=32, causal=False)
-    add("open-decoder32.m", "ae", 2400, 7, length=32, causal_decoder=False)
-    add("marker.t", "memory", 1000, 7, objectives={"copy": 1.0}, places=False)
-    add("markerless.t", "memory", 1000, 7, objectives={"copy": 1.0}, places=False, marker="none")
-    add("blank-lifted.t", "memory", 1000, 7, objectives={"blank_copy": 1.0}, encoder="ae.t", lifted=True)
+    add("frozen.mt", "memory", 3200, 6, **causal, encoder="ae.m")
+    add("free.t", "memory", 3200, 6, **causal, positions="contiguous")
+    add("ones.t", "memory", 3200, 6, **causal, absent="ones")
+    add("borderless.t", "memory", 3200, 7, **causal, border=False)
+    add("open32.m", "ae", 6400, 7, length=32, causal=False)
+    add("open-decoder32.m", "ae", 6400, 7, length=32, causal_decoder=False)
+    add("marker.t", "memory", 2400, 7, objectives={"copy": 1.0}, places=False)
+    add("markerless.t", "memory", 2400, 7, objectives={"copy": 1.0}, places=False, marker="none")
+    add("blank-lifted.t", "memory", 2400, 7, objectives={"blank_copy": 1.0}, encoder="ae.t", lifted=True)
     for weight in (0.2, 1.0):
-        add(f"combined-{weight}.t", "memory", 1000, 7, objectives={"causal": 1.0, "copy": weight})
+        add(f"combined-{weight}.t", "memory", 2400, 7, objectives={"causal": 1.0, "copy": weight})
     return arms
 
 
 def _vectors(add: Callable[..., None], k: str, tier: int) -> None:
     """What vectors hold, by training of their encoder; what memory is worth to a decoder."""
-    add(f"ae.{k}", "ae", 800, tier)
-    add(f"lm.{k}", "lm", 800, tier)  # all of the row in sight
+    add(f"ae.{k}", "ae", 1600, tier)
+    add(f"lm.{k}", "lm", 3200, tier)  # all of the row in sight
     for name, source in (("untrained", None), ("causal", "lm"), ("autoencoder", "ae")):
-        add(f"probe-{name}.{k}", "probe", 600, tier, **({"encoder": f"{source}.{k}"} if source else {}))
-    add(f"repeat.{k}", "ae", 800, tier, expansion="repeat")
-    add(f"none.{k}", "lm", 800, tier, window=CHUNK)
-    add(f"predict.{k}", "memory", 800, tier, objectives={"causal": 1.0})
-    add(f"probe-memory.{k}", "probe", 600, tier, encoder=f"predict.{k}")
-    add(f"recurrent.{k}", "recurrent", 800, tier)
+        add(f"probe-{name}.{k}", "probe", 1800, tier, **({"encoder": f"{source}.{k}"} if source else {}))
+    add(f"repeat.{k}", "ae", 1600, tier, expansion="repeat")
+    add(f"none.{k}", "lm", 3200, tier, window=CHUNK)
+    add(f"predict.{k}", "memory", 3200, tier, objectives={"causal": 1.0})
+    add(f"probe-memory.{k}", "probe", 1800, tier, encoder=f"predict.{k}")
+    add(f"recurrent.{k}", "recurrent", 3200, tier)
 
 
 def _copies(add: Callable[..., None], k: str, tier: int) -> None:
     """Copying through trainable and frozen encoders."""
     copy, blank = {"objectives": {"copy": 1.0}}, {"objectives": {"blank_copy": 1.0}}
-    add(f"copy.{k}", "memory", 1000, tier, **copy)
-    add(f"direct.{k}", "memory", 1000, tier, **copy, encoder=f"ae.{k}")
-    add(f"blank.{k}", "memory", 1000, tier, **blank, encoder=f"ae.{k}")
-    add(f"curriculum.{k}", "memory", 600, tier, **copy, start=f"blank.{k}")
-    add(f"combined.{k}", "memory", 1000, tier, objectives={"causal": 1.0, "copy": 0.5})
-    add(f"blank-causal.{k}", "memory", 1000, tier, **blank, encoder=f"lm.{k}")
-    add(f"curriculum-causal.{k}", "memory", 600, tier, **copy, start=f"blank-causal.{k}")
-    add(f"blank-memory.{k}", "memory", 1000, tier, **blank, encoder=f"predict.{k}")
+    add(f"copy.{k}", "memory", 2400, tier, **copy)
+    add(f"direct.{k}", "memory", 2400, tier, **copy, encoder=f"ae.{k}")
+    add(f"blank.{k}", "memory", 2400, tier, **blank, encoder=f"ae.{k}")
+    add(f"curriculum.{k}", "memory", 1600, tier, **copy, start=f"blank.{k}")
+    add(f"combined.{k}", "memory", 2400, tier, objectives={"causal": 1.0, "copy": 0.5})
+    add(f"blank-causal.{k}", "memory", 2400, tier, **blank, encoder=f"lm.{k}")
+    add(f"curriculum-causal.{k}", "memory", 1600, tier, **copy, start=f"blank-causal.{k}")
+    add(f"blank-memory.{k}", "memory", 2400, tier, **blank, encoder=f"predict.{k}")
 
 
 def _others(add: Callable[..., None], k: str, tier: int) -> None:
     """Other encoders, longer texts."""
-    add(f"oracle.{k}", "oracle", 800, tier)
-    add(f"probe-oracle.{k}", "probe", 600, tier, encoder=f"oracle.{k}")
-    add(f"retrieval.{k}", "retrieval", 400, tier, 0.3, start=f"lm.{k}")
-    add(f"probe-retrieval.{k}", "probe", 600, tier, encoder=f"retrieval.{k}")
+    add(f"oracle.{k}", "oracle", 3200, tier)
+    add(f"probe-oracle.{k}", "probe", 1800, tier, encoder=f"oracle.{k}")
+    add(f"retrieval.{k}", "retrieval", 800, tier, 0.3, start=f"lm.{k}")
+    add(f"probe-retrieval.{k}", "probe", 1800, tier, encoder=f"retrieval.{k}")
     add(f"early.{k}", "lm", 100, tier)
-    add(f"probe-early.{k}", "probe", 600, tier, encoder=f"early.{k}")
-    add(f"ae16.{k}", "ae", 1600, tier, length=16)
-    add(f"ae32.{k}", "ae", 2400, tier, length=32)
+    add(f"probe-early.{k}", "probe", 1800, tier, encoder=f"early.{k}")
+    add(f"ae16.{k}", "ae", 3200, tier, length=16)
+    add(f"ae32.{k}", "ae", 6400, tier, length=32)
     for name, source in (("untrained", None), ("causal", "lm"), ("autoencoder", "ae32")):
-        add(f"probe32-{name}.{k}", "probe", 600, tier, length=32, **({"encoder": f"{source}.{k}"} if source else {}))
+        add(f"probe32-{name}.{k}", "probe", 1800, tier, length=32, **({"encoder": f"{source}.{k}"} if source else {}))
     together = {"causal": 1.0, "copy": 0.5}
-    add(f"combined-frozen.{k}", "memory", 1000, tier, objectives=together, start=f"curriculum.{k}")
+    add(f"combined-frozen.{k}", "memory", 2400, tier, objectives=together, start=f"curriculum.{k}")
 
 
 class Lab:
@@ -214,29 +215,29 @@ class Lab:
         """Where the result (`json`) or the weights (`pt`) of an arm are kept."""
         return self.folder / "arms" / f"{name}-{self.seed}.{ending}"
 
+    def identity(self, name: str) -> str:
+        """Differs whenever an arm or one that it rests upon is planned otherwise."""
+        arm = self.arms[name]
+        return data_digest({"arm": asdict(arm), "parents": [self.identity(parent) for parent in arm.parents.values()]})
+
     def result(self, name: str) -> dict[str, Any] | None:
-        """Return what was measured of an arm, if it is done."""
-        return read_json(self.place(name))
+        """Return what was measured of an arm, if it is done as it is planned now."""
+        found = read_json(self.place(name))
+        return found if found is not None and found["identity"] == self.identity(name) else None
 
     def ready(self, arm: Arm) -> bool:
         """Whether everything that an arm needs is done."""
-        sweeps = [] if arm.swept is None else [self.sweep(arm.swept, scale) for scale in SCALES]
-        first = Lab(self.folder, SEEDS[0], self.arms)
-        return all(self.place(parent, "pt").is_file() for parent in arm.parents.values()) and all(
-            first.result(name) is not None for name in sweeps
-        )
+        swept = [] if arm.swept is None else [self.sweep(arm.swept, scale) for scale in SCALES]
+        return None not in [*swept, *(self.result(parent) for parent in arm.parents.values())]
 
-    @staticmethod
-    def sweep(swept: str, scale: float) -> str:
-        """Name of a sweep's arm."""
-        task, _, letter = swept.partition(".")
-        return f"{task}@{scale}.{letter}"
+    def sweep(self, swept: str, scale: float) -> dict[str, Any] | None:
+        """What a sweep's arm of that scale found, if it is done; it is of the first seed."""
+        return Lab(self.folder, SEEDS[0], self.arms).result(f"@{scale}.".join(swept.split(".")))
 
     def best_scale(self, swept: str) -> float:
         """The scale of the sweep's lowest validation loss."""
-        first = Lab(self.folder, SEEDS[0], self.arms)
-        losses = {scale: first.result(self.sweep(swept, scale)) for scale in SCALES}
-        return min(SCALES, key=lambda scale: (losses[scale] or {"validation_loss": math.inf})["validation_loss"])
+        found = {scale: self.sweep(swept, scale) for scale in SCALES}
+        return min(SCALES, key=lambda scale: (found[scale] or {"validation_loss": math.inf})["validation_loss"])
 
     def body(self, letter: str, positions: int, layers: int = 2, causal: bool = True) -> dict[str, Any]:
         """Fields of a body's configuration."""
@@ -268,10 +269,11 @@ class Lab:
     def _build_ae(
         self, arm: Arm, length: int = CHUNK, causal: bool = True, causal_decoder: bool | None = None, **options: Any
     ) -> nn.Module:
+        expansion = options.get("expansion", "unroll")
         fields = {
             "chunk_length": length,
-            "expansion": options.get("expansion", "unroll"),
-            "unroll_stride": WIDTH // length,  # positions share the vector evenly
+            "expansion": expansion,
+            "unroll_stride": WIDTH // length if expansion == "unroll" else 1,  # positions share the vector evenly
             "bottleneck_size": options.get("bottleneck"),
             "bottleneck_noise": options.get("noise", 0.0),
             "encoder": self.body(arm.encoder, length, causal=causal),
@@ -293,13 +295,7 @@ class Lab:
         return OracleMemory(self.fresh_encoder(arm.encoder), decoder, "token")
 
     def _build_memory(
-        self,
-        arm: Arm,
-        positions: str = "fixed",
-        absent: str = "mask",
-        places: bool = True,
-        lifted: bool = False,
-        **options: Any,
+        self, arm: Arm, positions: str = "fixed", absent: str = "mask", places: bool = True, **options: Any
     ) -> nn.Module:
         if "start" in arm.parents:
             return self.load(arm.parents["start"])
@@ -307,29 +303,19 @@ class Lab:
         encoder = self.fresh_encoder(arm.encoder) if parent is None else self.load(parent)
         if isinstance(encoder, MemoryEncoderDecoderForCausalLM):
             encoder = encoder.encoder
-        if lifted:  # the original's fault: fresh layers and a fresh norm above a trained encoder
+        if options.get("lifted"):  # the original's fault: fresh layers and a fresh norm above a trained encoder
             deep = self.fresh_encoder(arm.encoder, layers=4)
             lower = {name: tensor for name, tensor in encoder.encoder.state_dict().items() if name != "norm.weight"}
             deep.load_state_dict(lower, strict=False)
             encoder = deep
         set_seed(self.seed)  # decoders start equal, whatever the encoder is
-        ids = self.inputs.special_tokens
-        return MemoryEncoderDecoderForCausalLM.from_encoder_decoder_pretrained(
-            encoder,
-            self.language_model(arm.decoder),
-            chunk_length=CHUNK,
-            window_length=CHUNK,
-            memory_token_id=ids.memory,
-            copy_token_id=ids.copy,
-            blank_token_id=ids.blank,
-            memory_positions=positions,
-            absent_memories=absent,
-            max_memories=MEMORIES,
-            projector_type="linear",
-            projector_norm=True,
-            window_positions=places,
-            freeze_encoder=parent is not None,
-        )
+        ids = {f"{name}_token_id": getattr(self.inputs.special_tokens, name) for name in ("memory", "copy", "blank")}
+        sizes = {"chunk_length": CHUNK, "window_length": CHUNK, "max_memories": MEMORIES}
+        layout = {"memory_positions": positions, "absent_memories": absent, "window_positions": places}
+        projector = {"projector_type": "linear", "projector_norm": True, "freeze_encoder": parent is not None}
+        fields = {**ids, **sizes, **layout, **projector}
+        decoder = self.language_model(arm.decoder)
+        return MemoryEncoderDecoderForCausalLM.from_encoder_decoder_pretrained(encoder, decoder, **fields)
 
     def rows(self, split: str, length: int, limit: int | None = None) -> torch.Tensor:
         """Cut a split into rows `(N, length)`, at most `limit` of them, evenly spread."""
@@ -348,22 +334,11 @@ class Lab:
         started = time.process_time()
         scale = arm.scale * (1.0 if arm.swept is None else self.best_scale(arm.swept))
         adam, muon = RATES["ae" if arm.kind in ("ae", "probe") else "lm"]
-        budget = Budget(
-            steps=arm.steps,
-            batch_tokens=STEP_TOKENS,
-            learning_rate=adam * scale,
-            muon_learning_rate=muon * scale,
-            warmup=0.02,
-            decay=0.25,
-            rest=0.4,
-            floor=0.1,
-            seed=self.seed,
-        )
-        checkpoint = self.place(arm.name, "checkpoint")
-        if arm.kind == "probe":
-            curve, metrics = self._probe(arm, budget, checkpoint)
-        else:
-            curve, metrics = self._train(arm, budget, checkpoint)
+        rates = {"learning_rate": adam * scale, "muon_learning_rate": muon * scale}
+        budget = Budget(arm.steps, STEP_TOKENS, seed=self.seed, **rates, **SCHEDULE)
+        checkpoint = self.place(arm.name, f"{self.identity(arm.name)[:8]}.checkpoint")
+        train = self._probe if arm.kind == "probe" else self._train
+        curve, metrics = train(arm, budget, checkpoint)
         result = {
             "scale": scale,
             "steps": curve.points[-1][0],
@@ -374,6 +349,7 @@ class Lab:
             "metrics": {name: round(float(value), 5) for name, value in metrics.items()},
             "seconds": round(time.process_time() - started, 1),
             "commit": describe_code()["commit"],
+            "identity": self.identity(arm.name),
         }
         write_json(self.place(arm.name), result)
         checkpoint.unlink(missing_ok=True)
@@ -390,17 +366,10 @@ class Lab:
             train, held = (self.random_tokens(rows.shape, number) for number, rows in enumerate((train, held)))
         columns = ROW if arm.kind == "memory" else length  # copies are read after their source
         order = Order(len(train), STEP_TOKENS // columns, self.seed)
-        validation = Validation(
-            lambda: loss_of(arm, model, held).item(), max(1, budget.steps // 20), stop_after=budget.steps * 3 // 4
-        )
-        fit(
-            model,
-            lambda step: loss_of(arm, model, train[order.rows(step)]),
-            budget,
-            checkpoint=checkpoint,
-            validation=validation,
-            label=f"{arm.name}, seed {self.seed}",
-        )
+        end, label = budget.steps * 3 // 4, f"{arm.name}, seed {self.seed}"
+        validation = Validation(lambda: loss_of(arm, model, held).item(), max(1, budget.steps // 20), end)
+        watched: dict[str, Any] = {"checkpoint": checkpoint, "validation": validation, "label": label}
+        fit(model, lambda step: loss_of(arm, model, train[order.rows(step)]), budget, **watched)
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), self.place(arm.name, "part"))
         os.replace(self.place(arm.name, "part"), self.place(arm.name, "pt"))
@@ -447,12 +416,8 @@ class Lab:
         """Find the text that eight tokens in a row stand in, among the texts of the batch."""
         starts = torch.arange(len(rows)) * 7 % (rows.shape[1] - CHUNK + 1)
         queries = rows.gather(1, starts[:, None] + torch.arange(CHUNK))
-        vectors = [
-            nn.functional.normalize(
-                model.base_model(input_ids=texts, use_cache=False).last_hidden_state[:, -1].float()
-            )
-            for texts in (queries, rows)
-        ]
+        read = (model.base_model(input_ids=texts, use_cache=False) for texts in (queries, rows))
+        vectors = [nn.functional.normalize(states.last_hidden_state[:, -1].float()) for states in read]
         return nn.functional.cross_entropy(vectors[0] @ vectors[1].T / TEMPERATURE, torch.arange(len(rows)))
 
     def _measure_ae(self, arm: Arm, model: Any) -> dict[str, float]:
@@ -473,15 +438,9 @@ class Lab:
         return summary(score(model, self._causal(arm, rows), len(rows)))
 
     def _measure_memory(self, arm: Arm, model: Any) -> dict[str, float]:
-        evaluation = Evaluation(
-            model,
-            self.inputs.special_tokens,
-            chunk_length=CHUNK,
-            window_length=CHUNK,
-            batch_size=64,
-            num_generated_rows=64,
-            marker=arm.options.get("marker", "token"),
-        )
+        sizes: dict[str, Any] = {"chunk_length": CHUNK, "window_length": CHUNK, "batch_size": 64}
+        marker = arm.options.get("marker", "token")
+        evaluation = Evaluation(model, self.inputs.special_tokens, num_generated_rows=64, marker=marker, **sizes)
         rows, sources = self.rows("test", ROW, TEST_TOKENS // ROW), self.rows("test", SOURCE, TEST_TOKENS // SOURCE)
         objectives = arm.options["objectives"]
         causal = score_suite(evaluation, "clm", rows)["memory"]
@@ -492,8 +451,7 @@ class Lab:
             if suite == "copy" or suite in objectives:
                 for name, scores in score_suite(evaluation, suite, sources).items():
                     found |= summary(scores, f"{suite}_{'' if name == 'memory' else name + '_'}")
-        shape = sources[:128].shape
-        random = score_suite(evaluation, "copy", self.random_tokens(shape, 2))["memory"]
+        random = score_suite(evaluation, "copy", self.random_tokens(sources[:128].shape, 2))["memory"]
         found |= summary(random, "random_")
         if "copy" in objectives:
             written = free_running_copy(evaluation, sources)
@@ -526,16 +484,9 @@ class Lab:
             texts[split] = TextRows(tokens, self.inputs.byte_lengths[tokens].sum(1))
         # Rows of the stream stand in the order of the books: those held back come from all of them.
         mixed = torch.randperm(len(texts["train"]), generator=torch.Generator().manual_seed(self.seed))
-        found = invert(
-            encoder,
-            texts["train"].select(mixed),
-            texts["test"],
-            DecoderSize(hidden_size=WIDTH),
-            budget,
-            checkpoint=checkpoint,
-            stop_after=budget.steps * 3 // 4,
-            label=f"{arm.name}, seed {self.seed}",
-        )
+        train, test, size = texts["train"].select(mixed), texts["test"], DecoderSize(hidden_size=WIDTH)
+        watched: dict[str, Any] = {"checkpoint": checkpoint, "label": f"{arm.name}, seed {self.seed}"}
+        found = invert(encoder, train, test, size, budget, stop_after=budget.steps * 3 // 4, **watched)
         curve = Validation(lambda: math.nan, 1, points=found["validation"])
         names = {"accuracy": "token_accuracy", "loss": "loss", "information": "information_ratio_paper"}
         return curve, {name: found[key] for name, key in names.items()}
@@ -543,10 +494,8 @@ class Lab:
 
 def summary(scores: Scores, prefix: str = "") -> dict[str, float]:
     """Loss and accuracy of scored tokens."""
-    return {
-        f"{prefix}loss": scores.losses.double().mean().item(),
-        f"{prefix}accuracy": scores.correct.double().mean().item(),
-    }
+    loss, right = (values.double().mean().item() for values in (scores.losses, scores.correct))
+    return {f"{prefix}loss": loss, f"{prefix}accuracy": right}
 
 
 def in_order(arms: dict[str, Arm]) -> Iterator[tuple[Arm, int]]:
@@ -558,16 +507,14 @@ def in_order(arms: dict[str, Arm]) -> Iterator[tuple[Arm, int]]:
                     yield arm, seed
 
 
-def run_arms(
-    folder: Path, arms: dict[str, Arm], hours: float, clock: Callable[[], float] = time.monotonic
-) -> tuple[int, int]:
+def run_arms(folder: Path, arms: dict[str, Arm], hours: float) -> tuple[int, int]:
     """Run what is not done yet until the time is up; returns how many runs are done, and of how many."""
-    end, done, number = clock() + 3600 * hours, 0, 0
+    end, done, number = time.monotonic() + 3600 * hours, 0, 0
     labs = {seed: Lab(folder, seed, arms) for seed in SEEDS}
     for arm, seed in in_order(arms):
         lab, number = labs[seed], number + 1
         if lab.result(arm.name) is None:
-            if clock() >= end or not lab.ready(arm):
+            if time.monotonic() >= end or not lab.ready(arm):
                 continue
             found = lab.run(arm)
             shown = ", ".join(f"{name} {value:.4g}" for name, value in list(found["metrics"].items())[:4])
@@ -583,6 +530,7 @@ def collect(folder: Path, arms: dict[str, Arm]) -> dict[str, dict[str, Any]]:
     for arm, seed in in_order(arms):
         result = Lab(folder, seed, arms).result(arm.name)
         if result is not None:
+            del result["identity"]
             found.setdefault(arm.name, {})[str(seed)] = result
     return found
 
@@ -600,10 +548,8 @@ def measure(options: argparse.Namespace, command: str) -> dict[str, Any] | None:
     sizes = {"width": WIDTH, "chunk_length": CHUNK, "row_length": ROW, "source_length": SOURCE, "layers": 2}
     record["recipe"] = {**sizes, "vocabulary": 2048, "text": "books", "step_tokens": STEP_TOKENS, "scales": SCALES}
     # An encoder that was stopped early on purpose need not be at its plateau.
-    parents = {
-        arm.name: [name for name in arm.parents.values() if not name.startswith("early")] for arm in arms.values()
-    }
-    record["metrics"] = {"planned_runs": number, "parents": parents, "arms": found}
+    needed = {name: [parent for parent in arm.parents.values() if "early" not in parent] for name, arm in arms.items()}
+    record["metrics"] = {"planned_runs": number, "parents": needed, "arms": found}
     return record
 
 

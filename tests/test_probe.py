@@ -212,6 +212,21 @@ def test_command_writes_record_and_figure(llama: str, bert: str, text: str, tmp_
     assert "one, embedding" in printed and "two, shuffled" in printed
 
 
+def test_output_names_its_budget_whether_the_loss_still_falls_and_what_others_reach(
+    llama: str, text: str, tmp_path: Path, capsys: Any
+):
+    given = ["--lengths", "4", "--batch-tokens", "32", "--width", "16", "--layers", "1", "--controls", "none"]
+    assert main([f"mine={llama}", "--text", text, "--steps", "40", "--to", str(tmp_path / "probe"), *given]) == 0
+    printed = capsys.readouterr().out
+    assert "budget: one pass of a masked_mixer of 1 layers and width 16, 40 steps of 32 tokens" in printed
+    assert "mine, 4 tokens: its loss still fell by" in printed  # forty steps are the steep part
+    assert "a lower bound" in printed and "2310.06816" in printed and "private" not in printed
+    setting = Probe(train=[TEXT], test=[TEXT])
+    cells = {"4": {"embedding": {"at_plateau": True, "fall": 0.001}}, "8": {"embedding": {"at_plateau": False}}}
+    lines = probe_module.budget_lines([{"name": "mine", "lengths": cells}], setting)
+    assert len(lines) == 3 and lines[1] == "mine, 8 tokens: too few texts to tell whether its loss still falls"
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
