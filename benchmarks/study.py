@@ -186,8 +186,7 @@ class Lab:
     """Text, models and finished arms of a study.
 
     Args:
-        folder (`Path`): Where tokens, weights and results are kept.
-        seed (`int`): Of fresh weights and of the order of texts.
+        folder, seed, arms: Where all is kept; of fresh weights and the order of texts; default: [`plan`].
     """
 
     def __init__(self, folder: Path, seed: int, arms: dict[str, Arm] | None = None) -> None:
@@ -271,21 +270,18 @@ class Lab:
     ) -> nn.Module:
         expansion = options.get("expansion", "unroll")
         fields = {
-            "chunk_length": length,
-            "expansion": expansion,
+            **{"chunk_length": length, "expansion": expansion},
             "unroll_stride": WIDTH // length if expansion == "unroll" else 1,  # positions share the vector evenly
-            "bottleneck_size": options.get("bottleneck"),
-            "bottleneck_noise": options.get("noise", 0.0),
+            **{"bottleneck_size": options.get("bottleneck"), "bottleneck_noise": options.get("noise", 0.0)},
             "encoder": self.body(arm.encoder, length, causal=causal),
             "decoder": self.body(arm.decoder, length, causal=causal if causal_decoder is None else causal_decoder),
         }
         return MemoryAutoencoder(autoencoder_config(fields, self.tokens, "study"))
 
     def _build_lm(self, arm: Arm, **options: Any) -> nn.Module:
-        return self.language_model(arm.decoder)
+        return self.load(arm.parents["start"]) if arm.parents else self.language_model(arm.decoder)
 
-    def _build_retrieval(self, arm: Arm) -> nn.Module:
-        return self.load(arm.parents["start"])
+    _build_retrieval = _build_lm
 
     def _build_recurrent(self, arm: Arm) -> nn.Module:
         return RecurrentMemory(self.language_model(arm.decoder), CHUNK, start=0.0 if arm.decoder == "m" else 1.0)
@@ -465,8 +461,7 @@ class Lab:
         return summary(score_next_tokens(model, self.rows("test", CHUNK, TEST_TOKENS // CHUNK)))
 
     def _measure_retrieval(self, arm: Arm, model: nn.Module) -> dict[str, float]:
-        rows = self.rows("test", ROW, STEP_TOKENS // ROW)
-        return {"loss": self._loss_retrieval(arm, model, rows).item()}
+        return {"loss": self._loss_retrieval(arm, model, self.rows("test", ROW, STEP_TOKENS // ROW)).item()}
 
     def _probe(self, arm: Arm, budget: Budget, checkpoint: Path) -> tuple[Validation, dict[str, float]]:
         """Train a decoder on the vectors of a frozen encoder; the same decoder for all of them."""
@@ -535,21 +530,26 @@ def collect(folder: Path, arms: dict[str, Arm]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def rests_upon(arms: dict[str, Arm]) -> dict[str, list[str]]:
+    """Return for each arm those that must be at their plateau, too: not an encoder that was stopped on purpose."""
+    needed: dict[str, list[str]] = {}
+    for name, arm in arms.items():
+        parents = [parent for parent in arm.parents.values() if not parent.startswith("early")]
+        needed[name] = [other for parent in parents for other in (parent, *needed[parent])]
+    return needed
+
+
 def measure(options: argparse.Namespace, command: str) -> dict[str, Any] | None:
     """Run arms, unless only a report is asked for; return the record of what is there."""
     folder, arms, record = Path(options.folder), plan(), describe_run("study", command, {"first": SEEDS[0]})
-    number = sum(1 for _ in in_order(arms))
-    if not options.report:
-        done, number = run_arms(folder, arms, options.hours)
-        print(f"{done} of {number} runs are done")
+    done, number = run_arms(folder, arms, 0.0 if options.report else options.hours)
+    print(f"{done} of {number} runs are done")
     found = collect(folder, arms)
     if not found:
         return None
     sizes = {"width": WIDTH, "chunk_length": CHUNK, "row_length": ROW, "source_length": SOURCE, "layers": 2}
     record["recipe"] = {**sizes, "vocabulary": 2048, "text": "books", "step_tokens": STEP_TOKENS, "scales": SCALES}
-    # An encoder that was stopped early on purpose need not be at its plateau.
-    needed = {name: [parent for parent in arm.parents.values() if "early" not in parent] for name, arm in arms.items()}
-    record["metrics"] = {"planned_runs": number, "parents": needed, "arms": found}
+    record["metrics"] = {"planned_runs": number, "parents": rests_upon(arms), "arms": found}
     return record
 
 

@@ -2,14 +2,7 @@
 
 A statement has parts; a part is one number of a seed's arms and the side of a threshold that it must be on. A seed
 counts if all arms that the number is of are there and, with the arms they took a model of, at their plateau.
-
-| word | the parts |
-|---|---|
-| reproduced | all hold, with three seeds each, if it is about a load at the paper's |
-| reproduced in part | some hold |
-| not reproduced | none holds, each with three seeds |
-| not converged here | none holds, and of one the arms were still improving |
-| not tested | nothing was run that could decide it, or fewer than three seeds speak against it |
+From its parts [`word`] gives a statement one of five words; `docs/reproducing.md` says what they mean.
 """
 
 import math
@@ -91,11 +84,8 @@ class Statement:
     """An entry of `study_statements.yaml`.
 
     Attributes:
-        number (`str`): Its number; a letter is a question of our own.
-        text (`str`): What is said.
-        paper (`str`): The paper's figures.
-        load (`str`): Numbers a token, vocabulary and text of these.
-        here (`str`): Ours.
+        number, text (`str`): Its number, or a letter for a question of our own, and what is said.
+        paper, load, here (`str`): The paper's figures; numbers a token, vocabulary and text of these, and of ours.
         parts (`list[str]`): What decides, see [`Part`].
         about_load (`bool`): Whether it is reproduced at the paper's load only, which no arm here has.
     """
@@ -158,7 +148,7 @@ def find(arms: dict[str, Any], parents: dict[str, list[str]], part: Part) -> Fou
         except KeyError:
             continue
         needed = {*used, *(parent for arm in used for parent in parents.get(arm, ()))}
-        if all(arms[arm][seed]["converged"] for arm in needed):
+        if all(arms.get(arm, {}).get(seed, {}).get("converged") for arm in needed):
             values.append(value)
         else:
             falling += 1
@@ -198,8 +188,8 @@ def reproduced(study: Record, shipped: Record, rolling: Record) -> Table:
         found = [find(metrics["arms"], metrics["parents"], part) for part in parts]
         verdict = "reproduced" if statement.number == "23" else word(statement, found)
         counts[verdict] += 1
-        shown = [one.text for one in found] + [beside[statement.number]] * (statement.number in beside)
-        here = f"*{statement.here}.* " + "; ".join(shown)
+        shown = filter(None, [*(one.text for one in found), beside.get(statement.number)])
+        here = f"*{statement.here}.* {'; '.join(shown)}".strip()
         rows.append(
             [statement.number, statement.text, f"{statement.paper} (*{statement.load}*)", here, f"**{verdict}**"]
         )

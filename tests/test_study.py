@@ -37,6 +37,12 @@ def test_the_plan_names_parents_before_their_children_and_every_rate_that_is_tak
         assert all(arms[parent].tier <= tier for parent in arm.parents.values()), arm.name
 
 
+def test_a_statement_rests_upon_all_models_that_came_before_but_not_upon_one_that_was_stopped_on_purpose():
+    needed = study.rests_upon(study.plan())
+    assert needed["combined-frozen.m"] == ["curriculum.m", "blank.m", "ae.m"]
+    assert needed["probe-early.m"] == [] and needed["ae.t"] == []
+
+
 def test_every_arm_of_a_statement_is_planned_and_every_metric_is_measured_of_its_kind():
     arms, asked = study.plan(), []
     assert len(statements()) == 27
@@ -111,7 +117,9 @@ def test_the_page_shows_what_is_there_with_counts_of_every_word():
     table = study_page.reproduced(record, shipped, rolling)
     assert len(table.rows) == 28 and "9 of 9 planned runs" in table.note
     assert table.cell("2", "word") == "**reproduced in part**"
-    assert "ratio, autoencoder over untrained, mixers: +69.0%" in table.cell("2", "here").replace("+0.690", "+69.0%")
+    assert "ratio, autoencoder over untrained, mixers: +69.0% (+69.0% to +69.0%, 3 seeds), holds" in table.cell(
+        "2", "here"
+    )
     assert table.cell("22", "word") == "**not tested**" and table.cell("23", "word") == "**reproduced**"
     for row in table.rows[1:]:
         assert all(row), row[0]  # load, vocabulary and text stand beside each figure
