@@ -222,7 +222,7 @@ class Lab:
     def result(self, name: str) -> dict[str, Any] | None:
         """Return what was measured of an arm, if it is done as it is planned now."""
         found = read_json(self.place(name))
-        return found if found is not None and found["identity"] == self.identity(name) else None
+        return found if found is not None and found.get("identity") == self.identity(name) else None
 
     def ready(self, arm: Arm) -> bool:
         """Whether everything that an arm needs is done."""

@@ -274,7 +274,7 @@ def invert(
         "final_train_loss": sum(losses[-20:]) / len(losses[-20:]),
         "train_texts": len(train),
         "train_tokens_read": order.rows(0).numel() * length * len(losses),
-        "validation": validation.points,
+        "validation": [list(point) for point in validation.points],
         "fall": validation.fall,
         "at_plateau": validation.at_plateau,
         "unknown_test_tokens": int(decoder.is_unknown(test.tokens.to(device)).sum()),
