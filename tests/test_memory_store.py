@@ -132,9 +132,10 @@ def test_two_tokenizers_cut_with_the_encoders_own(tmp_path):
     torch.testing.assert_close(store.load("dog")["memory_embeds"], alone.detach(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("filled", ["pad", "end"])
 @pytest.mark.parametrize("encoder", ["masked_mixer", "bert"])
-def test_short_chunks_from_the_store_stand_where_they_do_from_the_context(encoder, tmp_path):
-    model = build_model(encoder, memories_per_chunk=2, memory_positions="source")
+def test_short_chunks_from_the_store_stand_where_they_do_from_the_context(encoder, filled, tmp_path):
+    model = build_model(encoder, memories_per_chunk=2, memory_positions="source", short_chunks=filled, eos_token_id=2)
     own = build_tiny_encoder_tokenizer() if encoder == "bert" else None
     lengths = {"chunk_length": CHUNK, "window_length": WINDOW, "memories_per_chunk": 2}
     processor = MemoryProcessor(build_tiny_tokenizer(), own, **lengths)
