@@ -66,8 +66,8 @@ def folder_named(name: str) -> Path:
 
 
 def test_the_starters_that_ship_are_few_and_small():
-    assert RECIPES == ["starter_autoencoder_64", "starter_tiny"]
-    assert FOLDERS == ["starter-autoencoder-64", "starter-tiny"]
+    assert RECIPES == ["starter_autoencoder_64", "starter_smollm2", "starter_tiny"]
+    assert FOLDERS == ["starter-autoencoder-64", "starter-smollm2", "starter-tiny"]
     assert sum(path.lstat().st_size for path in CARDS.rglob("*") if path.is_file()) <= BYTES_IN_ALL
 
 
