@@ -49,12 +49,15 @@ def short_chunks(record: Record) -> Table:
 
 def formats(record: Record) -> Table:
     """A row for each number format: bytes of a memory, and chunks that come back from it."""
-    rows = [["number format", "bytes of memories a token", "chunks that come back word for word"]]
+    rows = [["number format", "bytes of memories a token", "of the file", "chunks that come back word for word"]]
     for found in pick(record, "metrics").values():
         for dtype, cell in found.get("formats", {}).items():
-            rows.append([dtype, f"{cell['bytes_a_token']:.1f}", f"{cell['chunks_that_come_back']:.1%}"])
+            sizes = [f"{cell[name]:.1f}" for name in ("bytes_a_token", "bytes_a_token_of_the_file")]
+            rows.append([dtype, *sizes, f"{cell['chunks_that_come_back']:.1%}"])
             size, chunks = cell["bytes_of_text_a_token"], cell["chunks"]
-    return Table(rows, f"starter-tiny, {chunks:,} chunks; the text itself takes {size:.1f} bytes a token.")
+    return Table(
+        rows, f"starter-tiny, {chunks:,} chunks, their text not kept; it would take {size:.1f} bytes a token."
+    )
 
 
 def _cell(name: str, found: object) -> str:
