@@ -25,11 +25,12 @@ def starter():
 
 @pytest.fixture
 def forgetful(monkeypatch):
-    """The writer gets chunks of more than two tokens wrong whose memory begins with a positive number."""
+    """The writer gets chunks of more than two tokens wrong whose memory begins above 0, and all if above 0.2."""
 
     def write(model, memories, groups):
         written = write_back(model, memories, groups)
         written[memories[:, 0, 0] > 0, 2:] = 5
+        written[memories[:, 0, 0] > 0.2] = 5
         return written
 
     monkeypatch.setattr(remembering, "write_back", write)

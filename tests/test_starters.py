@@ -5,7 +5,9 @@ In a checkout their code files are links to the package: they are never stale, a
 
 import json
 import os
+import random
 import shutil
+import string
 import subprocess
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from transformers import AutoModel
 from modeling_memory import MemoryAutoencoder
 from tests.processes import run_snippet
 from training import run
+from training.domains import every_token
 from training.places import REPOSITORY
 from training.publishing import hub_folder
 from training.publishing.cards import check_card
@@ -171,7 +174,36 @@ def test_a_starters_card_shows_free_running_results_and_lost_tokens(name):
         if copy is not None and "lost_tokens" not in domain:
             assert f"{100 * copy['generated_token_accuracy']:.2f} %" in card, domain["description"]
     every = record["domains"]["every_token"]
-    assert f"{len(every['lost_tokens']):,} of the {every['num_tokens']:,} tokens of its vocabulary never" in card
+    told = f"{len(every['lost_tokens']):,} of the {every['num_tokens']:,} tokens of its vocabulary never"
+    whole = f"All {every['num_tokens']:,} tokens of its vocabulary came back"
+    assert (told if every["lost_tokens"] else whole) in card
+
+
+TYPED = (
+    '"Hello," she said. "It\'s $3,907,113 (50% & more)!"',
+    "He wrote <eos> and <copy> in his letter.",
+    "The text ends here.\n\n",
+    "x = [i**2 for i in range(10)]  # {a: b}",
+    "- milk\n- eggs\n- https://www.example.com/a?b=c#d",
+    "Grüße aus München, 日本語 😀",
+    "_under_ `ticks` ~ ^ | \\ < > = @ # *",
+)
+
+
+def test_the_tiny_starter_copies_what_a_person_types_of_any_length():
+    """Free-running, of one character to all that is remembered; every length of a number."""
+    model, processor = load_checkpoint(folder_named("starter-tiny"))[0], load_processor(folder_named("starter-tiny"))
+    digits = "".join(random.Random(5).choices(string.digits, k=40))
+    texts = [*TYPED, *(digits[:length] for length in range(1, 41)), *("\n", "a", " a", '"')]
+    prompts = processor(text=["<copy>"] * len(texts), context=texts, padding_side="left", return_tensors="pt")
+    output = model.generate(**prompts, max_new_tokens=96, do_sample=False)
+    assert processor.batch_decode(output, skip_special_tokens=True) == texts
+
+
+def test_every_token_of_the_tiny_starter_comes_back():
+    model, processor = load_checkpoint(folder_named("starter-tiny"))[0], load_processor(folder_named("starter-tiny"))
+    found = every_token(model, processor.tokenizer, "blank_copy", length=64)
+    assert found["lost_tokens"] == [] and found["num_tokens"] == 2043
 
 
 @pytest.mark.parametrize("name", FOLDERS)
