@@ -36,7 +36,7 @@ from .database import (
     new_file,
 )
 from .fingerprint import check_fingerprint, check_same_fingerprint, fingerprint, quick_fingerprint
-from .quoting import as_text, why_not_checkable, write_back
+from .quoting import LONGEST_CHARACTER, as_texts, why_not_checkable, write_back
 from .remembering import remember_texts
 from .search import BlockSearch, fuse, normalize
 from .tables import Tables, chunks_of
@@ -315,9 +315,21 @@ class MemoryStore(Tables):
     def regenerate(self, chunks: Chunk | Passage | Sequence[Chunk]) -> list[str]:
         """Return what the model writes of chunks from their memories alone, right or wrong; see [`regenerate_ids`]."""
         chunks = self.select(chunks)
-        sizes = [None if chunk.start is None else chunk.end - chunk.start for chunk in chunks]  # type: ignore[operator]
-        written = self.regenerate_ids(chunks)
-        return [as_text(self.processor.tokenizer, ids, size) for ids, size in zip(written, sizes, strict=True)]
+        reach = range(1 - LONGEST_CHARACTER, LONGEST_CHARACTER)
+        wanted = {text_id: set[int]() for text_id in dict.fromkeys(chunk.text_id for chunk in chunks)}
+        for chunk in chunks:
+            # Its first or last character may have tokens in the chunks beside it.
+            wanted[chunk.text_id].update(chunk.number + step for step in reach)
+        texts: dict[Chunk, str] = {}
+        for text_id, numbers in wanted.items():
+            beside = [chunk for chunk in self.chunks(text_id) if chunk.number in numbers]
+            written = self.regenerate_ids(beside)
+            for run in _runs([chunk.number for chunk in beside]):
+                own, lines = beside[: len(run)], written[: len(run)]
+                beside, written = beside[len(run) :], written[len(run) :]
+                sizes = [None if one.start is None else one.end - one.start for one in own]  # type: ignore[operator]
+                texts |= zip(own, as_texts(self.processor.tokenizer, lines, sizes), strict=True)
+        return [texts[chunk] for chunk in chunks]
 
     def regenerate_ids(self, chunks: Chunk | Passage | Sequence[Chunk]) -> list[list[int]]:
         """Return the tokens that the model writes of chunks from their memories alone, all in one pass.
