@@ -1,5 +1,7 @@
 """Tables of what a store finds, what it can quote, and what it takes."""
 
+from collections.abc import Mapping
+
 from benchmarks.table import Record, Table, percent, pick
 
 
@@ -15,7 +17,7 @@ def retrieval(record: Record) -> Table:
 
 
 def any_text(record: Record) -> Table:
-    """A row for each starter, kind of text and length: whole texts, however they are given back."""
+    """A row for each starter and kind of text: whole texts, however they are given back."""
     ways = {
         "copied, teacher-forced": "copied, teacher-forced",
         "copied, free-running": "copied, free-running",
@@ -25,14 +27,26 @@ def any_text(record: Record) -> Table:
         "lost chunks, keep_text": "chunks kept as text",
         "chunks, split": "chunks after splitting",
     }  # fmt: skip
-    rows = [["starter", "text", "tokens", *ways.values()]]
+    rows, measured = [["starter", "text", *ways.values()]], set[str]()
     for starter, found in pick(record, "metrics").items():
         for kind, lengths in found["kinds"].items():
-            for length, cell in lengths.items():
-                if "written back" in cell:
-                    rows.append([starter, kind, length, *(_cell(name, cell.get(name)) for name in ways)])
-    return Table(rows, "Share of texts without an error, with 95% intervals over documents; a copy must end where the "
-                 "text does. Memories in int8. A dash: the model has no room for so many memories.")  # fmt: skip
+            cells = {length: cell for length, cell in lengths.items() if "written back" in cell}
+            measured.update(cells)
+            if cells:
+                rows.append([starter, kind, *(_worst(name, cells) for name in ways)])
+    named = ", ".join(sorted(measured, key=int))
+    return Table(rows, f"Share of texts of {named} tokens without an error, with 95% intervals over documents: the "
+                 "worst of these lengths, named where it is not perfect. A copy must end where the text does; there "
+                 "is room for 128 tokens at once. Memories in int8.")  # fmt: skip
+
+
+def _worst(name: str, cells: Mapping[str, Record]) -> str:
+    """The worst of the lengths at which something was measured."""
+    found = {length: cell[name] for length, cell in cells.items() if name in cell}
+    size = {length: -value["share"] if isinstance(value, dict) else value for length, value in found.items()}
+    length = max(size, key=size.__getitem__)
+    perfect = found[length] in (0.0, 1.0) or size[length] == -1
+    return _cell(name, found[length]) + ("" if perfect else f", {length} tokens")
 
 
 def short_chunks(record: Record) -> Table:
@@ -61,8 +75,6 @@ def formats(record: Record) -> Table:
 
 
 def _cell(name: str, found: object) -> str:
-    if found is None:
-        return "-"
     if isinstance(found, dict):
         return percent({"share": found["share"], "share_interval": found["interval"]}, "share", 0)
     return f"{found:.2f} times" if name.startswith("chunks") else f"{found:.1%}"
