@@ -84,7 +84,7 @@ def costs(engine: Engine, store: MemoryStore, text: str) -> str:
     with engine.tokenizer_lock:
         num_text = len(engine.processor.text_ids(text))
     num_memories = store.num_chunks * engine.processor.memories_per_chunk
-    vectors = num_memories * engine.model.config.decoder.hidden_size * 2  # float16, as the store has them
+    vectors = store.num_chunks * store.chunk_bytes
     return "\n".join(
         [
             "| | full text | memories |",
