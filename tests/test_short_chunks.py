@@ -70,8 +70,8 @@ def test_the_autoencoder_fills_short_chunks_too(how):
     assert MemoryAutoencoderConfig.from_dict(config.to_dict()).short_chunks == how
 
 
-def test_memories_of_a_filled_chunk_stand_where_those_of_a_full_one_do_up_to_its_end():
-    """Of 5 tokens in a chunk of 8 the third of four memories holds one, and the fourth none: text goes on after 5."""
+def test_memories_of_a_filled_chunk_stand_where_those_of_a_full_one_do():
+    """5 tokens in a chunk of 8: text goes on after 8, so that a copy of either is as far from its memories."""
     model = build_model("llama", "llama", chunk_length=8, memories_per_chunk=4, memory_positions="source",
                         short_chunks="end", eos_token_id=END)  # fmt: skip
     ids, text = random_ids(1, 1, 8), random_ids(1, 3, seed=1)
@@ -81,7 +81,7 @@ def test_memories_of_a_filled_chunk_stand_where_those_of_a_full_one_do_up_to_its
         prompt = torch.cat([torch.full((1, 4), model.config.memory_token_id), text], 1)
         found = model(prompt, context_input_ids=ids, context_attention_mask=mask).logits[:, 4:]
         embeds = torch.cat([model.encode_memories(filled)[0], model.get_input_embeddings()(text)], 1)
-        positions = torch.tensor([[1, 3, 4, 4, 5, 6, 7]])
+        positions = torch.tensor([[1, 3, 5, 7, 8, 9, 10]])
         plain = model.decoder(inputs_embeds=embeds, position_ids=positions, attention_mask=torch.ones_like(positions))
     torch.testing.assert_close(found, plain.logits[:, 4:], atol=1e-5, rtol=1e-5)
 

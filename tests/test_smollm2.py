@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from modeling_memory import MemoryEncoderDecoderForCausalLM, MemoryProcessor
 from tests.processes import write_metadata
 from training.data import making
-from training.data.making import cloze, make_cloze, passages, write_questions
+from training.data.making import cloze, make_questions, passages, turned, write_questions
 from training.data.questions import read_questions
 from training.data.texts import load_texts
 from training.data.tokenizer import special_tokens_of
 from training.places import REPOSITORY
-from training.questions import main as make_questions
+from training.questions import main as questions_main
 from training.recipes.recipe import load_recipe
 from training.records.record import read_json
 from training.run import main
@@ -195,8 +195,8 @@ def model_folder(package: str) -> str:
 
 def test_cloze_questions_have_their_answer_in_the_passage_and_not_in_the_question():
     texts = load_texts([TEXT])
-    found = make_cloze(texts, 200, seed=3)
-    assert found == make_cloze(texts, 200, seed=3) != make_cloze(texts, 200, seed=4)
+    found = make_questions(texts, 200, seed=3)
+    assert found == make_questions(texts, 200, seed=3) != make_questions(texts, 200, seed=4)
     assert len({one.context for one in found}) > 150
     for one in found:
         assert one.answer in one.context and one.question.count("____") in (1, 2) and len(one.context) <= 600
@@ -207,6 +207,28 @@ def test_cloze_questions_have_their_answer_in_the_passage_and_not_in_the_questio
     assert cloze("nothing here has a name, nor is there any number in it at all.", random.Random(0)) is None
     with pytest.raises(ValueError, match="no passage of whole sentences"):
         next(passages(["too short."]))
+
+
+def test_turned_questions_are_answered_by_the_sentence_that_they_turn():
+    texts = load_texts([TEXT])
+    found = make_questions(texts, 60, seed=3, kind="wh")
+    assert found == make_questions(texts, 60, seed=3, kind="wh")
+    assert all(one.question.endswith("?") and one.context.count(one.answer) == 1 for one in found)
+    assert {"When", "Where", "Who", "What"} <= {one.question.split()[0] for one in found}
+    examples = [
+        ("The Sydney Bridge was opened to traffic on 19 March 1932.", "When was the Sydney Bridge opened to traffic?"),
+        ("The painter was born near the old castle in Berlin.", "Where was the painter born?"),
+        ("The opera was written by Mozart.", "Who was the opera written by?"),
+        ("John Bradfield designed the bridge over the harbour.", "Who designed the bridge over the harbour?"),
+        ("Cyclone Emma was the third cyclone of the season.", "What was Cyclone Emma?"),
+        ("In 1957, the first draft was created by hand.", "When was the first draft created by hand?"),
+    ]
+    answers = ("19 March 1932", "Berlin", "Mozart", "John Bradfield", "the third cyclone of the season", "1957")
+    for (sentence, question), answer in zip(examples, answers, strict=True):
+        one = turned(f"Nothing is here. {sentence}", random.Random(0))
+        assert one is not None and (one.question, one.answer) == (question, answer)
+    for sentence in ("He was born in Berlin.", "The bridge was opened in 1932. It was closed in 1932.", "It is long."):
+        assert turned(sentence, random.Random(0)) is None, sentence
 
 
 def test_written_questions_keep_what_the_passage_answers(monkeypatch: pytest.MonkeyPatch):
@@ -225,11 +247,11 @@ def test_written_questions_keep_what_the_passage_answers(monkeypatch: pytest.Mon
 
 def test_questions_are_made_by_a_command_that_goes_on(installed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "made.jsonl"
-    assert make_questions([str(TEXT), "--to", str(file), "--count", "7"]) == 0
+    assert questions_main([str(TEXT), "--to", str(file), "--count", "7"]) == 0
     assert len(read_questions([file])) == 7
     written = tmp_path / "written.jsonl"
     command = [str(TEXT), "--to", str(written), "--kind", "written", "--model", installed, "--count"]
-    assert make_questions([str(TEXT), "--to", str(written), "--kind", "written"]) == 2, "no decoder"
+    assert questions_main([str(TEXT), "--to", str(written), "--kind", "written"]) == 2, "no decoder"
 
     def stand_in(model, tokenizer, batch, temperature):
         reply = making._replies(model, tokenizer, [making.ASK.format(batch[0])], temperature)
@@ -238,10 +260,10 @@ def test_questions_are_made_by_a_command_that_goes_on(installed: str, tmp_path: 
                 for place, one in enumerate(batch)]  # fmt: skip
 
     monkeypatch.setattr("training.questions.write_questions", stand_in)
-    assert make_questions([*command, "3"]) == 0
+    assert questions_main([*command, "3"]) == 0
     before = read_questions([written])
     with written.open("a") as stream:
         stream.write('{"context": "cut o')  # killed while it wrote
-    assert make_questions([*command, "9"]) == 0
+    assert questions_main([*command, "9"]) == 0
     after = read_questions([written])
     assert len(after) == 9 and after[:3] == before and len({one.context for one in after}) == 9

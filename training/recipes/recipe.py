@@ -145,8 +145,8 @@ class RowsRecipe:
     `begin` puts the decoder's begin token before the slots.
     `recall_prompt` and `recall_length` are the tokens that the objective recall shows and asks for.
     `questions` are files for the objective qa (`.jsonl` or `.parquet` with context, question and answer), or
-    `cloze:N` for N questions made of the run's own training text; `validation_questions` those that are asked in
-    validation, made of its validation text. Slots layout only.
+    `cloze:N` or `wh:N` for N questions made of the run's own training text; `validation_questions` those that are
+    asked in validation, made of its validation text. Slots layout only.
     `taught` is the objective whose text distillation compares: causal, copy, recall or qa.
     Where the encoder has a tokenizer of its own, lengths count the encoder's tokens: a row is `row_length` of them,
     the first `source_length` (default: half of the row) become memories, and the decoder reads the rest in its own.

@@ -31,7 +31,7 @@ from modeling_memory import MemoryAutoencoder, MemoryEncoderDecoderForCausalLM, 
 
 from ..data.documents import DocumentRows
 from ..data.encoded import encode_once
-from ..data.making import make_cloze, save_questions
+from ..data.making import MAKERS, make_questions, save_questions
 from ..data.objectives import IGNORED, BatchSpec, targets_of
 from ..data.pairs import PairCollator, PairedRows, PairedText, cached_pairs, encode_pairs
 from ..data.questions import Question, Questions, RowsWithQuestions, read_questions
@@ -55,7 +55,6 @@ from .warm_start import FITTED_CHUNKS, start_projector
 from .watching import WatchMemories
 
 WATCHED_TEXTS = 16
-CLOZE = "cloze:"
 # Settings of a stage that its weights do not depend on: who reads rows, what is written when, who looks on.
 WITHOUT_EFFECT = (
     "num_workers",
@@ -241,18 +240,19 @@ class StageRunner:
         """Read a stage's questions; those that the recipe asks to be made are made once, of a split of the run."""
         path, files = f"stages.{stage.name}.data.{key}", []
         for number, name in enumerate(getattr(stage.data, key)):
-            if not name.startswith(CLOZE):
+            kind, _, count = name.partition(":")
+            if kind not in MAKERS:
                 files += resolve_files([name], path)
                 continue
-            count = name.removeprefix(CLOZE)
             if not count.isdecimal() or not int(count):
-                raise ValueError(f"{path} holds {name!r}; expected cloze:N with N of 1 or more, or a file")
+                raise ValueError(f"{path} holds {name!r}; expected {kind}:N with N of 1 or more, or a file")
             file = self.folder / stage.name / f"{key}_{number}.jsonl"
             with self.state.main_process_first():
                 if not file.is_file():
                     data = self.recipe.data
                     documents = resolve_documents(getattr(data, split), data.text_column, f"data.{split}")
-                    save_questions(make_cloze(list(documents.read()), int(count), self.recipe.seed + number), file)
+                    seed = self.recipe.seed + number
+                    save_questions(make_questions(list(documents.read()), int(count), seed, kind), file)
             files.append(file)
         return read_questions(files) if files else []
 
