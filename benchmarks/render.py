@@ -94,6 +94,7 @@ TABLES: dict[str, Entry] = {
         score_tables.language_kept,
         score_tables.published,
     ),
+    **_entries("presses", "python -m benchmarks.presses FOLDER", score_tables.presses),
     **_entries(
         "retrieval",
         "python -m benchmarks.retrieval model_cards/starter-tiny xquad_en.jsonl.gz",

@@ -5,8 +5,6 @@ from typing import Any
 from benchmarks.table import Record, Table, percent, pick
 
 WAYS = {"full": "full text", "memory": "memory", "truncated": "truncated", "none": "none"}
-LIGHTEVAL = "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct"
-HARNESS = "https://huggingface.co/lldois/SmolLM2-135M-Reasoning-SLERP-Champion"
 # What others report of the plain decoder, and what the paper's tracker lists of its own models. Of a row: metric here,
 # its model card (lighteval, zero-shot), the same harness run by somebody else, the paper's model, and why they differ.
 OTHERS: dict[str, tuple[str, str, str, str, str]] = {
@@ -102,9 +100,8 @@ def published(record: Record) -> Table:
         rows.append([task, metric, "" if found is None else str(found["num_items"]), here, *others, note])
     return Table(
         rows,
-        f"In percent. [Its card]({LIGHTEVAL}) was made by lighteval, zero-shot; the harness elsewhere is "
-        f"[somebody's run of all items]({HARNESS}). The weights here are the packaged ones, of four bits. The paper's "
-        "models are others, and its harness called no encoder.",
+        "In percent. The card's were made by lighteval, zero-shot; the harness elsewhere is somebody's run of all items. "
+        "The weights here are the packaged ones, of four bits, and the paper's models are others.",
     )
 
 
@@ -141,3 +138,26 @@ def _points(differences: dict[str, Any] | None, metric: str) -> str:
     if gap is None:
         return ""
     return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in (gap["value"], *gap["interval"])))
+
+
+def presses(record: Record) -> Table:
+    """What the decoder makes of its own cache after a press, by task."""
+    rows = [["task", "what is kept", "score", "CPU seconds to the first token", "kB of cache, also to be stored"]]
+    for task, found in pick(record, "metrics").items():
+        for name, values in found.items():
+            press, _, ratio = name.partition("/")
+            kept = press if ratio == "1" else f"{press}, one of {ratio}"
+            seconds, size = values["first_token_cpu_seconds"], values["cache_bytes"] / 1000
+            rows.append([task, kept, _with_interval(values, task), f"{seconds:.2f}", f"{size:,.0f}"])
+    number = pick(record, "recipe.limit")
+    return Table(
+        rows,
+        f"{number} items of a task: F1, share of needles found, and nats of the last 64 tokens of a continuation. "
+        "Intervals of 95% over items. The time holds the full prefill, which a press needs first.",
+    )
+
+
+def _with_interval(values: dict[str, Any], task: str) -> str:
+    if task == "continuation":
+        return "{:.3f} ({:.3f} to {:.3f})".format(values["score"], *values["score_interval"])
+    return percent(values, "score")
