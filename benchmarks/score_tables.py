@@ -100,7 +100,7 @@ def published(record: Record) -> Table:
         rows.append([task, metric, "" if found is None else str(found["num_items"]), here, *others, note])
     return Table(
         rows,
-        "In percent. The card's were made by lighteval, zero-shot; the harness elsewhere is somebody's run of all items. "
+        "In percent. The card's were made by lighteval, zero-shot; the harness elsewhere is a run of all items. "
         "The weights here are the packaged ones, of four bits, and the paper's models are others.",
     )
 
