@@ -137,7 +137,7 @@ def measure_formats(model: Any, processor: Any, documents: Sequence[str]) -> dic
             store = MemoryStore.open(folder, model, processor, create=True, dtype=dtype)
             store.append(texts, on_loss="warn")
             found[dtype] = {
-                "bytes_a_token": store._blob_size * store.num_chunks / store.num_tokens,
+                "bytes_a_token": store.chunk_bytes * store.num_chunks / store.num_tokens,
                 "bytes_a_token_of_the_file": store.num_bytes / store.num_tokens,
                 "bytes_of_text_a_token": sum(len(text.encode()) for text in texts.values()) / store.num_tokens,
                 "chunks": store.num_chunks,

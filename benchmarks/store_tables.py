@@ -1,5 +1,7 @@
 """Tables of what a store finds, what it can quote, and what it takes."""
 
+from collections.abc import Mapping
+
 from benchmarks.table import Record, Table, percent, pick
 
 
@@ -15,7 +17,7 @@ def retrieval(record: Record) -> Table:
 
 
 def any_text(record: Record) -> Table:
-    """A row for each starter, kind of text and length: whole texts, however they are given back."""
+    """A row for each starter and kind of text: whole texts, however they are given back."""
     ways = {
         "copied, teacher-forced": "copied, teacher-forced",
         "copied, free-running": "copied, free-running",
@@ -25,14 +27,26 @@ def any_text(record: Record) -> Table:
         "lost chunks, keep_text": "chunks kept as text",
         "chunks, split": "chunks after splitting",
     }  # fmt: skip
-    rows = [["starter", "text", "tokens", *ways.values()]]
+    rows, measured = [["starter", "text", *ways.values()]], set[str]()
     for starter, found in pick(record, "metrics").items():
         for kind, lengths in found["kinds"].items():
-            for length, cell in lengths.items():
-                if "written back" in cell:
-                    rows.append([starter, kind, length, *(_cell(name, cell.get(name)) for name in ways)])
-    return Table(rows, "Share of texts without an error, with 95% intervals over documents; a copy must end where the "
-                 "text does. Memories in int8. A dash: the model has no room for so many memories.")  # fmt: skip
+            cells = {length: cell for length, cell in lengths.items() if "written back" in cell}
+            measured.update(cells)
+            if cells:
+                rows.append([starter, kind, *(_worst(name, cells) for name in ways)])
+    named = ", ".join(sorted(measured, key=int))
+    return Table(rows, f"Share of texts of {named} tokens without an error, with 95% intervals over documents: the "
+                 "worst of these lengths, named where it is not perfect. A copy must end where the text does; there "
+                 "is room for 128 tokens at once. Memories in int8.")  # fmt: skip
+
+
+def _worst(name: str, cells: Mapping[str, Record]) -> str:
+    """The worst of the lengths at which something was measured."""
+    found = {length: cell[name] for length, cell in cells.items() if name in cell}
+    size = {length: -value["share"] if isinstance(value, dict) else value for length, value in found.items()}
+    length = max(size, key=size.__getitem__)
+    perfect = found[length] in (0.0, 1.0) or size[length] == -1
+    return _cell(name, found[length]) + ("" if perfect else f", {length} tokens")
 
 
 def short_chunks(record: Record) -> Table:
@@ -49,17 +63,18 @@ def short_chunks(record: Record) -> Table:
 
 def formats(record: Record) -> Table:
     """A row for each number format: bytes of a memory, and chunks that come back from it."""
-    rows = [["number format", "bytes of memories a token", "chunks that come back word for word"]]
+    rows = [["number format", "bytes of memories a token", "of the file", "chunks that come back word for word"]]
     for found in pick(record, "metrics").values():
         for dtype, cell in found.get("formats", {}).items():
-            rows.append([dtype, f"{cell['bytes_a_token']:.1f}", f"{cell['chunks_that_come_back']:.1%}"])
+            sizes = [f"{cell[name]:.1f}" for name in ("bytes_a_token", "bytes_a_token_of_the_file")]
+            rows.append([dtype, *sizes, f"{cell['chunks_that_come_back']:.1%}"])
             size, chunks = cell["bytes_of_text_a_token"], cell["chunks"]
-    return Table(rows, f"starter-tiny, {chunks:,} chunks; the text itself takes {size:.1f} bytes a token.")
+    return Table(
+        rows, f"starter-tiny, {chunks:,} chunks, their text not kept; it would take {size:.1f} bytes a token."
+    )
 
 
 def _cell(name: str, found: object) -> str:
-    if found is None:
-        return "-"
     if isinstance(found, dict):
         return percent({"share": found["share"], "share_interval": found["interval"]}, "share", 0)
     return f"{found:.2f} times" if name.startswith("chunks") else f"{found:.1%}"

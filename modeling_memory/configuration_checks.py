@@ -159,9 +159,14 @@ def smallest_attention_window(config: PreTrainedConfig) -> int | None:
     return min(windows) if windows else None
 
 
-def encoder_limit(config: PreTrainedConfig) -> int | None:
-    """Return how many tokens an encoder takes; RoBERTa and its kin begin to count after their padding id."""
+def encoder_limit(config: PreTrainedConfig, bos_token_id: int | None = None) -> int | None:
+    """Return how many tokens of a chunk an encoder takes, after `bos_token_id` if it stands before each chunk.
+
+    RoBERTa and its kin begin to count after their padding id.
+    """
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and config.model_type in COUNTING_FROM_PADDING:
-        return limit - (config.pad_token_id or 0) - 1
-    return limit
+    if limit is None:
+        return None
+    if config.model_type in COUNTING_FROM_PADDING:
+        limit -= (config.pad_token_id or 0) + 1
+    return limit - (bos_token_id is not None)

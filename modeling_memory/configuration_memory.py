@@ -1,5 +1,6 @@
 """Configuration of the memory encoder-decoder."""
 
+import math
 import re
 from typing import Any
 
@@ -97,6 +98,9 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
             places serve budgets of 4, 2 and 1 through one projector. Special tokens of the encoder count.
         lookback (`int`): Tokens of the chunk before a group whose states `"concat"` lays before its own. With 1 a
             memory also tells what came before its first token.
+        encoder_bos_token_id (`int`, *optional*): Token that stands before every chunk while the encoder reads it, and
+            has no part in a memory but through `lookback`. A pretrained Llama writes the same huge state at whatever
+            it reads first, an attention sink, so that without this token each chunk loses its first one.
         encoder_layers (`int`, *optional*): How many of its first layers the encoder was cut to when it was joined; 0
             leaves its token table. Default: all.
         projector_type (`str`): `"identity"`, `"linear"` (the paper's), `"mlp"` (RMSNorm, linear, GELU, linear) or
@@ -173,6 +177,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         projector_start: str = "random",
         max_group: int | None = None,
         lookback: int = 0,
+        encoder_bos_token_id: int | None = None,
         encoder_layers: int | None = None,
         memory_token_id: int | None = None,
         copy_token_id: int | None = None,
@@ -205,6 +210,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
         if max_group is None and pooling == "concat" and at_least(1)(chunk_length) and at_least(1)(memories_per_chunk):
             max_group = -(-chunk_length // memories_per_chunk)
         self.max_group, self.lookback, self.encoder_layers = max_group, lookback, encoder_layers
+        self.encoder_bos_token_id = encoder_bos_token_id
         self.memory_token_id, self.copy_token_id, self.blank_token_id = memory_token_id, copy_token_id, blank_token_id
         self.memory_positions, self.absent_memories = memory_positions, absent_memories
         self.max_memories, self.memory_policy = max_memories, memory_policy
@@ -372,7 +378,7 @@ class MemoryEncoderDecoderConfig(PreTrainedConfig):
                 f"{self._decoder_room()} (max_position_embeddings {table}, attention window {view}). Lower them or "
                 "choose a decoder that sees further."
             )
-        limit = encoder_limit(self.encoder)
+        limit = encoder_limit(self.encoder, self.encoder_bos_token_id)
         if limit is not None and self.chunk_length > limit:
             raise ValueError(
                 f"`chunk_length` is {self.chunk_length}, but the encoder takes {limit} tokens. Shorten the chunk."
@@ -466,7 +472,8 @@ FIELDS: Fields = (
     ("projector_norm window_positions self_memory freeze_encoder freeze_decoder", is_bool, "True or False"),
     ("max_memories encoder_layers encoder_trained_from", at_least(0, or_none=True), "an integer from 0 on, or None"),
     ("projector_hidden_size max_group", at_least(1, or_none=True), "an integer from 1 on, or None"),
-    ("memory_token_id copy_token_id blank_token_id", at_least(0, or_none=True), "an integer of 0 or more, or None"),
+    ("memory_token_id copy_token_id blank_token_id encoder_bos_token_id", at_least(0, or_none=True),
+     "an integer of 0 or more, or None"),
     ("lookback", at_least(0), "an integer from 0 on"),
     ("initializer_range", lambda value: is_number(value) and value >= 0, "a number of 0 or more"),
     ("projector_noise", lambda value: is_number(value) and value >= 0, "a number, 0 or a positive half-width"),
@@ -529,6 +536,13 @@ RULES: Rules = (
         lambda c: not c.lookback or c.pooling == "concat",
         "`lookback` is {c.lookback}, but only `pooling='concat'` has places for earlier tokens, and the pooling is "
         "{c.pooling!r}. Leave it out.",
+    ),
+    (
+        lambda c: (
+            c.encoder_bos_token_id is None or c.encoder_bos_token_id < getattr(c.encoder, "vocab_size", math.inf)
+        ),
+        "`encoder_bos_token_id` is {c.encoder_bos_token_id}, but the encoder's token table has {c.encoder.vocab_size} "
+        "rows. Give the id of a token that it knows.",
     ),
     (
         lambda c: c.encoder_trained_from is None or c.freeze_encoder,

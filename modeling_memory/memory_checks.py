@@ -335,7 +335,7 @@ def check_context(config: PreTrainedConfig, ids: Any, mask: Any, num_memories: A
             f"`context_attention_mask` has shape {shape} and `context_input_ids` {tuple(ids.shape)}. Give them the "
             "same shape."
         )
-    limit = encoder_limit(config.encoder)
+    limit = encoder_limit(config.encoder, config.encoder_bos_token_id)
     if limit is not None and ids.shape[2] > limit:
         raise ValueError(
             f"A chunk of the context has {ids.shape[2]} tokens, but the encoder takes {limit}. Cut the context into "

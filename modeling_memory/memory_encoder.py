@@ -85,7 +85,8 @@ def encode_chunks(
         num_memories (`torch.LongTensor` of shape `(N,)`, *optional*): Memories of each chunk, 1 to K. Default: K.
         checked (`bool`): Whether the caller has looked at ids and mask, so that the device is not asked again.
         config (`PreTrainedConfig`, *optional*): The memory model's, whose `short_chunks` says how chunks that are not
-            full are filled; see [`fill_short_chunks`]. Default: not at all.
+            full are filled, see [`fill_short_chunks`], and whose `encoder_bos_token_id` stands before each. Default:
+            neither.
 
     Returns:
         `torch.Tensor` of shape `(N, K, E)`, with [`ConcatPooling`] `(N, K, r*E)`: the memory states.
@@ -93,9 +94,10 @@ def encode_chunks(
     Raises:
         ValueError: If shapes differ, an id is outside the encoder's vocabulary, or a chunk is longer than it takes.
     """
+    bos_token_id = getattr(config, "encoder_bos_token_id", None)  # an autoencoder's config has none
     if not checked:
         check_token_ids("input_ids", input_ids, getattr(encoder.config, "vocab_size", None), "the encoder")
-        limit = encoder_limit(encoder.config)
+        limit = encoder_limit(encoder.config, bos_token_id)
         if limit is not None and input_ids.shape[1] > limit:
             raise ValueError(
                 f"A chunk has {input_ids.shape[1]} tokens, but the encoder takes {limit}. Cut the text into shorter "
@@ -114,11 +116,18 @@ def encode_chunks(
         input_ids, real = input_ids.gather(1, order), real.gather(1, order)
         # Attention over nothing is not a number, so a chunk of padding only reads its padding.
         visible = torch.where(real.any(1, keepdim=True), real, torch.ones_like(real))
+    if bos_token_id is not None:
+        input_ids = F.pad(input_ids, (1, 0), value=bos_token_id)
+        visible = None if visible is None else F.pad(visible, (1, 0), value=1)
     options = {"use_cache": False} if "use_cache" in inspect.signature(encoder.forward).parameters else {}
     trained = any(parameter.requires_grad for parameter in encoder.parameters())  # adapters, for example
     with nullcontext() if trained else torch.no_grad():
         outputs = encoder(input_ids=input_ids, attention_mask=visible, return_dict=True, **options)
-    return pooling(outputs.last_hidden_state, real, num_memories)
+    states = outputs.last_hidden_state
+    if bos_token_id is None:
+        return pooling(states, real, num_memories)
+    bos = {"bos": states[:, 0]} if isinstance(pooling, ConcatPooling) else {}
+    return pooling(states[:, 1:], real, num_memories, **bos)
 
 
 def fill_short_chunks(
@@ -283,11 +292,16 @@ class ConcatPooling(nn.Module):
         return self.max_group + self.lookback
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, num_memories: torch.Tensor | None = None
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        num_memories: torch.Tensor | None = None,
+        bos: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Pool the states of each chunk to `(N, K, r*E)`, r the places that its columns can fill, with a budget all R.
 
-        A chunk without tokens gives zeros.
+        A chunk without tokens gives zeros. `bos` `(N, E)` is the state of what stands before each chunk, if anything
+        does; it has a place where a chunk's first group looks back.
 
         Raises:
             ValueError: If a group has more tokens than places.
@@ -302,9 +316,11 @@ class ConcatPooling(nn.Module):
         places = self.places  # the number of columns is known on the host, a budget is not
         if num_memories is None:
             places = min(self.max_group, -(-real.shape[1] // self.memories_per_chunk)) + self.lookback
-        first = (first - self.lookback).clamp(min=0)
+        first = torch.where(num_tokens[:, None] > 0, first - self.lookback, 0).clamp(min=0 if bos is None else -1)
         rank = end[..., None] - places + torch.arange(places, device=end.device)  # (N, K, r)
         states = read_columns(hidden_states, real, rank.flatten(1)).unflatten(1, rank.shape[1:])  # (N, K, r, E)
+        if bos is not None:
+            states = torch.where((rank == -1)[..., None], bos[:, None, None], states)
         return states.masked_fill((rank < first[..., None])[..., None], 0).flatten(2)
 
     def _check_groups(self, num_tokens: torch.Tensor, num_columns: int, num_memories: torch.Tensor | None) -> None:

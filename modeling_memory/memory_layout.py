@@ -174,13 +174,22 @@ def tokens_of_memories(config: PreTrainedConfig, num_memories: int, device: torc
     return of_chunk[torch.arange(num_memories, device=device) % config.memories_per_chunk]
 
 
-def tokens_of_groups(num_tokens: torch.Tensor, per_chunk: int, groups: torch.Tensor | None = None) -> torch.Tensor:
+def filled_length(config: PreTrainedConfig) -> int:
+    """Return how many tokens a chunk is read as at least: where short ones are filled, those of a full one."""
+    return 0 if config.short_chunks == "pad" else config.chunk_length
+
+
+def tokens_of_groups(
+    num_tokens: torch.Tensor, per_chunk: int, groups: torch.Tensor | None = None, filled_to: int = 0
+) -> torch.Tensor:
     """Return how many tokens each memory of chunks stands for, counted from the end of the one before it.
 
     Args:
         num_tokens (`torch.LongTensor` of shape `(...)`): Tokens of each chunk, its encoder's special tokens included.
         per_chunk (`int`): Memories of a chunk (K).
         groups (`torch.LongTensor` of shape `(...)`, *optional*): How many of them are asked for. Default: K.
+        filled_to (`int`): Tokens that a chunk is read as at least: the groups are cut of these, and what fills a
+            chunk stands for no token of the text.
 
     Returns:
         `torch.LongTensor` of shape `(..., K)`; those of a chunk add up to its tokens.
@@ -189,6 +198,8 @@ def tokens_of_groups(num_tokens: torch.Tensor, per_chunk: int, groups: torch.Ten
     ```python
     >>> tokens_of_groups(torch.tensor([8, 5]), 3).tolist()
     [[3, 3, 2], [2, 2, 1]]
+    >>> tokens_of_groups(torch.tensor([8, 5]), 3, filled_to=8).tolist()
+    [[3, 3, 2], [3, 2, 0]]
 
     ```
     """
@@ -196,7 +207,8 @@ def tokens_of_groups(num_tokens: torch.Tensor, per_chunk: int, groups: torch.Ten
     groups = torch.full_like(num_tokens, per_chunk) if groups is None else groups.clamp(min=1)
     num_tokens = num_tokens[..., None]
     # The tokens up to the end of each group, as `group_bounds` cuts a chunk
-    end = torch.minimum(-(-(number + 1) * num_tokens // groups[..., None]), num_tokens)  # (..., K)
+    num_read = num_tokens.clamp(min=filled_to)
+    end = torch.minimum(-(-(number + 1) * num_read // groups[..., None]), num_tokens)  # (..., K)
     return torch.diff(end, dim=-1, prepend=torch.zeros_like(end[..., :1]))
 
 
@@ -888,7 +900,7 @@ def lay_context(
     asked = torch.full_like(num_real, per_chunk) if counts is None else counts
     number = torch.arange(per_chunk, device=device)
     wanted = (number < asked[..., None]) & there[..., None]  # (B, C, K)
-    num_tokens = tokens_of_groups(num_real, per_chunk, asked) * wanted
+    num_tokens = tokens_of_groups(num_real, per_chunk, asked, filled_length(config)) * wanted
     chunks = None
     chunk = torch.arange(batch_size * num_chunks, device=device).view(batch_size, num_chunks)
     if present is not None and not all(present):  # only chunks that hold something are encoded

@@ -294,6 +294,7 @@ def test_a_card_says_which_lengths_were_trained(data, said):
 @pytest.mark.parametrize("folder", sorted((REPOSITORY / "model_cards").glob("starter-*")), ids=lambda path: path.name)
 def test_a_page_is_short_and_tells_how_to_make_it_again_in_one_line(folder):
     text = ModelCard.load(folder / "README.md").text
-    assert len(text.split()) < 800 and len(text.splitlines()) < 90
+    words = [word for word in text.split() if any(map(str.isalnum, word))]  # the bars of tables are none
+    assert len(words) < 700 and len(text.splitlines()) < 90
     (line,) = [line for line in text.splitlines() if line.startswith("Reproduce: ")]
     assert "`python -m training.run " in line and " at commit `" in line

@@ -71,6 +71,8 @@ def test_the_longest_text_can_be_told_to_tools(tmp_path):
         ({"pooling": "concat", "memories_per_chunk": 2, "max_group": 1}, "`max_group` is 1.*larger groups"),
         ({"max_group": 4}, "only `pooling='concat'` has places"),
         ({"lookback": 1}, "only `pooling='concat'` has places for earlier tokens"),
+        ({"encoder_bos_token_id": -1}, "`encoder_bos_token_id` is -1; expected an integer of 0 or more, or None"),
+        ({"encoder_bos_token_id": 10**6}, "`encoder_bos_token_id` is 1000000, but the encoder's token table has"),
         ({"pooling": "concat", "lookback": -1}, "`lookback` is -1; expected an integer from 0 on"),
         ({"pooling": "concat", "max_group": 0}, "`max_group` is 0; expected an integer from 1 on"),
         ({"projector_start": "zero"}, "`projector_start` is 'zero'; expected one of 'random', 'identity_on_last'"),

@@ -52,7 +52,7 @@ def test_second_stage_finds_the_states_and_another_encoder_does_not(tmp_path: Pa
     one = encode_once(model, tokens, tmp_path, bf16=False, device=CPU)
     calls: list[int] = []
     plain = encoded_module.encode_chunks
-    monkeypatch.setattr(encoded_module, "encode_chunks", lambda *a: calls.append(1) or plain(*a))
+    monkeypatch.setattr(encoded_module, "encode_chunks", lambda *a, **k: calls.append(1) or plain(*a, **k))
     again = encode_once(model, tokens, tmp_path, bf16=False, device=CPU)
     assert not calls and (one.states == again.states).all()
     with torch.no_grad():

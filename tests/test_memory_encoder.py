@@ -16,7 +16,7 @@ from modeling_memory.configuration_masked_mixer import MaskedMixerConfig
 from modeling_memory.memory_encoder import build_encoder, build_pooling, encode_chunks
 from modeling_memory.memory_parts import first_layers
 from modeling_memory.modeling_masked_mixer import MaskedMixerModel
-from tests.memory_models import assert_equal_gradients
+from tests.memory_models import assert_equal_gradients, build_model
 from tests.reference.concat_loop import concat_loop
 from tests.reference.llama_loop import llama_loop
 
@@ -213,8 +213,9 @@ def concat_model(max_group: int | None = None, encoder_layers: int | None = 0, *
     masks=st.lists(st.lists(st.booleans(), min_size=8, max_size=8), min_size=1, max_size=4),
     budget=st.sampled_from([None, 1, 2]),
     lookback=st.integers(0, 2),
+    begins=st.booleans(),
 )
-def test_concat_and_its_projector_equal_the_plain_loop(masks, budget, lookback):
+def test_concat_and_its_projector_equal_the_plain_loop(masks, budget, lookback, begins):
     """Padding anywhere, short chunks, budgets, outputs and gradients of states and weights."""
     projector = concat_model(max_group=8, lookback=lookback).projector.double()
     weight, bias = (value.detach().clone().requires_grad_() for value in (projector.out.weight, projector.out.bias))
@@ -222,12 +223,13 @@ def test_concat_and_its_projector_equal_the_plain_loop(masks, budget, lookback):
     states = torch.randn(*mask.shape, 16, dtype=torch.float64, requires_grad=True)
     counts = None if budget is None else torch.full((len(masks),), budget)
     groups = budget or 2
-    pooled = build_pooling("concat", 2, max_group=8, lookback=lookback)(states, mask, counts)
+    bos = torch.randn(len(masks), 16, dtype=torch.float64) if begins else None
+    pooled = build_pooling("concat", 2, max_group=8, lookback=lookback)(states, mask, counts, bos)
     assert pooled.shape[-1] == ((4 if budget is None else 8) + lookback) * 16, (
         "places that no group can fill are left out"
     )
     found = projector(pooled)[:, :groups]
-    expected = concat_loop(states, mask, groups, weight, bias, lookback)
+    expected = concat_loop(states, mask, groups, weight, bias, lookback, bos)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-10)
     probe = torch.randn_like(expected)
     one = torch.autograd.grad((found * probe).sum(), (states, projector.out.weight, projector.out.bias))
@@ -247,6 +249,28 @@ def test_concat_takes_nothing_from_padding_and_no_token_twice():
     back = build_pooling("concat", 3, max_group=3, lookback=1)(states, mask)
     assert back[0].tolist() == [[0, 1, 2, 3], [0, 3, 4, 5], [0, 5, 6, 7]]
     assert back[1].tolist() == [[0, 0, 1, 2], [0, 2, 3, 4], [0, 0, 4, 5]]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "concat"])
+def test_what_stands_before_each_chunk_is_read_by_the_encoder_alone(pooling):
+    """Padding on either side; the token before a chunk is no token of a group, and has a place only by `lookback`."""
+    options = {"lookback": 1} if pooling == "concat" else {}
+    model = build_model("llama", "llama", pooling=pooling, memories_per_chunk=2, encoder_bos_token_id=1, **options)
+    input_ids, mask = torch.tensor([[5, 6, 7, 8], [0, 9, 4, 3], [9, 4, 3, 0]]), torch.ones(3, 4, dtype=torch.long)
+    mask[1, 0] = mask[2, 3] = 0
+    found = encode_chunks(model.encoder, model.pooling, input_ids, mask, config=model.config)
+    for row, text in enumerate(([5, 6, 7, 8], [9, 4, 3], [9, 4, 3])):
+        states = model.encoder(torch.tensor([[1, *text]])).last_hidden_state[0]
+        bos, states = states[:1], states[1:]
+        groups = [states[:2], states[2 if pooling == "concat" else len(text) // 2 :]]
+        if pooling == "mean":
+            expected = torch.stack([group.mean(0) for group in groups])
+        else:
+            second = torch.cat(
+                [torch.zeros_like(states[: 4 - len(text)]), states[1:]]
+            )  # it looks back at the second token
+            expected = torch.stack([torch.cat([bos, groups[0]]).flatten(), second.flatten()])
+        torch.testing.assert_close(found[row], expected, atol=1e-6, rtol=1e-5)
 
 
 def test_a_group_without_places_is_refused():

@@ -132,9 +132,10 @@ def test_two_tokenizers_cut_with_the_encoders_own(tmp_path):
     torch.testing.assert_close(store.load("dog")["memory_embeds"], alone.detach(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("filled", ["pad", "end"])
 @pytest.mark.parametrize("encoder", ["masked_mixer", "bert"])
-def test_short_chunks_from_the_store_stand_where_they_do_from_the_context(encoder, tmp_path):
-    model = build_model(encoder, memories_per_chunk=2, memory_positions="source")
+def test_short_chunks_from_the_store_stand_where_they_do_from_the_context(encoder, filled, tmp_path):
+    model = build_model(encoder, memories_per_chunk=2, memory_positions="source", short_chunks=filled, eos_token_id=2)
     own = build_tiny_encoder_tokenizer() if encoder == "bert" else None
     lengths = {"chunk_length": CHUNK, "window_length": WINDOW, "memories_per_chunk": 2}
     processor = MemoryProcessor(build_tiny_tokenizer(), own, **lengths)
@@ -334,6 +335,24 @@ def test_readers_see_the_store_as_it_was_until_they_reload(store, model, process
     assert reader.text_ids == ["dog", "sea", "new"]
 
 
+def test_a_store_is_in_int8_unless_a_format_is_named_and_tells_once_where_that_costs(
+    model, processor, tmp_path, caplog
+):
+    store = MemoryStore.open(tmp_path / "default", model, processor, create=True)
+    assert store.dtype == "int8" and store.chunk_bytes == 2 * (32 + 4)
+    store.append(TEXTS)
+    assert not caplog.text
+    uneven = torch.randn(2, 2, 32, generator=torch.Generator().manual_seed(0))
+    uneven[..., 3] = 50  # as hidden states of pretrained models have them
+    for text_id in "ab":
+        store.append_memories([dataclasses.replace(GOOD, text_id=text_id, memories=uneven, text=None)])
+    assert caplog.text.count("int8 rounds the numbers of these memories by") == 1
+    caplog.clear()
+    named = MemoryStore.open(tmp_path / "named", model, processor, create=True, dtype="float16")
+    named.append_memories([dataclasses.replace(GOOD, memories=uneven, text=None)])
+    assert not caplog.text
+
+
 def test_the_report_says_what_a_format_costs(model, processor):
     inputs = processor(text="the cat sat", context=TEXTS["sea"], return_tensors="pt")
     memories, mask = model.encode_memories(inputs.pop("context_input_ids"), inputs.pop("context_attention_mask"))
@@ -483,7 +502,7 @@ def each(field, *values):
 def test_every_field_of_a_stored_text_is_checked_and_nothing_of_the_call_is_stored(
     model, processor, tmp_path, field, value
 ):
-    store = MemoryStore.open(tmp_path, model, processor, create=True, keep_text=True)
+    store = MemoryStore.open(tmp_path, model, processor, create=True, dtype="float16", keep_text=True)
     with pytest.raises(ValueError) as caught:
         store.append_memories([dataclasses.replace(GOOD, text_id="a"), dataclasses.replace(GOOD, **{field: value})])
     named = "spans" if (field, value) == ("text", "c") else field

@@ -1,5 +1,6 @@
 """The page, clicked in the system's chromium, and called as its API is."""
 
+import html
 import re
 import shutil
 
@@ -9,6 +10,8 @@ import pytest
 from fastapi import FastAPI
 
 from modeling_memory.serving.page import EXAMPLE, page, remember
+from modeling_memory.store import memory_store
+from modeling_memory.store.quoting import write_back
 from tests.test_serving import serving
 from training.remember import load_memory_model
 
@@ -22,7 +25,7 @@ def address():
         yield local
 
 
-def test_a_visitor_remembers_quotes_and_asks(address, tmp_path):
+def test_a_visitor_remembers_quotes_and_asks(address, tmp_path, monkeypatch):
     client = gradio_client.Client(address, verbose=False)
     with pytest.raises(Exception, match="Nothing is remembered yet"):
         client.predict(api_name="/write_back")
@@ -38,9 +41,19 @@ def test_a_visitor_remembers_quotes_and_asks(address, tmp_path):
     reply, used = client.predict("The sign", "a text to go on with", api_name="/ask")
     assert reply and used == f"Read from {positions[2]} of {positions[2]} chunks."
     other = gradio_client.Client(address, verbose=False)  # another visitor has another document
-    other.predict("<b>Él</b> 漢字 wrote: qqxzj!", api_name="/remember")
+    text = "<b>Él</b> 漢字 wrote: qqxzj!"
+    other.predict(text, api_name="/remember")
     written, lost = other.predict(api_name="/write_back")
-    assert "<b>" not in written and "<mark" in written and "lost something" in lost  # wrong tokens are marked
+    assert html.escape(text) in written and "<mark" not in written and "Nothing was lost" in lost
+
+    def misread(*given):
+        tokens = write_back(*given)
+        tokens[-1, 0] = load_memory_model("starter-tiny")[1].tokenizer("?").input_ids[-1]
+        return tokens
+
+    monkeypatch.setattr(memory_store, "write_back", misread)
+    written, lost = other.predict(api_name="/write_back")
+    assert "<b>" not in written and "<mark" in written and "1 of 4 chunks lost something" in lost
     assert client.predict(api_name="/quote")[0].startswith(EXAMPLE)
     (tmp_path / "a.txt").write_text("A letter came.")
     assert client.predict(gradio_client.handle_file(tmp_path / "a.txt"), api_name="/upload") == "A letter came."

@@ -110,7 +110,7 @@ def test_a_store_is_asked_as_its_texts_are(parts, answer, tmp_path: Path):
     words = CONTEXTS[0].split()
     cuts = (" ".join(words[:number]) for number in range(7, 0, -1))
     text = next(cut for cut in cuts if len(parts[1].split_context(cut)[-1]) == CHUNK)  # a store counts full chunks
-    store = MemoryStore.open(tmp_path / "store", *parts, create=True)
+    store = MemoryStore.open(tmp_path / "store", *parts, create=True, dtype="float32")
     store.append({"first": text})
     found = ask.answer(store, QUESTIONS[0], ask.choose(store, QUESTIONS[0]), is_question=True, **WRITE)
     assert found == answer(context=text, question=QUESTIONS[0], **WRITE)["answer"]

@@ -5,7 +5,7 @@ import torch
 
 from modeling_memory import MemoryProcessor, MemoryStore, MemoryStoreError
 from modeling_memory.store import memory_store, remembering
-from modeling_memory.store.quoting import write_back
+from modeling_memory.store.quoting import as_texts, come_back, write_back
 from tests.conftest import build_tiny_encoder_tokenizer, build_tiny_tokenizer
 from tests.memory_models import BLANK, CHUNK, SLOT, WINDOW, build_model
 from training.places import REPOSITORY
@@ -25,11 +25,12 @@ def starter():
 
 @pytest.fixture
 def forgetful(monkeypatch):
-    """The writer gets chunks of more than two tokens wrong whose memory begins with a positive number."""
+    """The writer gets chunks of more than two tokens wrong whose memory begins above 0, and all if above 0.2."""
 
     def write(model, memories, groups):
         written = write_back(model, memories, groups)
         written[memories[:, 0, 0] > 0, 2:] = 5
+        written[memories[:, 0, 0] > 0.2] = 5
         return written
 
     monkeypatch.setattr(remembering, "write_back", write)
@@ -86,6 +87,34 @@ def test_with_a_warning_only_nothing_wrong_is_quoted(starter, forgetful, tmp_pat
         else:
             with pytest.raises(MemoryStoreError, match="does not come back from its memories, and its text was not"):
                 store.quote(chunk)
+
+
+def test_a_character_that_spans_chunks_is_quoted_with_each_of_them_alone(starter, tmp_path):
+    """Every place at which a border can fall inside a character, and chunks of one token after splitting."""
+    texts = {f"{pad} {sign}": "a" * pad + sign * 9 for pad in range(4) for sign in ("ü", "日", "😀")}
+    processor, store = starter[1], MemoryStore.open(tmp_path, *starter, create=True)
+    cuts = [processor.cut_context(text) for text in texts.values()]
+    alone = [processor.tokenizer.decode(row) for cut in cuts for row in cut.chunks]
+    assert sum(text.endswith("\ufffd") for text in alone) > 10, "no border falls inside a character"
+    store.append(texts, on_loss="warn")
+    assert store.num_lost == 0
+    for chunk in store.chunks():
+        assert store.quote(chunk) == [texts[chunk.text_id][chunk.start : chunk.end]]
+    rows = [[token] for row in cuts[-1].chunks for token in row]
+    sizes = [end - start for start, end in processor.cut_context(texts["3 😀"], [1] * len(rows)).spans]
+    assert "".join(as_texts(processor.tokenizer, rows, sizes)) == texts["3 😀"]
+    assert as_texts(processor.tokenizer, rows[3:5], [None, None]) == ["\ufffd", "\ufffd"]
+
+
+def test_a_wrong_neighbour_takes_the_characters_it_shares(starter):
+    processor = starter[1]
+    text = next(pad + "日" * 9 for pad in ("", "a", "aa") if processor.tokenizer.decode(
+        processor.cut_context(pad + "日" * 9).chunks[0]).endswith("\ufffd"))  # fmt: skip
+    cut = processor.cut_context(text)
+    written = torch.tensor([row + [0] * (8 - len(row)) for row in cut.chunks])
+    assert come_back(processor.tokenizer, written, cut, text) == [True] * len(cut.chunks)
+    written[1, 0] = processor.tokenizer("a").input_ids[-1]
+    assert come_back(processor.tokenizer, written, cut, text)[:2] == [False, False]
 
 
 def test_what_was_not_tried_is_not_promised(starter, tmp_path):

@@ -70,6 +70,22 @@ def test_the_autoencoder_fills_short_chunks_too(how):
     assert MemoryAutoencoderConfig.from_dict(config.to_dict()).short_chunks == how
 
 
+def test_memories_of_a_filled_chunk_stand_where_those_of_a_full_one_do_up_to_its_end():
+    """Of 5 tokens in a chunk of 8 the third of four memories holds one, and the fourth none: text goes on after 5."""
+    model = build_model("llama", "llama", chunk_length=8, memories_per_chunk=4, memory_positions="source",
+                        short_chunks="end", eos_token_id=END)  # fmt: skip
+    ids, text = random_ids(1, 1, 8), random_ids(1, 3, seed=1)
+    mask = (torch.arange(8) < 5).long()[None, None]
+    filled = torch.where(mask == 1, ids, END)
+    with torch.no_grad():
+        prompt = torch.cat([torch.full((1, 4), model.config.memory_token_id), text], 1)
+        found = model(prompt, context_input_ids=ids, context_attention_mask=mask).logits[:, 4:]
+        embeds = torch.cat([model.encode_memories(filled)[0], model.get_input_embeddings()(text)], 1)
+        positions = torch.tensor([[1, 3, 4, 4, 5, 6, 7]])
+        plain = model.decoder(inputs_embeds=embeds, position_ids=positions, attention_mask=torch.ones_like(positions))
+    torch.testing.assert_close(found, plain.logits[:, 4:], atol=1e-5, rtol=1e-5)
+
+
 def test_full_chunks_and_plain_padding_are_as_before():
     rows, ids, mask = ragged()
     full = random_ids(2, 3, CHUNK)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -97,6 +98,16 @@ def test_the_recipe_trains_all_its_stages_and_publishes_by_reference(installed: 
     questions = read_questions([folder / "stages" / "questions" / "questions_0.jsonl"])
     assert len(questions) == 12 and all(one.answer in one.context for one in questions)
     check_small_folder(folder / "hub", installed)
+    # What came out is what training goes on from: the bases keep their names, and only what is trained is cast.
+    more = ["pretrained.starter.path=" + str(folder / "hub"), *(one for one in tiny(tmp_path / "more", installed)
+            if not one.startswith(("stages.", "pretrained.")))]  # fmt: skip
+    training = {"max_steps": 2, "eval_steps": 2, "eval_rows": 4, "save_steps": 1, "warmup": 0}
+    more += [f"stages.more.training.{name}={value}" for name, value in training.items()]
+    more += ["stages.more.data.questions=['cloze:12']", "stages.more.data.validation_questions=['cloze:4']"]
+    assert main(["starter_smollm2", *more]) == 0
+    check_small_folder(tmp_path / "more" / "hub", installed)
+    one, other = (load_file(tmp_path / name / "hub" / "trained.safetensors") for name in ("run", "more"))
+    assert one.keys() == other.keys() and any(not torch.equal(one[name], other[name]) for name in one)
 
 
 def check_small_folder(hub: Path, base: str) -> None:

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from modeling_memory import MemoryProcessor, MemoryStore
-from modeling_memory.store.codec import DTYPES
+from modeling_memory.store.codec import DEFAULT_DTYPE, DTYPES
 from modeling_memory.store.quoting import why_not_checkable
 from modeling_memory.store.remembering import ON_LOSS
 from modeling_memory.store.texts import text_digest
@@ -198,7 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("model", help="folder or Hub id of a memory model")
     add("texts", nargs="+", metavar="TEXT", help="files, folders, or hub:ID@COMMIT")
     add("--to", required=True, metavar="STORE", help="folder of the store; begun if it is not there")
-    add("--dtype", choices=tuple(DTYPES), help="number format of a new store (float16)")
+    add("--dtype", choices=tuple(DTYPES), help=f"number format of a new store ({DEFAULT_DTYPE})")
     add("--keep-text", action="store_true", help="let a new store keep the texts, to show and expand chunks")
     add(
         "--on-loss",
@@ -227,7 +227,7 @@ def open_store(options: argparse.Namespace, model: PreTrainedModel, processor: M
     Raises:
         ValueError: If it was begun with another format, or without the text.
     """
-    kind: dict[str, Any] = {"dtype": options.dtype or "float16", "keep_text": options.keep_text}
+    kind: dict[str, Any] = {"dtype": options.dtype or DEFAULT_DTYPE, "keep_text": options.keep_text}
     store = MemoryStore.open(options.to, model, processor, create=True, **kind)
     if options.dtype not in (None, store.dtype) or (options.keep_text and not store.keeps_text):
         raise ValueError(

@@ -84,7 +84,7 @@ def costs(engine: Engine, store: MemoryStore, text: str) -> str:
     with engine.tokenizer_lock:
         num_text = len(engine.processor.text_ids(text))
     num_memories = store.num_chunks * engine.processor.memories_per_chunk
-    vectors = num_memories * engine.model.config.decoder.hidden_size * 2  # float16, as the store has them
+    vectors = store.num_chunks * store.chunk_bytes
     return "\n".join(
         [
             "| | full text | memories |",
@@ -106,25 +106,25 @@ def write_back(engine: Engine, session: Session) -> tuple[str, str]:
         written = store.regenerate_ids(store.chunks())
     with engine.tokenizer_lock:
         cut = engine.processor.cut_context(session["text"])
-    lines, lost, right, total = [], [], 0, 0
-    for number, (own, given, count) in enumerate(zip(cut.chunks, written, cut.num_tokens, strict=True)):
-        marks = []
-        # Runs of right and of wrong tokens: a character may be made of several tokens, which mean nothing alone.
-        pairs = zip(own[:count], given[:count], strict=True)
-        for is_right, run in groupby(pairs, lambda pair: pair[0] == pair[1]):
-            true, back = (html.escape(decode(list(ids))) for ids in zip(*run, strict=True))
-            marks.append(back if is_right else f'<mark title="{true}">{back}</mark>')
-        wrong = sum(true != token for true, token in zip(own, given, strict=False))
-        right, total = right + count - wrong, total + count
-        lines.append("".join(marks))
-        if wrong:
-            lost.append(f"- chunk {number}: `{decode(own[:count])}` came back as `{decode(given[:count])}`")
+    pairs = [pair for own, given in zip(cut.chunks, written, strict=True) for pair in zip(own, given, strict=True)]
+    marks = []
+    # Runs of right and of wrong tokens: a character may be made of several tokens, which mean nothing alone, nor need
+    # they be of one chunk.
+    for is_right, run in groupby(pairs, lambda pair: pair[0] == pair[1]):
+        true, back = (html.escape(decode(list(ids))) for ids in zip(*run, strict=True))
+        marks.append(back if is_right else f'<mark title="{true}">{back}</mark>')
+    lost = [
+        f"- chunk {number}: `{decode(own)}` came back as `{decode(given)}`"
+        for number, (own, given) in enumerate(zip(cut.chunks, written, strict=True))
+        if own != given
+    ]
+    right, total = sum(true == token for true, token in pairs), len(pairs)
     told = f"**{right} of {total} tokens came back ({right / total:.1%})**, written in one pass, no text in sight."
     if lost:
         told += f" {len(lost)} of {len(written)} chunks lost something:\n\n" + "\n".join(lost)
     else:
         told += " Nothing was lost."
-    return f'<div id="written" style="white-space:pre-wrap">{"".join(lines)}</div>', told
+    return f'<div id="written" style="white-space:pre-wrap">{"".join(marks)}</div>', told
 
 
 def answer(engine: Engine, session: Session, prompt: str, is_question: bool) -> Iterator[tuple[str, str]]:

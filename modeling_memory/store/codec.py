@@ -12,6 +12,10 @@ from transformers.modeling_utils import PreTrainedModel
 PLAIN = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DTYPES = (*PLAIN, "int8", "int4")
 """Names of the number formats that memories can be stored in."""
+DEFAULT_DTYPE = "int8"
+"""Of a store for which none is named: half the bytes of float16, and no chunk lost by it where that was measured."""
+ROUGH = 0.02
+"""[`rounding_error`] that goes unsaid: 0.8 % in int8 for 128 normal numbers, far more where a few are far larger."""
 GROUP = 32
 """Numbers of an int4 memory that share a scale."""
 
@@ -100,6 +104,14 @@ def decode_vectors(rows: list[bytes], dtype: str, memories_per_chunk: int, width
         codes = torch.stack([codes & 15, codes >> 4], -1).view(torch.int8) - 8
     memories = codes.contiguous().view(torch.int8).view(*scales.shape[:3], -1).float() * scales
     return memories.flatten(2)[..., :width].contiguous()
+
+
+def rounding_error(memories: torch.Tensor, rows: list[bytes], dtype: str) -> float:
+    """Return by how much stored memories miss those `(n, K, D)` that were encoded, as a share of a usual number."""
+    memories = memories.detach().float().cpu()
+    missed = (decode_vectors(rows, dtype, *memories.shape[1:]) - memories).square().mean().sqrt()
+    # Not of their length, which a single large number makes, whatever becomes of all others.
+    return (missed / memories.abs().mean().clamp(min=torch.finfo(torch.float32).tiny)).item()
 
 
 @torch.no_grad()

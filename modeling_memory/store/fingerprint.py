@@ -110,6 +110,8 @@ def _describe(model: Any, processor: Any, hashed: Callable[[dict], str], told: C
             "memories_per_chunk": config.memories_per_chunk,
             "pooling": config.pooling,
             "short_chunks": config.short_chunks,
+            # Only where there is one, so that stores of other models keep their fingerprint.
+            **({} if config.encoder_bos_token_id is None else {"encoder_bos_token_id": config.encoder_bos_token_id}),
             "hidden_size": config.decoder.hidden_size,
             # So that memories of a cut that took markers in a document for markers are not taken for those of this
             # one.

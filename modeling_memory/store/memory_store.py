@@ -20,9 +20,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from ..memory_chunking import special_frame
-from ..memory_layout import tokens_of_groups
+from ..memory_layout import filled_length, tokens_of_groups
 from .arrow import read_records, read_settings, to_reader
-from .codec import check_dtype, decode_vectors, encode_vectors
+from .codec import DEFAULT_DTYPE, ROUGH, check_dtype, decode_vectors, encode_vectors, rounding_error
 from .database import (
     FILE,
     FORMAT_VERSION,
@@ -36,7 +36,7 @@ from .database import (
     new_file,
 )
 from .fingerprint import check_fingerprint, check_same_fingerprint, fingerprint, quick_fingerprint
-from .quoting import as_text, why_not_checkable, write_back
+from .quoting import LONGEST_CHARACTER, as_texts, why_not_checkable, write_back
 from .remembering import remember_texts
 from .search import BlockSearch, fuse, normalize
 from .tables import Tables, chunks_of
@@ -108,6 +108,7 @@ class MemoryStore(Tables):
             raise MemoryStoreError("A model and its processor belong together. Give both or neither.")
         super().__init__(_as_folder(folder), _check_seconds(lock_seconds))
         self.model, self.processor = model, processor
+        self._told_of_rounding = False
         if model is not None:
             check_same_fingerprint(self.fingerprint, fingerprint(model, processor), "this model")
             # Hashing all weights takes seconds, and every later call only has to notice that one has changed.
@@ -121,7 +122,7 @@ class MemoryStore(Tables):
         processor: Any = None,
         *,
         create: bool = False,
-        dtype: str = "float16",
+        dtype: str = DEFAULT_DTYPE,
         keep_text: bool = False,
         lock_seconds: float = 60.0,
     ) -> "MemoryStore":
@@ -132,7 +133,8 @@ class MemoryStore(Tables):
             model ([`MemoryEncoderDecoderModel`], *optional*): See the class.
             processor ([`MemoryProcessor`], *optional*): See the class.
             create (`bool`): Whether to begin a store where there is none.
-            dtype (`str`): Number format of a new store: `"float32"`, `"float16"`, `"bfloat16"`, `"int8"` or `"int4"`.
+            dtype (`str`): Number format of a new store: `"float32"`, `"float16"`, `"bfloat16"`, `"int8"` or `"int4"`;
+                [`quantization_report`] says what each costs a model.
             keep_text (`bool`): Whether a new store keeps the texts, so that chunks can be expanded and searched by
                 words.
             lock_seconds (`float`): See the class.
@@ -150,7 +152,12 @@ class MemoryStore(Tables):
 
     @classmethod
     def create(
-        cls, folder: str | os.PathLike, identity: dict[str, Any], *, dtype: str = "float16", keep_text: bool = False
+        cls,
+        folder: str | os.PathLike,
+        identity: dict[str, Any],
+        *,
+        dtype: str = DEFAULT_DTYPE,
+        keep_text: bool = False,
     ) -> "MemoryStore":
         """Begin an empty store; if another process has just begun it, open that.
 
@@ -315,9 +322,21 @@ class MemoryStore(Tables):
     def regenerate(self, chunks: Chunk | Passage | Sequence[Chunk]) -> list[str]:
         """Return what the model writes of chunks from their memories alone, right or wrong; see [`regenerate_ids`]."""
         chunks = self.select(chunks)
-        sizes = [None if chunk.start is None else chunk.end - chunk.start for chunk in chunks]  # type: ignore[operator]
-        written = self.regenerate_ids(chunks)
-        return [as_text(self.processor.tokenizer, ids, size) for ids, size in zip(written, sizes, strict=True)]
+        reach = range(1 - LONGEST_CHARACTER, LONGEST_CHARACTER)
+        wanted = {text_id: set[int]() for text_id in dict.fromkeys(chunk.text_id for chunk in chunks)}
+        for chunk in chunks:
+            # Its first or last character may have tokens in the chunks beside it.
+            wanted[chunk.text_id].update(chunk.number + step for step in reach)
+        texts: dict[Chunk, str] = {}
+        for text_id, numbers in wanted.items():
+            beside = [chunk for chunk in self.chunks(text_id) if chunk.number in numbers]
+            written = self.regenerate_ids(beside)
+            for run in _runs([chunk.number for chunk in beside]):
+                own, lines = beside[: len(run)], written[: len(run)]
+                beside, written = beside[len(run) :], written[len(run) :]
+                sizes = [None if one.start is None else one.end - one.start for one in own]  # type: ignore[operator]
+                texts |= zip(own, as_texts(self.processor.tokenizer, lines, sizes), strict=True)
+        return [texts[chunk] for chunk in chunks]
 
     def regenerate_ids(self, chunks: Chunk | Passage | Sequence[Chunk]) -> list[list[int]]:
         """Return the tokens that the model writes of chunks from their memories alone, all in one pass.
@@ -446,7 +465,10 @@ class MemoryStore(Tables):
             frame = 0 if encoder_tokenizer is None else sum(map(len, special_frame(encoder_tokenizer)))
             lengths = torch.tensor([chunk.num_tokens + frame for chunk in chunks], device=memory_mask.device)
             # Special tokens count, as they do where the model encodes a context itself.
-            loaded["memory_num_tokens"] = tokens_of_groups(lengths, self._shape[0]).flatten()[None]
+            filled_to = filled_length(self.model.config)
+            loaded["memory_num_tokens"] = tokens_of_groups(lengths, self._shape[0], filled_to=filled_to).flatten()[
+                None
+            ]
         return loaded
 
     def prepare(
@@ -848,9 +870,23 @@ class MemoryStore(Tables):
             memories = encode_vectors(text.memories, self.dtype)
         except ValueError as error:
             raise ValueError(f"`memories` of the text {text.text_id!r}: {error}") from error
+        self._tell_of_rounding(text.memories, memories)
         originals = text.originals or [None] * len(memories)
         kept = list(zip(memories, originals, strict=True))
         return Record(text.text_id, digest, text.num_unknown, places, kept, text.text)
+
+    def _tell_of_rounding(self, memories: torch.Tensor, rows: list[bytes]) -> None:
+        """Say once that the default format, which nobody may have chosen, costs memories of this kind something."""
+        if self._told_of_rounding or self.dtype != DEFAULT_DTYPE:
+            return
+        missed = rounding_error(memories, rows, self.dtype)
+        self._told_of_rounding = missed > ROUGH
+        if self._told_of_rounding:
+            logger.warning(
+                f"{self.dtype} rounds the numbers of these memories by {missed:.0%} of their mean size, more than was "
+                "found to cost nothing: a few are far larger than the others. See `quantization_report`, and begin "
+                "stores for this model with `dtype='float16'`."
+            )
 
     def _recoded(self, record: Record, dtype: str) -> Record:
         """The record in this store's number format."""

@@ -13,6 +13,8 @@ import torch
 from ..memory_chunking import CutText
 
 WINDOWS_AT_ONCE = 64
+LONGEST_CHARACTER = 4
+"""Tokens of a character at most: bytes of UTF-8."""
 
 
 def why_not_checkable(model: Any, processor: Any) -> str | None:
@@ -70,17 +72,43 @@ def as_text(tokenizer: Any, ids: Sequence[int], num_characters: int | None) -> s
     return f" {text}" if num_characters == len(text) + 1 else text
 
 
+def as_texts(tokenizer: Any, rows: Sequence[Sequence[int]], sizes: Sequence[int | None]) -> list[str]:
+    """Return the texts of chunks that follow each other; a character of several tokens counts where it begins.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Whose tokens they are.
+        rows (`Sequence`): The tokens of each chunk.
+        sizes (`Sequence[int]`): How many characters each has; `None` where that is not known.
+    """
+    texts: list[str] = []
+    first = 0
+    for place in range(len(rows)):
+        # A chunk that ends inside a character is read together with those that hold the rest of it.
+        is_open = as_text(tokenizer, rows[place], None).endswith("\N{REPLACEMENT CHARACTER}")
+        if is_open and place + 1 < len(rows) and sizes[place] is not None:
+            continue
+        own = sizes[first : place + 1]
+        size = None if own[-1] is None else sum(own)  # type: ignore[arg-type]
+        text = as_text(tokenizer, [token for row in rows[first : place + 1] for token in row], size)
+        for one in own[:-1]:
+            texts.append(text[:one])
+            text = text[one:]
+        texts.append(text)
+        first = place + 1
+    return texts
+
+
 def come_back(tokenizer: Any, written: torch.Tensor, cut: CutText, text: str) -> list[bool]:
     """Say of each chunk of a text whether what was written `(n, L)` begins with its tokens, and reads as it does.
 
-    A chunk that ends inside a character can have all of its tokens and no text of its own.
+    Where a chunk ends inside a character the rest of that must have been written, too.
     """
-    spans: Sequence[tuple[int, int] | None] = [None] * len(cut.chunks) if cut.spans is None else cut.spans
-    return [
-        line[: len(row)] == row
-        and (span is None or as_text(tokenizer, row, span[1] - span[0]) == text[span[0] : span[1]])
-        for line, row, span in zip(written.tolist(), cut.chunks, spans, strict=True)
-    ]
+    rows = [line[: len(row)] for line, row in zip(written.tolist(), cut.chunks, strict=True)]
+    right = [own == row for own, row in zip(rows, cut.chunks, strict=True)]
+    if cut.spans is None:
+        return right
+    texts = as_texts(tokenizer, rows, [end - start for start, end in cut.spans])
+    return [one and read == text[start:end] for one, read, (start, end) in zip(right, texts, cut.spans, strict=True)]
 
 
 def halve(lengths: Sequence[int], whole: Sequence[bool]) -> list[int]:

@@ -137,12 +137,13 @@ class Tables:
 
     def _checked_chunk(self, row: int, blob: Any, original: Any, stored: Any) -> tuple[bytes, str | None]:
         is_sound = isinstance(blob, bytes) and (original is None or isinstance(original, str))
-        if not is_sound or stored != _chunk_checksum(row, blob, original) or len(blob) != self._blob_size:
+        if not is_sound or stored != _chunk_checksum(row, blob, original) or len(blob) != self.chunk_bytes:
             raise damaged(self.folder / FILE, f"{self._name(row)} does not agree with its checksum")
         return blob, original
 
     @property
-    def _blob_size(self) -> int:
+    def chunk_bytes(self) -> int:
+        """Bytes that the memories of a chunk take."""
         return sum(code_sizes(self.dtype, *self._shape))
 
     def _name(self, row: int) -> str:

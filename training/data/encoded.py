@@ -65,11 +65,16 @@ def encode_once(
         )
     length = config.chunk_length
     chunks = tokens[: tokens.numel() // length * length].view(-1, length)
-    about = {"pooling": config.pooling, "memories_per_chunk": config.memories_per_chunk}
+    about = {
+        "pooling": config.pooling,
+        "bos": config.encoder_bos_token_id,
+        "memories_per_chunk": config.memories_per_chunk,
+    }
     encoder = model.encoder.to(device).eval()
 
     def read(start: int, stop: int) -> torch.Tensor:
-        return encode_chunks(encoder, model.pooling, chunks[start:stop].long().to(device))
+        ids = chunks[start:stop].long().to(device)
+        return encode_chunks(encoder, model.pooling, ids, config=config)
 
     shape = len(chunks), config.memories_per_chunk, config.encoder.hidden_size
     return EncodedChunks(keep_states(model, chunks, read, folder / "states", shape, about, bf16), length)

@@ -467,13 +467,20 @@ def _check_counts(owner: Any, keys: dict[str, tuple[str, ...]], path: str) -> No
                 _check_positive(number, f"{path}.{part}.{name}".lstrip("."))
 
 
+def refers_to_bases(pretrained: PretrainedRecipe) -> bool:
+    """Whether a pretrained model is a folder that was saved by reference, so that its bases have names."""
+    config = Path(pretrained.source) / "config.json"
+    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("references"))
+
+
 def _check_by_reference(recipe: Recipe) -> None:
     """Check that what is to be left out of the folders can be named, and is found again under that name."""
     for stage in recipe.stages if recipe.publish.by_reference else ():
         named = [recipe.pretrained[name] for name in stage.from_.values() if name in recipe.pretrained]
         fresh = stage.kind == "memory" and "model" not in stage.from_
         if (fresh and not named) or any(
-            not one.path.startswith(PACKAGE) and Path(one.source).is_dir() for one in named
+            not one.path.startswith(PACKAGE) and Path(one.source).is_dir() and not refers_to_bases(one)
+            for one in named
         ):
             raise ValueError(
                 f"publish.by_reference is set, but stages.{stage.name} takes its encoder and decoder from no package "

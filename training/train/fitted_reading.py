@@ -210,7 +210,7 @@ def _share_out(copying: torch.Tensor, group: int) -> tuple[list[list[int]], torc
 def _features(model: MemoryEncoderDecoderForCausalLM, tokens: torch.LongTensor) -> torch.Tensor:
     """What the projector's linear map reads of rows of text: `(N, M, P*E)`."""
     chunks = tokens.reshape(-1, model.config.chunk_length)
-    states = encode_chunks(model.encoder, model.pooling, chunks)
+    states = encode_chunks(model.encoder, model.pooling, chunks, config=model.config)
     return model.projector.features(states.to(model.dtype)).unflatten(0, (len(tokens), -1)).flatten(1, 2)
 
 

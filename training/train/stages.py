@@ -37,7 +37,14 @@ from ..data.pairs import PairCollator, PairedRows, PairedText, cached_pairs, enc
 from ..data.questions import Question, Questions, RowsWithQuestions, read_questions
 from ..data.rows import ObjectiveCollator, TokenRows
 from ..data.token_stream import StreamedRows
-from ..recipes.recipe import STAGE_OBJECTIVES, Recipe, StageRecipe, resolve_documents, resolve_files
+from ..recipes.recipe import (
+    STAGE_OBJECTIVES,
+    Recipe,
+    StageRecipe,
+    refers_to_bases,
+    resolve_documents,
+    resolve_files,
+)
 from ..records.record import data_digest, peak_memory_bytes, read_json, write_json
 from .build import build_stage_model, check_described, count_parameters, parameter_report, report_lines
 from .checkpoints import check_same, last_complete_checkpoint, replace_folder
@@ -95,7 +102,13 @@ class StageRunner:
         """Load the model of a finished stage, or a pretrained one; options are those of `from_pretrained`."""
         source = self.recipe.pretrained.get(name)
         if source is not None:
-            model = AutoModelForCausalLM.from_pretrained(source.source, dtype=torch.float32, **source.options)
+            slim = refers_to_bases(source)
+            # Bases are known again by their hash, which another dtype would change; only what is trained is cast.
+            dtype = "auto" if slim else torch.float32
+            model = AutoModelForCausalLM.from_pretrained(source.source, dtype=dtype, **source.options)
+            for parameter in model.parameters():
+                if slim and parameter.requires_grad:
+                    parameter.data = parameter.data.float()
             check_described(source, model.config, name)
             return model
         kind = self.recipe.stage(name).kind

@@ -103,7 +103,7 @@ def fit_projector(model: MemoryEncoderDecoderForCausalLM, chunks: torch.LongTens
     ends = torch.arange(1, num_memories + 1) * length // num_memories - 1
     codes, targets = [], []
     for some in chunks.to(table.weight.device).split(512):
-        states = encode_chunks(model.encoder, model.pooling, some)  # (n, K, E)
+        states = encode_chunks(model.encoder, model.pooling, some, config=model.config)  # (n, K, E)
         codes.append(projector.features(states.to(table.weight.dtype)).flatten(0, 1))
         targets.append(table(some[:, ends]).flatten(0, 1))
     inputs, wanted = torch.cat(codes).double(), torch.cat(targets).double()
