@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Cells, benchmark_parser, describe_run, run_benchmark, scratch
+from benchmarks.measure import benchmark_parser, describe_run, run_benchmark, scratch
 from modeling_memory import MemoryStore
 from modeling_memory.store.codec import DTYPES
 from training.command_line import named_file
@@ -30,7 +30,7 @@ from training.data.typed import fold_to_ascii, typed_documents
 from training.measure.metrics import bootstrap_interval
 from training.measure.suites import Evaluation
 from training.publishing.hub_folder import load_checkpoint, load_processor
-from training.records.record import data_digest
+from training.records.record import Cells, data_digest
 
 SEED = 1
 """Of the made-up lines: training has 0."""

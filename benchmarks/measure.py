@@ -16,13 +16,7 @@ import torch
 import transformers
 
 from training.places import REPOSITORY, portable_path, portable_paths, portable_word
-from training.records.record import (
-    FORMAT_VERSION,
-    describe_code,
-    describe_hardware,
-    read_json,
-    write_json,
-)
+from training.records.record import FORMAT_VERSION, describe_code, describe_hardware, write_json
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 
@@ -201,30 +195,6 @@ def save_record(record: dict[str, Any], name: str, out: str | None, *, publish: 
             print("tracked files differ from the commit, so the record goes to scratch/; commit and measure again")
     write_json(path, portable_paths(record))
     return path
-
-
-class Cells:
-    """What a benchmark has measured so far, in a file; a cell that is there is not measured again.
-
-    Args:
-        path (`str` or `Path`): The file.
-        identity (`str`): Of code, model, data and settings: cells of others are dropped, so that a record is of one
-            commit, as it says.
-    """
-
-    def __init__(self, path: str | Path, identity: str) -> None:
-        self.path, self.identity = Path(path), identity
-        before = read_json(self.path) or {}
-        self.values: dict[str, Any] = before["cells"] if before.get("identity") == identity else {}
-
-    def get(self, key: str, measure: Callable[[], Any]) -> Any:
-        """Return a cell, measuring it first if need be."""
-        if key not in self.values:
-            started = time.process_time()
-            self.values[key] = measure()
-            print(f"{key}: {time.process_time() - started:.0f} s of CPU time", flush=True)
-            write_json(self.path, {"identity": self.identity, "cells": self.values})
-        return self.values[key]
 
 
 def scratch(name: str) -> Path:

@@ -1,7 +1,6 @@
 """Tables of what models reach and what memories hold, each from its record."""
 
 import statistics
-from typing import Any
 
 from benchmarks.table import TOKENS, Record, Table, percent, pick
 from training.records.sample import sample_lines
@@ -283,41 +282,3 @@ def _fidelity_column(result: Record) -> dict[str, str]:
         "teacher-forced, another text's memories": percent(result["wrong_memory"]),
         "teacher-forced, no memories": percent(result["no_memory"]),
     }
-
-
-def scores(record: Record) -> Table:
-    """A row for each benchmark: its score in every way of reading, and what went through memories."""
-    rows = [["task", "metric", "items", "full text", "memory", "truncated", "none", "memory minus full (95%)",
-             "through memories"]]  # fmt: skip
-    for task, result in pick(record, "metrics").items():
-        metric, modes = result["headline"], result["modes"]
-        memory = modes.get("memory", {})
-        gap = memory.get("minus_full", {}).get(metric)
-        counts = memory.get("counts")
-        share = "" if counts is None else f"{counts['memory_requests'] / max(1, counts['requests']):.0%}"
-        rows.append([
-            task, metric, str(modes["full"]["scores"][metric]["num_items"]),
-            *(_benchmark_score(modes.get(mode), metric) for mode in ("full", "memory", "truncated", "none")),
-            "" if gap is None else f"{gap['value']:+.3f} ({gap['interval'][0]:+.3f} to {gap['interval'][1]:+.3f})",
-            share,
-        ])  # fmt: skip
-    return Table(
-        rows,
-        f"The first {pick(record, 'recipe.limit')} items at most of each file, the same in every column. Intervals "
-        "are of 95% over items, those of a difference over paired items; of a perplexity the difference is in nats "
-        "per word. A score is called a memory's only where requests went through memories; the last column has the "
-        "share.",
-    )
-
-
-def _benchmark_score(values: dict[str, Any] | None, metric: str) -> str:
-    if values is None:
-        return ""
-    if "refused" in values:
-        return "refused: no memory is read"
-    score = values["scores"][metric]
-    if metric.endswith(("perplexity", "per_byte")):
-        return f"{score['value']:.3f}"
-    if "interval" not in score:
-        return f"{score['value']:.1%}"
-    return percent({metric: score["value"], f"{metric}_interval": score["interval"]}, metric)

@@ -25,7 +25,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import training.records.figures
-from benchmarks import cost_tables, drawings, quality_tables, smollm2_tables, store_tables
+from benchmarks import cost_tables, drawings, quality_tables, score_tables, smollm2_tables, store_tables
 from benchmarks.drawings import DRAWINGS
 from benchmarks.table import Record, Table, print_table, source
 from training.places import REPOSITORY
@@ -86,7 +86,15 @@ TABLES: dict[str, Entry] = {
         smollm2_tables.smollm2_questions,
         smollm2_tables.smollm2_first_token,
     ),
-    **_entries("scores", "python -m training.evaluate MODEL --suite benchmarks --data FOLDER", quality_tables.scores),
+    **_entries(
+        "scores",
+        "python -m training.evaluate MODEL --suite benchmarks --data FOLDER",
+        score_tables.scores,
+        score_tables.retention,
+        score_tables.language_kept,
+        score_tables.published,
+    ),
+    **_entries("presses", "python -m benchmarks.presses FOLDER", score_tables.presses),
     **_entries(
         "retrieval",
         "python -m benchmarks.retrieval model_cards/starter-tiny xquad_en.jsonl.gz",

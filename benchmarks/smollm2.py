@@ -31,14 +31,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Cells, benchmark_parser, cache_bytes, describe_run, run_benchmark, scratch
+from benchmarks.measure import benchmark_parser, cache_bytes, describe_run, run_benchmark, scratch
 from benchmarks.smollm2_rows import RATES, SELECTIONS, NearestByMiniLM, Reader, Reading, Selector, nats, readings
 from modeling_memory.memory_adapters import adapters_on
 from training.data.texts import file_checksums, load_texts
 from training.fidelity import details_of
 from training.measure.metrics import bootstrap_interval
 from training.recipes.recipe import resolve_files
-from training.records.record import data_digest
+from training.records.record import Cells, data_digest
 from training.remember import load_memory_model
 
 PARTS = ("continue", "copy", "questions", "first_token")

@@ -10,13 +10,15 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM
 
-from benchmarks.quality_tables import scores
+from benchmarks.score_tables import language_kept, published, retention, scores
 from modeling_memory import MemoryEncoderDecoderConfig, MemoryEncoderDecoderForCausalLM, MemoryProcessor
 from modeling_memory.harness import readers
 from modeling_memory.harness.__main__ import TASKS, main
-from modeling_memory.harness.adapter import MODES, MemoryLM, NoMemoryReadError
+from modeling_memory.harness.adapter import MemoryLM, NoMemoryReadError
 from tests.conftest import (
     VOCAB_SIZE,
     build_tiny_encoder_tokenizer,
@@ -25,7 +27,7 @@ from tests.conftest import (
     tiny_encoder_config,
 )
 from training.evaluate import main as evaluate
-from training.measure.benchmarks import benchmark_lines
+from training.measure.benchmarks import MODES, benchmark_lines, chosen_tasks, compare_modes
 from training.records.record import check_record
 
 CHUNK, WINDOW = 4, 8
@@ -81,16 +83,18 @@ def test_loglikelihood_of_memories_equals_the_models(model):
     lm = adapter(model, mode="memory", clear=8)
     context, continuation = PAIRS[1]
     ids, targets = lm.tok_encode(context), lm.tok_encode(continuation)
-    place = (len(ids) - 8) // CHUNK * CHUNK
+    place = len(ids) - 8
     chunks = torch.tensor(ids[:place]).view(1, -1, CHUNK)
-    shown = [VOCAB_SIZE] * (place // CHUNK) + ids[place:] + targets
-    scores = log_softmax(model(torch.tensor([shown]), context_input_ids=chunks).logits)[-len(targets) - 1 : -1]
+    number = chunks.shape[1]
+    shown = [VOCAB_SIZE] * number + ids[place:] + targets
+    logits = model(torch.tensor([shown]), context_input_ids=chunks).logits
+    scores = log_softmax(logits)[-len(targets) - 1 : -1]
     calls = Calls(model)
     ((found, _),) = lm.loglikelihood(requests("loglikelihood", [(context, continuation)]), disable_tqdm=True)
     assert found == pytest.approx(float(scores.gather(1, torch.tensor(targets)[:, None]).sum()), abs=1e-5)
-    assert calls.chunks == place // CHUNK > 5
+    assert calls.chunks == number > 5
     assert lm.counts["some"]["memory_tokens"] == place
-    assert lm.counts["some"]["memories"] == place // CHUNK
+    assert lm.counts["some"]["memories"] == number
 
 
 @torch.no_grad()
@@ -99,8 +103,8 @@ def test_the_other_modes_are_the_plain_decoder(model, mode):
     lm, calls = adapter(model, mode=mode, clear=8), Calls(model)
     context, continuation = PAIRS[1]
     ids, targets = lm.tok_encode(context), lm.tok_encode(continuation)
-    place = (len(ids) - 8) // CHUNK * CHUNK
-    before = {"full": ids[:place], "truncated": ids[place - place // CHUNK : place], "none": []}[mode]
+    place = len(ids) - 8
+    before = {"full": ids[:place], "truncated": ids[place - -(-place // CHUNK) : place], "none": []}[mode]
     scores = log_softmax(model.decoder(torch.tensor([before + ids[place:] + targets])).logits)
     scores = scores[-len(targets) - 1 : -1]
     ((found, _),) = lm.loglikelihood(requests("loglikelihood", [(context, continuation)]), disable_tqdm=True)
@@ -134,6 +138,73 @@ def test_rolling_in_full_is_one_causal_call():
         total += float(scores[-1, ids[i]])
     (found,) = lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(TEXT * 2,)]), disable_tqdm=True)
     assert found == pytest.approx(total, abs=1e-3)
+
+
+@torch.no_grad()
+def test_memories_of_a_short_chunk_and_a_begin_token():
+    """As many tokens a memory as in a full chunk; the begin token stands before slots, or where they would be."""
+    model = build(memories_per_chunk=2)
+    tokenizer = build_tiny_tokenizer()
+    lm, calls = adapter(model, mode="memory", clear=8, begin=True), Calls(model)
+    # A last chunk of one token: half of a full one's two memories, rounded up.
+    context = next(text for text in (TEXT[:end] for end in range(20, 60)) if len(lm.tok_encode(text)) % CHUNK == 1)
+    continuation = " x"
+    ids, targets = lm.tok_encode(context), lm.tok_encode(continuation)
+    place, begin = len(ids) - 8, tokenizer.bos_token_id
+    number = place // CHUNK + 1
+    chunks = torch.tensor([*ids[:place], 0, 0, 0]).view(1, number, CHUNK)
+    mask = torch.tensor([1] * place + [0] * 3).view(1, number, CHUNK)
+    slots = 2 * number - 1
+    shown = [begin, *[VOCAB_SIZE] * slots, *ids[place:], *targets]
+    budget = torch.tensor([[2] * (number - 1) + [1]])
+    given = {"context_input_ids": chunks, "context_attention_mask": mask, "context_num_memories": budget}
+    for mode, logits in {
+        "memory": model(torch.tensor([shown]), **given).logits,
+        "truncated": model.decoder(torch.tensor([[begin, *ids[place - slots :], *targets]])).logits,
+        "none": model.decoder(torch.tensor([[begin, *ids[place:], *targets]])).logits,
+        "full": model.decoder(torch.tensor([[*ids, *targets]])).logits,
+    }.items():
+        scores = log_softmax(logits)[-len(targets) - 1 : -1].gather(1, torch.tensor(targets)[:, None])
+        lm = adapter(model, mode=mode, clear=8, begin=True)
+        ((found, _),) = lm.loglikelihood(requests("loglikelihood", [(context, continuation)]), disable_tqdm=True)
+        assert found == pytest.approx(float(scores.sum()), abs=1e-5)
+    assert calls.chunks == 2 * number > 2
+
+
+@torch.no_grad()
+def test_an_unrelated_memory_stands_before_the_whole_context(model):
+    lm, calls = adapter(model, mode="unrelated"), Calls(model)
+    pairs = [(TEXT, " the end"), (TEXT, " x"), ("the other one", " y")]
+    found = lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+    for (context, continuation), other, (total, _) in zip(pairs, ("the other one",) * 2 + (TEXT,), found, strict=True):
+        ids, targets = lm.tok_encode(context), lm.tok_encode(continuation)
+        chunk = torch.tensor([[lm.tok_encode(other)[:CHUNK]]])
+        logits = model(torch.tensor([[VOCAB_SIZE, *ids, *targets]]), context_input_ids=chunk).logits
+        scores = log_softmax(logits)[-len(targets) - 1 : -1].gather(1, torch.tensor(targets)[:, None])
+        assert total == pytest.approx(float(scores.sum()), abs=1e-5)
+    assert lm.counts["some"]["memory_requests"] == 3 == calls.chunks - 3
+    with pytest.raises(ValueError, match="all 2 requests have one context"):
+        lm.loglikelihood(requests("loglikelihood", pairs[:2]), disable_tqdm=True)
+    with pytest.raises(ValueError, match="a rolling text has none"):
+        lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(TEXT,)]), disable_tqdm=True)
+
+
+@torch.no_grad()
+def test_language_is_kept_bit_for_bit():
+    """With the adapters of memories loaded and no memory, scores are those of the decoder alone, and the harness's."""
+    model = build()
+    plain = AutoModelForCausalLM.from_config(model.config.decoder).eval()
+    plain.load_state_dict(model.decoder.state_dict())
+    model.add_adapters(parts=["decoder"], r=2)
+    for name, value in model.decoder.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(value)
+    asked = requests("loglikelihood", PAIRS)
+    ours = adapter(model, mode="full").loglikelihood(asked, disable_tqdm=True)
+    assert ours == adapter(plain, mode="full").loglikelihood(asked, disable_tqdm=True)
+    theirs = HFLM(plain, tokenizer=build_tiny_tokenizer(), device="cpu").loglikelihood(asked, disable_tqdm=True)
+    for (own, greedy), (other, other_greedy) in zip(ours, theirs, strict=True):
+        assert own == pytest.approx(other, abs=1e-4) and greedy == other_greedy
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -193,7 +264,7 @@ def test_an_encoder_with_its_own_tokenizer_reads_the_same_text():
     lm, calls = MemoryLM(model, tokenizer=processor, mode="memory", clear=8, device="cpu"), Calls(model)
     lm.loglikelihood(requests("loglikelihood", PAIRS[1:2]), disable_tqdm=True)
     ids = lm.tok_encode(TEXT)
-    before = lm.tokenizer.decode(ids[: (len(ids) - 8) // CHUNK * CHUNK])
+    before = lm.tokenizer.decode(ids[:-8])
     assert calls.chunks == len(processor.split_context(before))
 
 
@@ -236,7 +307,7 @@ ROWS: dict[str, list[dict]] = {
     "ifeval": [
         {"key": 1, "prompt": "no commas.", "instruction_id_list": ["punctuation:no_comma"], "kwargs_json": "[{}]"}
     ] * 2,
-    "xquad_en": [{"context": TEXT, "question": "who sang?", "answers": {"text": ["fox"], "answer_start": [19]}}] * 2,
+    "xquad_en": [{"title": "The fox", "context": TEXT, "question": "who sang?", "answers": {"text": ["fox"]}}] * 2,
     "qmsum_test": [{"turns": ["a: hello", "b: good day"], "queries": [{"query": "who met?", "answer": "a, b"}] * 2}],
     "haystack_essays": [{"text": TEXT * 20}],
     "swde": [{"text": f" {TEXT} title: ", "value": " fox "}] * 2,
@@ -299,9 +370,20 @@ def test_every_task_reads_two_rows_through_memories(results, task):
 
 
 def test_the_counts_are_what_the_encoder_was_given(results):
-    rolling = ("wikitext", "clm")  # read in pieces, each of them after all memories before it
-    counted = sum(count["memories"] for task, count in results["counts"].items() if task not in rolling)
+    # Rolling texts are read in pieces, and requests that differ in their last token alone are read once.
+    written = [task for task, config in results["configs"].items() if config["output_type"] == "generate_until"]
+    counted = sum(results["counts"][task]["memories"] for task in written)
     assert results["chunks"] > counted > 1000
+
+
+def test_requests_that_differ_in_their_last_token_are_read_once(model):
+    asked = requests("loglikelihood", [(TEXT, " a"), (TEXT, " b")])
+    lm, calls = adapter(model, mode="memory", clear=8), Calls(model)
+    found = lm.loglikelihood(asked, disable_tqdm=True)
+    assert 2 * calls.chunks == lm.counts["some"]["memories"] > 10
+    alone = [lm.loglikelihood([one], disable_tqdm=True)[0] for one in asked]
+    assert found[0] != found[1]
+    assert [total for total, _ in found] == pytest.approx([total for total, _ in alone], abs=1e-5)
 
 
 def test_prompts_are_the_harnesss_own(results):
@@ -310,6 +392,7 @@ def test_prompts_are_the_harnesss_own(results):
 
     assert prompt("arc_easy") == ("Question: the fox ran to the\nAnswer:", " river.")
     assert prompt("boolq") == (f"{TEXT}\nQuestion: is it red?\nAnswer:", " no")
+    assert prompt("xquad")[0] == f"Title: The fox\n\nBackground: {TEXT}\n\nQuestion: who sang?\n\nAnswer:"
     assert prompt("winogrande") == (TEXT, " the end.")
     assert prompt("lambada_openai") == (TEXT, " fox")
     assert prompt("gsm8k")[0].count("Question: ") == 6
@@ -358,11 +441,19 @@ def test_the_suite_measures_all_modes_on_the_same_rows(model, data, tmp_path, ca
     build_tiny_tokenizer().save_pretrained(tmp_path / "model")
     words = [str(tmp_path / "model"), "--suite", "benchmarks", "--data", str(data), "--tasks", "boolq,wikitext"]
     words += ["--limit", "2", "--clear", "8", "--record", str(tmp_path / "record.json")]
+    words += ["--keep", str(tmp_path / "items.json")]
+    assert evaluate([*words, "--modes", "full,none"]) == 0
+    kept = json.loads((tmp_path / "items.json").read_text())["cells"]
+    assert sorted(key.rsplit(" ", 1)[0] for key in kept) == [
+        "boolq full", "boolq none", "wikitext full", "wikitext none"
+    ]  # fmt: skip
     assert evaluate(words) == 0
+    again = json.loads((tmp_path / "items.json").read_text())["cells"]
+    assert len(again) == 8 and all(again[key] == kept[key] for key in kept), "what was there is not measured again"
     printed = capsys.readouterr().out
     record = json.loads((tmp_path / "record.json").read_text())
     check_record(record)
-    assert record["run"]["status"] == "success" and record["recipe"]["tasks"] == ["boolq", "wikitext"]
+    assert record["run"]["status"] == "success" and record["recipe"]["tasks"] == {"boolq": 2, "wikitext": 2}
     for task, metric in (("boolq", "acc"), ("wikitext", "word_perplexity")):
         check_modes(record["metrics"][task], metric)
         assert f"{task:20} {metric:18} memory" in printed
@@ -376,20 +467,56 @@ def check_modes(found, metric):
     modes = found["modes"]
     assert found["headline"] == metric and list(modes) == list(MODES)
     assert {values["scores"][metric]["num_items"] for values in modes.values()} == {2}
-    gap = modes["memory"]["minus_full"][metric]
+    gap = modes["memory"]["minus"]["full"][metric]
     assert gap["interval"][0] <= gap["value"] <= gap["interval"][1]
     assert modes["memory"]["counts"]["memory_requests"] >= 2
     assert modes["none"]["counts"]["memory_requests"] == 0
 
 
+def mode_of(values: list[float], metric: str = "acc", **others: Any) -> dict[str, Any]:
+    mean = sum(values) / len(values)
+    spread = [mean - 0.1, mean + 0.1]
+    return {
+        "scores": {metric: {"value": mean, "num_items": len(values), "interval": spread}},
+        "counts": {"requests": 4, "memory_requests": 0},
+        "items": {metric: values},
+        **others,
+    }
+
+
 def test_the_suite_names_a_refusal():
     reason = "boolq: none of 4 requests is long enough"
-    full = {"scores": {"acc": {"value": 0.5, "num_items": 2}}, "counts": {"requests": 4, "memory_requests": 0}}
-    measured = {"boolq": {"headline": "acc", "modes": {"full": full, "memory": {"refused": reason}}}}
+    measured = {"boolq": compare_modes("boolq", {"full": mode_of([1.0, 0.0]), "memory": {"refused": reason}})}
     assert any(f"refused: {reason}" in line for line in benchmark_lines(measured))
-    assert (
-        scores({"metrics": measured, "recipe": {"limit": 2}}).cell("boolq", "memory") == "refused: no memory is read"
-    )
+    record = {"metrics": measured, "recipe": {"clear": 8}, "code": {"commit": None}}
+    assert scores(record).cell("boolq", "memory") == "refused: no memory is read"
+
+
+def test_retention_is_told_of_tasks_that_the_decoder_solves():
+    modes = {"full": [1, 1, 1, 0], "memory": [1, 0, 1, 0], "truncated": [1, 0, 0, 0], "unrelated": [1, 1, 0, 0]}
+    found = {mode: mode_of([float(value) for value in values], "f1") for mode, values in modes.items()}
+    solved = compare_modes("xquad", found)
+    assert solved["solved"] and solved["modes"]["memory"]["of_full"]["value"] == pytest.approx(2 / 3)
+    assert solved["modes"]["memory"]["items"] == {"f1": "1 0 1 0"}
+    assert solved["modes"]["memory"]["minus"]["truncated"]["f1"]["value"] == 0.25
+    chance = compare_modes("boolq", {mode: {**values} for mode, values in found.items()})
+    assert chance["solved"], "0.65 at least, where yes alone gets 0.62"
+    low = compare_modes("winogrande", {mode: mode_of([1.0, 0.0]) for mode in modes})
+    assert not low["solved"] and "of_full" not in low["modes"]["memory"]
+    record = {"metrics": {"xquad": solved, "winogrande": low}, "recipe": {"clear": 8}, "code": {"commit": None}}
+    table = retention(record)
+    assert len(table.rows) == 2 and table.cell("xquad", "memory / full text").startswith("67% (")
+    assert table.cell("xquad", "memory minus truncated, points").startswith("+25.0 (")
+    assert language_kept(record).cell("xquad", "difference, points").startswith("-25.0 (")
+    others = published(record)
+    assert others.cell("winogrande", "here, full text").startswith("50.0% (")
+    assert others.cell("hellaswag", "here, full text") == "" and others.cell("gsm8k", "its card") == "1.4"
+
+
+def test_tasks_have_numbers_of_their_own():
+    assert chosen_tasks("boolq,mmlu=57", 200) == {"boolq": 200, "mmlu": 57}
+    with pytest.raises(ValueError, match="asks for '0' items of boolq"):
+        chosen_tasks("boolq=0", 200)
 
 
 @pytest.mark.parametrize(
@@ -398,6 +525,7 @@ def test_the_suite_names_a_refusal():
         (["--suite", "clm"], "measure the other suites apart"),
         ([], "--data is None; expected the folder"),
         (["--data", ".", "--tasks", "boolq,bool"], "--tasks names 'bool'; expected some of arc_challenge"),
+        (["--data", ".", "--modes", "full,fast"], "--modes is full,fast; expected full and some of memory"),
     ],
 )
 def test_wrong_command_lines_are_told_before_a_model_is_loaded(words, message, capsys):

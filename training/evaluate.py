@@ -32,7 +32,7 @@ from .command_line import Parser, check_place, named_file, run_command, whole_nu
 from .data.texts import file_checksums, load_texts, tokenise_documents
 from .data.tokenizer import special_tokens_of, tokenizer_checksum
 from .fidelity import evaluate_fidelity, text_lines
-from .measure.benchmarks import benchmark_lines, measure_benchmarks, task_names
+from .measure.benchmarks import LANGUAGE, MODES, benchmark_lines, chosen_tasks, measure_benchmarks
 from .measure.suites import (
     FIDELITY,
     SUITES,
@@ -46,11 +46,12 @@ from .measure.suites import (
 from .places import REPOSITORY, portable_path, program
 from .publishing.hub_folder import check_complete, load_checkpoint, load_processor
 from .recipes.recipe import resolve_files
-from .records.record import Measurement, read_json, write_record
+from .records.record import Cells, Measurement, read_json, write_record
 from .train.build import count_parameters
 from .train.inputs import byte_lengths_of
 
 BENCHMARKS = "benchmarks"
+WAYS = (*MODES, "unrelated")
 
 
 def measure_suites(
@@ -183,6 +184,11 @@ def model_config(name: str, option: str = "MODEL") -> PreTrainedConfig:
         ) from error
 
 
+def whole_numbers(text: str) -> list[int]:
+    """Read whole numbers with commas between them, for `add_argument(type=...)`."""
+    return [whole_number()(word) for word in text.split(",")]
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
     parser = Parser(
@@ -195,7 +201,16 @@ def build_parser() -> argparse.ArgumentParser:
         "measure; may be given several times")  # fmt: skip
     add("--domain", action="append", default=[], type=named_file, metavar="NAME=FILE", help="fidelity: other text to "
         "measure it on")  # fmt: skip
-    add("--tasks", metavar="NAMES", help="benchmarks: which, with commas between them (default: all)")
+    add("--tasks", metavar="NAMES", help="benchmarks: which, with commas between them, and =ITEMS where --limit "
+        "is not to hold (default: all)")  # fmt: skip
+    add("--modes", default=",".join(WAYS), metavar="NAMES", help="benchmarks: ways of reading (default: all, "
+        f"unrelated for {', '.join(LANGUAGE)} only)")  # fmt: skip
+    add("--begin", action="store_true", help="benchmarks: a begin token before what is left of a context, for models "
+        "that were trained so")  # fmt: skip
+    add("--sizes", type=whole_numbers, metavar="NUMBERS", help="benchmarks: tokens of needle prompts, with commas "
+        "between them (default: 512 to 8,192)")  # fmt: skip
+    add("--keep", default="runs/evaluations/benchmarks.json", metavar="FILE", help="benchmarks: keeps items; what is "
+        "there is not measured again (default runs/evaluations/benchmarks.json)")  # fmt: skip
     add("--data", metavar="FOLDER", help="benchmarks: folder of their files")
     add("--clear", type=whole_number(), metavar="N", help="benchmarks: tokens of a context that stay text (default: "
         "the model's window)")  # fmt: skip
@@ -218,27 +233,31 @@ def run_benchmarks(options: argparse.Namespace, measurement: Measurement, path: 
         raise ValueError("--suite benchmarks has rows and options of its own; measure the other suites apart")
     if options.data is None or not Path(options.data).is_dir():
         raise ValueError(f"--data is {options.data}; expected the folder with the benchmarks' files")
-    tasks = task_names(options.tasks)
+    tasks = chosen_tasks(options.tasks, options.limit)
+    modes = [name for name in WAYS if name in options.modes.split(",")]
+    if set(options.modes.split(",")) - set(modes) or "full" not in modes:
+        raise ValueError(f"--modes is {options.modes}; expected full and some of {', '.join(WAYS[1:])}")
     folder = find_model(options.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
     tokenizer = load_processor(folder)
     if tokenizer is None:
         raise ValueError(f"{options.model} has no tokenizer beside it; save one there")
-    names = ("limit", "batch_size", "clear", "min_memory_chunks")
-    limits = {name: getattr(options, name) for name in names}
-    files = [path for path in sorted(Path(options.data).iterdir()) if path.is_file()]
+    cut = {name: getattr(options, name) for name in ("batch_size", "clear", "min_memory_chunks", "begin")}
+    files = file_checksums([path for path in sorted(Path(options.data).iterdir()) if path.is_file()])
     record: dict[str, Any] = {}
 
     def keep(measured: dict[str, Any], status: str = "running") -> None:
-        inputs = {"model": portable_path(options.model), "files": file_checksums(files)}
-        parts = {"inputs": inputs, "recipe": {**limits, "tasks": tasks}, "parameters": count_parameters(model)}
+        inputs = {"model": portable_path(options.model), "files": files}
+        recipe = {**cut, "limit": options.limit, "tasks": tasks, "modes": modes, "sizes": options.sizes}
+        parts = {"inputs": inputs, "recipe": recipe, "parameters": count_parameters(model)}
         record.update(measurement.record(device, status, metrics=measured, **parts))
         write_record(path, record)
 
     measured = measure_benchmarks(
-        model, tokenizer, tasks, data=str(Path(options.data).resolve()), name=str(folder), keep=keep, **limits
-    )
+        model, tokenizer, tasks, data=str(Path(options.data).resolve()), name=str(folder), inputs=files, modes=modes,
+        sizes=options.sizes, cells=Cells(options.keep, BENCHMARKS), keep=keep, **cut
+    )  # fmt: skip
     keep(measured, "success")
     print("\n".join(benchmark_lines(measured)))
     print(f"record: {path}")

@@ -6,8 +6,10 @@
 | `memory` | memories of what stands before the last `clear` tokens, then these |
 | `truncated` | at as many positions as the memories take: the tokens just before those last ones, then these |
 | `none` | the last `clear` tokens alone |
+| `unrelated` | memories of another request's first chunk, then the whole context |
 
-Whatever the mode, a request is cut at the same token, so that modes differ in nothing but what stands before the cut.
+A request is cut at the same token in `memory`, `truncated` and `none`, so that these differ in nothing but what stands
+before the cut. `unrelated` asks what a memory that has nothing to do with a text takes from the decoder.
 """
 
 import inspect
@@ -15,7 +17,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ from transformers.utils import cached_file
 from ..memory_adapters import adapters_on
 from ..processing_memory import MemoryProcessor
 
-MODES = ("full", "memory", "truncated", "none")
+MODES = ("full", "memory", "truncated", "none", "unrelated")
 MAX_SCORED = 4096
 """Columns with logits in one call: a table of 50,000 tokens takes 0.8 GB of them in float32."""
 
@@ -68,29 +70,30 @@ class Laid:
     """What a model is given for a reading.
 
     Attributes:
-        ids (`list[int]`): Decoder ids, slots first.
+        ids (`list[int]`): Decoder ids: a begin token if one is asked for, slots, text.
         chunks (`list[list[int]]`): Encoder ids of each chunk; none where no memory is read.
+        budgets (`list[int]`): Memories of each chunk.
         num_cut (`int`): Tokens that found no room in the decoder.
     """
 
     ids: list[int]
     chunks: list[list[int]]
+    budgets: list[int]
     num_cut: int
 
 
 def num_compressed(num_tokens: int, clear: int, chunk_length: int, min_chunks: int) -> int:
     """Return how many tokens of a context stand before the cut.
 
-    Whole chunks, so that `clear` tokens or up to a chunk more are left; at least `min_chunks` chunks as long as the
-    context has them and one token more, and else what it has but for one token.
+    All but the last `clear`; of a short context `min_chunks` chunks as long as it has them and one token more, and
+    else all but its last token.
 
     >>> [num_compressed(length, clear=8, chunk_length=4, min_chunks=0) for length in (5, 11, 12, 15, 16)]
-    [0, 0, 4, 4, 8]
+    [0, 3, 4, 7, 8]
     >>> [num_compressed(length, clear=8, chunk_length=4, min_chunks=2) for length in (1, 5, 9, 12)]
     [0, 4, 8, 8]
     """
-    chunks = max((num_tokens - clear) // chunk_length, min_chunks)
-    return max(0, min(chunks * chunk_length, num_tokens - 1))
+    return max(0, min(max(num_tokens - clear, min_chunks * chunk_length), num_tokens - 1))
 
 
 def describe_counts(mode: str, counts: dict[str, dict[str, int]]) -> list[str]:
@@ -113,9 +116,11 @@ class MemoryLM(TemplateLM):
     Args:
         pretrained (`str` or `PreTrainedModel`): Folder, Hub id or loaded model.
         tokenizer (`str`, tokenizer or [`MemoryProcessor`], *optional*): Default: what stands beside the model.
-        mode (`str`): One of `full`, `memory`, `truncated`, `none`.
+        mode (`str`): One of `full`, `memory`, `truncated`, `none`, `unrelated`.
         clear (`int`, *optional*): Tokens of a context that are read as text. Default: the model's window.
         min_memory_chunks (`int`): Chunks of a context that go before the cut however short it is.
+        begin (`bool`): Whether the tokenizer's begin token stands before what is left of a context that was cut: for
+            models that were trained so (`data.begin` of a recipe).
         batch_size (`int`): Requests at a time.
         max_batch_size (`int`, *optional*): Not used: the harness gives it to every model.
         device (`str`, *optional*): Default: an accelerator, if there is one.
@@ -134,6 +139,7 @@ class MemoryLM(TemplateLM):
         mode: str = "memory",
         clear: int | None = None,
         min_memory_chunks: int = 0,
+        begin: bool = False,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
@@ -158,15 +164,16 @@ class MemoryLM(TemplateLM):
         self.processor = beside if isinstance(beside, MemoryProcessor) else None
         self.tokenizer = beside if self.processor is None else self.processor.tokenizer
         self.mode, self.batch_size, self.max_gen_toks = mode, _count("batch_size", batch_size, 1), max_gen_toks
-        self._set_cut(mode, clear, min_memory_chunks)
+        self._set_cut(mode, clear, min_memory_chunks, begin)
         self.counts: dict[str, dict[str, int]] = {}
 
-    def _set_cut(self, mode: str, clear: int | None, min_memory_chunks: int) -> None:
+    def _set_cut(self, mode: str, clear: int | None, min_memory_chunks: int, begin: bool) -> None:
         self.has_memories = hasattr(self.model, "encode_memories")
         self.memory_config: Any = self.model.config
         self.decoder = self.model.decoder if self.has_memories else self.model
         self.chunk_length = self.memory_config.chunk_length if self.has_memories else 1
         self.per_chunk = self.memory_config.memories_per_chunk if self.has_memories else 0
+        self.begin: list[int] = []
         if not self.has_memories:
             if mode != "full":
                 raise ValueError(
@@ -174,7 +181,10 @@ class MemoryLM(TemplateLM):
                 )
             self.clear = self.min_memory_chunks = 0
             return
-        if mode == "memory" and self.memory_config.memory_token_id is None:
+        if begin and self.tokenizer.bos_token_id is None:
+            raise ValueError("`begin` asks for a begin token, and the tokenizer has no bos token. Leave `begin` out.")
+        self.begin = [self.tokenizer.bos_token_id] if begin else []
+        if mode in ("memory", "unrelated") and self.memory_config.memory_token_id is None:
             raise ValueError(
                 "The model's `memory_token_id` is None, so a prompt has no slots for memories. Set it in the config "
                 "to an id that no text uses; the vocabulary's size serves."
@@ -217,6 +227,7 @@ class MemoryLM(TemplateLM):
             "mode": self.mode,
             "clear": self.clear,
             "min_memory_chunks": self.min_memory_chunks,
+            "begin": bool(self.begin),
             "memory_counts": self.counts,
         }
 
@@ -233,6 +244,7 @@ class MemoryLM(TemplateLM):
             if not targets:
                 raise ValueError(f"The continuation {continuation!r} is no token; expected one token or more.")
             rows.append([self._cut(ids, targets)])
+        rows = self._with_unrelated(rows)
         self._count_rows(tasks, rows)
         return [(total, greedy) for total, greedy in self._score(rows, disable_tqdm)]
 
@@ -244,7 +256,12 @@ class MemoryLM(TemplateLM):
         """Log-likelihood of each whole text in nats, however long it is.
 
         A text is read in pieces of `clear` tokens, each after all that stands before it, in the way of the mode.
+
+        Raises:
+            ValueError: In mode `unrelated`, which is for requests with a context.
         """
+        if self.mode == "unrelated":
+            raise ValueError("mode=unrelated puts a memory before a context, and a rolling text has none.")
         tasks = [request.task_name or "request" for request in requests]
         texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
         rows = [list(self._pieces([self.prefix_token_id, *ids])) for ids in texts]
@@ -265,6 +282,7 @@ class MemoryLM(TemplateLM):
             rows.append([cut])
             # What is left are options of `generate`, and belongs to it.
             wanted.append((options.pop("max_gen_toks"), until, options))
+        rows = self._with_unrelated(rows)
         self._count_rows(tasks, rows, [new for new, _, _ in wanted])
         laid = [self._lay(row[0], new) for row, (new, _, _) in zip(rows, wanted, strict=True)]
         # Batches go by length; the harness expects answers in the order of its requests.
@@ -282,11 +300,28 @@ class MemoryLM(TemplateLM):
     def _cut(self, context: list[int], targets: list[int]) -> Reading:
         """Cut a request where its context ends to be compressed."""
         place = 0
-        if self.has_memories:
+        if self.has_memories and self.mode != "unrelated":
             # In every mode at the same token, so that scores differ by what stands before it alone.
             place = num_compressed(len(context), self.clear, self.chunk_length, self.min_memory_chunks)
         # The last target is predicted and not read.
         return Reading(context[:place], context[place:] + targets[:-1], targets, len(context))
+
+    def _with_unrelated(self, rows: list[list[Reading]]) -> list[list[Reading]]:
+        """In mode `unrelated`: before each request the first chunk of a context half of all requests away."""
+        if self.mode != "unrelated":
+            return rows
+        contexts = list(dict.fromkeys(tuple(row[0].seen[: row[0].num_context]) for row in rows))
+        if len(contexts) < 2:
+            raise ValueError(
+                f"mode=unrelated reads a memory of another request, and all {len(rows)} requests have one context. "
+                "Give more items."
+            )
+        # Far away: neighbours in a file are often about the same.
+        others = {own: contexts[i - len(contexts) // 2] for i, own in enumerate(contexts)}
+        return [
+            [replace(one, before=list(others[tuple(one.seen[: one.num_context])][: self.chunk_length])) for one in row]
+            for row in rows
+        ]
 
     def _pieces(self, ids: list[int]) -> Iterator[Reading]:
         """Cut a text, one token in front of it, into pieces that predict every token of it once."""
@@ -312,20 +347,26 @@ class MemoryLM(TemplateLM):
     def _lay(self, reading: Reading, num_new: int = 0) -> Laid:
         """Lay out a reading in the way of the mode, its oldest part left out where the decoder has no room."""
         before, seen = reading.before, reading.seen
+        begin = self.begin if before else []
         if self.mode in ("full", "none"):
-            ids = before + seen if self.mode == "full" else seen
+            ids = before + seen if self.mode == "full" else begin + seen
             kept = self._fit(ids, num_new)
-            return Laid(kept, [], len(ids) - len(kept))
+            return Laid(kept, [], [], len(ids) - len(kept))
         chunks = self._chunks(before)
-        total = len(chunks)
-        while chunks and not self.memory_config.fits(len(chunks) * self.per_chunk, len(seen) + num_new):
-            chunks = chunks[1:]
-        slots = len(chunks) * self.per_chunk
+        # As many tokens a memory in a chunk that is not full, or its memories would be easier to read.
+        budgets = [min(self.per_chunk, -(-len(chunk) * self.per_chunk // self.chunk_length)) for chunk in chunks]
+        left = 0
+        while left < len(chunks) and not self.memory_config.fits(
+            sum(budgets[left:]), len(begin) + len(seen) + num_new
+        ):
+            left += 1
+        slots = sum(budgets[left:])
         if self.mode == "truncated":
-            return Laid(self._fit(before[max(0, len(before) - slots) :] + seen, num_new), [], 0)
-        kept = self._fit(seen, num_new + slots)
-        num_cut = min(len(before), (total - len(chunks)) * self.chunk_length) + len(seen) - len(kept)
-        return Laid([self.memory_config.memory_token_id] * slots + kept, chunks, num_cut)
+            return Laid(self._fit([*begin, *before[max(0, len(before) - slots) :], *seen], num_new), [], [], 0)
+        kept = self._fit(seen, num_new + slots + len(begin))
+        num_cut = min(len(before), left * self.chunk_length) + len(seen) - len(kept)
+        ids = [*begin, *[self.memory_config.memory_token_id] * slots, *kept]
+        return Laid(ids, chunks[left:], budgets[left:], num_cut)
 
     def _fit(self, ids: list[int], others: int) -> list[int]:
         room = _room(self.decoder.config)
@@ -342,11 +383,11 @@ class MemoryLM(TemplateLM):
             count = found.setdefault(task, dict.fromkeys(COUNTS, 0))
             last = self._lay(pieces[-1], news[i] if news else 0)  # what is before it is what any piece has before it
             num_read = max(0, len(pieces[-1].before) - last.num_cut) if last.chunks else 0
-            numbers = 1, bool(last.chunks), pieces[-1].num_context, num_read, len(last.chunks) * self.per_chunk
+            numbers = 1, bool(last.chunks), pieces[-1].num_context, num_read, sum(last.budgets)
             for name, number in zip(COUNTS, (*numbers, last.num_cut), strict=True):
                 count[name] += number
         for task, count in found.items():
-            if self.mode == "memory" and not count["memory_requests"]:
+            if self.mode in ("memory", "unrelated") and not count["memory_requests"]:
                 raise NoMemoryReadError(
                     f"{task}: none of {count['requests']} requests is long enough for a memory (clear={self.clear}), "
                     "so the score would be the plain decoder's and not a memory's. Give min_memory_chunks=1 or a "
@@ -369,22 +410,27 @@ class MemoryLM(TemplateLM):
 
     def _score(self, rows: list[list[Reading]], disable_tqdm: bool) -> list[tuple[float, bool]]:
         """Log-likelihood of each request, summed over its pieces, and whether all of them are what greedy writes."""
-        flat = [(owner, piece) for owner, pieces in enumerate(rows) for piece in pieces]
-        laid = [self._lay(piece) for _, piece in flat]
+        # Requests that differ in their targets alone, as those of MMLU do, are read once.
+        found: dict[Any, tuple[Laid, list[tuple[int, list[int]]]]] = {}
+        for owner, piece in ((owner, piece) for owner, pieces in enumerate(rows) for piece in pieces):
+            one = self._lay(piece)
+            same = found.setdefault((tuple(one.ids), tuple(map(tuple, one.chunks))), (one, []))
+            same[1].append((owner, piece.targets))
+        laid, wanted = [one for one, _ in found.values()], [targets for _, targets in found.values()]
+        widths = [max(len(targets) for _, targets in own) for own in wanted]
         totals, greedy = [0.0] * len(rows), [True] * len(rows)
-        bar = tqdm(total=len(flat), disable=disable_tqdm, desc="Scoring")
+        bar = tqdm(total=len(laid), disable=disable_tqdm, desc="Scoring")
         for batch in self._batches([len(one.ids) for one in laid], [bool(one.chunks) for one in laid]):
-            widest = max(len(flat[i][1].targets) for i in batch)
-            size = max(1, MAX_SCORED // widest)
+            size = max(1, MAX_SCORED // max(widths[i] for i in batch))
             for part in (batch[i : i + size] for i in range(0, len(batch), size)):
-                keep = max(len(flat[i][1].targets) for i in part)
-                logits = self._logits([laid[i] for i in part], keep)  # (rows, keep, V)
+                logits = self._logits([laid[i] for i in part], max(widths[i] for i in part))  # (rows, keep, V)
                 for row, i in zip(logits, part, strict=True):
-                    owner, piece = flat[i]
-                    targets = torch.tensor(piece.targets, device=row.device)  # (N,)
-                    scores = row[-len(targets) :].float().log_softmax(-1)  # (N, V)
-                    totals[owner] += float(scores.gather(1, targets[:, None]).double().sum())
-                    greedy[owner] &= bool((scores.argmax(-1) == targets).all())
+                    scores = row[-widths[i] :].float().log_softmax(-1)  # (N, V)
+                    for owner, targets in wanted[i]:
+                        ids = torch.tensor(targets, device=row.device)  # (n,), the last of the N columns
+                        own = scores[-len(targets) :]
+                        totals[owner] += float(own.gather(1, ids[:, None]).double().sum())
+                        greedy[owner] &= bool((own.argmax(-1) == ids).all())
                 bar.update(len(part))
         return list(zip(totals, greedy, strict=True))
 
@@ -402,6 +448,7 @@ class MemoryLM(TemplateLM):
             inputs["context_attention_mask"] = [
                 [[1] * len(c) + [0] * (length - len(c)) for c in row] for row in padded
             ]
+            inputs["context_num_memories"] = [one.budgets + [0] * (number - len(one.budgets)) for one in laid]
         return {name: torch.tensor(value, device=self._device) for name, value in inputs.items()}
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,30 @@ class Measurement:
             "peak_memory_bytes": peak_memory_bytes(),
             **parts,
         }
+
+
+class Cells:
+    """What a benchmark has measured so far, in a file; a cell that is there is not measured again.
+
+    Args:
+        path (`str` or `Path`): The file.
+        identity (`str`): Of code, model, data and settings: cells of others are dropped, so that a record is of one
+            commit, as it says.
+    """
+
+    def __init__(self, path: str | Path, identity: str) -> None:
+        self.path, self.identity = Path(path), identity
+        before = read_json(self.path) or {}
+        self.values: dict[str, Any] = before["cells"] if before.get("identity") == identity else {}
+
+    def get(self, key: str, measure: Callable[[], Any]) -> Any:
+        """Return a cell, measuring it first if need be."""
+        if key not in self.values:
+            started = time.process_time()
+            self.values[key] = measure()
+            print(f"{key}: {time.process_time() - started:.0f} s of CPU time", flush=True)
+            write_json(self.path, {"identity": self.identity, "cells": self.values})
+        return self.values[key]
 
 
 def check_record(record: dict[str, Any]) -> None:
