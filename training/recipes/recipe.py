@@ -81,8 +81,7 @@ class PretrainedRecipe:
     `path` is a Hub id, a folder relative to the current directory or the repository, or `package:MODULE` or
     `package:MODULE/FOLDER` of an installed package. `gguf_file` names a file of quantised weights in it.
     `tokenizer: own` means that it reads text with the tokenizer beside its weights, `shared` with the run's. `config`
-    is its architecture, from which memory and time are estimated before anything is downloaded; a model that turns
-    out to be another one is refused.
+    is its architecture; a model that turns out to be another one is refused.
     """
 
     path: str
