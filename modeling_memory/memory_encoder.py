@@ -63,7 +63,7 @@ def build_encoder(config: PreTrainedConfig, layers: int | None = None) -> PreTra
 
 
 class NoCache(DynamicCache):
-    """A cache that keeps nothing. Without one a Llama waits for the device to search its positions for packed texts."""
+    """A cache that keeps nothing; without one a Llama waits for the device, to look for packed texts in positions."""
 
     update: Any = staticmethod(lambda keys, values, *_, **__: (keys, values))
 
