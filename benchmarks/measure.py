@@ -1,7 +1,6 @@
 """What the benchmarks share: interleaved timing, equality of what is compared, spread, and where a record goes."""
 
 import argparse
-import math
 import os
 import shlex
 import statistics
@@ -134,29 +133,6 @@ def compare(
         "spread": {name: spread(values) for name, values in seconds.items()},
         "ratio": spread(ratios),
     }
-
-
-def fit_exponent(sizes: Sequence[float], seconds: Sequence[float]) -> dict[str, float]:
-    """Fit seconds = factor * size ** exponent by least squares on logarithms.
-
-    Args:
-        sizes (`Sequence[float]`): Two different sizes or more.
-        seconds (`Sequence[float]`): Time for each.
-
-    Returns:
-        `dict`: `exponent`, `factor`, and `r_squared`, the share of the variance of the logarithms that the line
-        explains (1 if they do not vary).
-
-    >>> fit = fit_exponent([1, 2, 4], [3.0, 6.0, 12.0])
-    >>> round(fit["exponent"], 6), round(fit["factor"], 6), round(fit["r_squared"], 6)
-    (1.0, 3.0, 1.0)
-    """
-    x, y = [math.log(size) for size in sizes], [math.log(value) for value in seconds]
-    slope, intercept = statistics.linear_regression(x, y)
-    mean = statistics.fmean(y)
-    total = sum((value - mean) ** 2 for value in y)
-    left = sum((value - intercept - slope * place) ** 2 for place, value in zip(x, y, strict=True))
-    return {"exponent": slope, "factor": math.exp(intercept), "r_squared": 1 - left / total if total else 1.0}
 
 
 def describe_run(benchmark: str, command: str, seeds: Mapping[str, int]) -> dict[str, Any]:

@@ -110,15 +110,6 @@ TABLES: dict[str, Entry] = {
     **_entries("workers", "python -m benchmarks.workers model_cards/starter-tiny TEXTS", store_tables.workers),
     **_entries("short_chunks", "python -m benchmarks.any_text starter-autoencoder-64", store_tables.short_chunks),
     **_entries("speed", "python -m benchmarks.speed", cost_tables.speed),
-    **_entries(
-        "rolling",
-        "python -m benchmarks.rolling --threads 2",
-        cost_tables.rolling,
-        cost_tables.rolling_first_token,
-        cost_tables.rolling_generation,
-        cost_tables.rolling_folding,
-        cost_tables.rolling_reading,
-    ),
 }
 
 

@@ -823,15 +823,16 @@ def check_own_cache(cache: Cache | None, needs_own: bool) -> None:
 
 def check_windows(text: Text, counts: list[int], window_length: int, output_attentions: Any) -> None:
     """Refuse what has no meaning for a text of several windows."""
-    num_windows = -(-max(counts) // window_length)
+    number = -(-max(counts) // window_length)
+    windows = "1 window" if number == 1 else f"{number} windows"
     if text.position_ids is not None:
         raise ValueError(
-            f"`position_ids` were given for a text of {num_windows} windows, but a window's positions follow from its "
+            f"`position_ids` were given for a text of {windows}, but a window's positions follow from its "
             "memories. Leave them out."
         )
     if output_attentions:
         raise ValueError(
-            f"`output_attentions` was asked of a text of {num_windows} windows, whose attentions have no layout over "
+            f"`output_attentions` was asked of a text of {windows}, whose attentions have no layout over "
             f"the text. Ask for a text of at most {window_length} tokens."
         )
 

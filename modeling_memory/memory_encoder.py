@@ -13,12 +13,14 @@ masked by the caller.
 
 import inspect
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForTextEncoding
 from transformers import initialization as init
+from transformers.cache_utils import DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
@@ -58,6 +60,12 @@ def build_encoder(config: PreTrainedConfig, layers: int | None = None) -> PreTra
     if getattr(body, "pooler", None) is not None:
         body.pooler = None  # what is read are the states of the tokens
     return body if layers is None else first_layers(body, layers)
+
+
+class NoCache(DynamicCache):
+    """A cache that keeps nothing; without one a Llama waits for the device, to look for packed texts in positions."""
+
+    update: Any = staticmethod(lambda keys, values, *_, **__: (keys, values))
 
 
 def encode_chunks(
@@ -107,8 +115,7 @@ def encode_chunks(
     if config is not None and config.short_chunks != "pad":
         input_ids, attention_mask = fill_short_chunks(input_ids, attention_mask, config)
     if attention_mask is None:
-        # A mask of ones would be read to find that out. Without one a Llama still looks once at the positions that it
-        # makes, for packed texts; only a cache of all its keys and values would keep it from that.
+        # A mask of ones would be read to find that out.
         real, visible = torch.ones_like(input_ids), None
     else:
         real = (attention_mask != 0).long()
@@ -119,8 +126,13 @@ def encode_chunks(
     if bos_token_id is not None:
         input_ids = F.pad(input_ids, (1, 0), value=bos_token_id)
         visible = None if visible is None else F.pad(visible, (1, 0), value=1)
-    options = {"use_cache": False} if "use_cache" in inspect.signature(encoder.forward).parameters else {}
+    takes = inspect.signature(encoder.forward).parameters
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
     trained = any(parameter.requires_grad for parameter in encoder.parameters())  # adapters, for example
+    # Layers with a running state instead of keys and values would look into it.
+    attends = {*(getattr(encoder.config, "layer_types", None) or ())} <= {"full_attention", "sliding_attention"}
+    if visible is None and not trained and "past_key_values" in takes and attends and not encoder._is_stateful:
+        options["past_key_values"] = NoCache()
     with nullcontext() if trained else torch.no_grad():
         outputs = encoder(input_ids=input_ids, attention_mask=visible, return_dict=True, **options)
     states = outputs.last_hidden_state

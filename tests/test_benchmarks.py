@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import measure, speed
-from benchmarks.measure import UnequalPathsError, assert_equal, compare, fit_exponent, interleave, save_record, spread
+from benchmarks.measure import UnequalPathsError, assert_equal, compare, interleave, save_record
 from tests.reference import memory_loop
 from training.records.record import describe_code
 
@@ -26,15 +26,6 @@ def test_runs_are_timed_in_turn_after_a_warm_up():
     seconds = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repetitions=3, warmup=2)
     assert order == ["a", "b"] * 5
     assert [len(values) for values in seconds.values()] == [3, 3]
-
-
-def test_exponent_is_the_slope_of_the_logarithms():
-    sizes = [2, 4, 8, 16, 32]
-    quadratic = fit_exponent(sizes, [0.5 * n**2 for n in sizes])
-    assert quadratic["exponent"] == pytest.approx(2) and quadratic["r_squared"] == pytest.approx(1)
-    noisy = fit_exponent(sizes, [n * factor for n, factor in zip(sizes, (1.1, 0.9, 1.2, 0.8, 1.0), strict=True)])
-    assert 0.8 < noisy["exponent"] < 1.2 and 0.9 < noisy["r_squared"] < 1
-    assert spread([7.0]) == dict.fromkeys(SPREAD, 7.0)
 
 
 @pytest.mark.parametrize(

@@ -459,9 +459,9 @@ class TestPrintedRemedies:
 
 @pytest.mark.parametrize("fields", EVERY_LAYOUT)
 class TestLooksAtTheDevice:
-    def test_one_for_a_text_and_none_for_a_step(self, fields):
-        # A Llama as encoder looks once by itself, whether its texts are packed; a BERT does not.
-        model, text = build_model("bert", **fields), random_ids(2, 20)
+    @pytest.mark.parametrize("encoder", ["bert", "llama"])
+    def test_one_for_a_text_and_none_for_a_step(self, encoder, fields):
+        model, text = build_model(encoder, **fields), random_ids(2, 20)
         masked = {"attention_mask": torch.ones_like(text), "labels": text}
         assert len(looks_of(lambda: model(text))) <= 1
         assert len(looks_of(lambda: model(text, **masked))) <= 1

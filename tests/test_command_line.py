@@ -13,7 +13,7 @@ import torch
 
 from tests.test_evaluate import saved  # noqa: F401
 from tests.test_run import recipe, short_recipe  # noqa: F401
-from training import domains, estimate, evaluate, probe
+from training import domains, evaluate, probe
 from training import run as run_module
 from training.command_line import (
     TRACEBACK,
@@ -111,7 +111,7 @@ def test_threads_below_one_are_refused(capsys: Any):
 @pytest.mark.parametrize(
     "line",
     [(probe, "/nowhere"), (domains, "/nowhere --to {out}/d.json"),
-     (estimate, "/nowhere"), (run_module, "/nowhere"), (evaluate, "/nowhere --suite copy"),
+     (run_module, "/nowhere"), (evaluate, "/nowhere --suite copy"),
      (evaluate, "{model} --suite clm --text {text} --no-memory /nowhere"),
      (evaluate, "{model} --suite clm --text {text} --full-context /nowhere"),
      (evaluate, "{model} --suite clm --text {text} --record {text}/record.json"),
@@ -207,7 +207,7 @@ def test_places_of_results(tmp_path: Path):
 
 
 def test_a_reader_that_closes_the_pipe_is_no_error():
-    line = f"{sys.executable} -m training.estimate smollm2_135m_minilm | true"
+    line = f"{sys.executable} -m training.evaluate --help | true"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     ended = subprocess.run(line, shell=True, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert ended.stderr == ""

@@ -165,26 +165,6 @@ def test_a_probe_that_read_nothing_is_marked_and_never_called_private():
     assert "lower bound" in made.note
 
 
-def test_a_busy_machine_shows_cpu_time_only():
-    record = load("rolling")
-    cell = record["metrics"]["first_token/small/16384"]
-    row = "time to first token, stored memories of 16,384 tokens against their text, SmolLM2-135M's shape"
-    cpu, clock = cell["cpu_ratio"]["stored_16"], cell["ratio"]["stored_16"]
-    assert cost_tables.rolling(record).cell(row, "reached") == f"{cpu:.0f} times in CPU time"
-    cell["load_before"] = 0.5
-    assert cost_tables.rolling(record).cell(row, "reached") == f"{cpu:.0f} times in CPU time, {clock:.0f} by the clock"
-    cell["cpu_ratio"]["stored_16"] = 29.0
-    assert "(missed)" in cost_tables.rolling(record).cell(row, "reached")
-
-
-def test_the_length_from_which_on_a_path_is_faster():
-    cells = {
-        n: {"ratio": {"encode": ratio}, "cpu_ratio": {"encode": 2.0}} for n, ratio in ((1, 3.0), (2, 0.9), (4, 2.0))
-    }
-    assert cost_tables.faster_from(cells, "encode") == 4
-    assert cost_tables.faster_from({1: cells[2]}, "encode") is None
-
-
 def test_a_table_of_ragged_rows_is_refused():
     with pytest.raises(ValueError, match=r"rows of \[1, 2\] cells"):
         table.print_table(Table([["a", "b"], ["c"]]), [])

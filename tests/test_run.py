@@ -22,7 +22,6 @@ from transformers import TrainerCallback
 from modeling_memory import MemoryEncoderDecoderForCausalLM
 from training import run as run_module
 from training.data.objectives import SpecialTokens
-from training.estimate import build_on_meta
 from training.recipes import recipe as recipe_module
 from training.recipes.recipe import REPOSITORY, load_recipe
 from training.records.figures import write_figures
@@ -273,11 +272,8 @@ def test_help_explains_the_arguments(capsys: pytest.CaptureFixture[str]):
 def test_shipped_recipe_builds_every_model(path: Path):
     """Configurations, references and frozen parts fit."""
     recipe = load_recipe(path)
-    if recipe.pretrained:  # what they say of models that are not here is built without values
-        for model in build_on_meta(recipe).values():
-            assert any(parameter.requires_grad for parameter in model.parameters())
-            assert all(parameter.is_meta for parameter in model.parameters())
-        return
+    if recipe.pretrained:
+        return  # tiny models of the same classes run these: tests/test_pair_recipes.py, tests/test_smollm2.py
     vocab_size = recipe.tokenizer.vocab_size
     special = SpecialTokens(pad=0, bos=1, eos=2, copy=3, blank=4, memory=vocab_size)
     models: dict[str, Any] = {}

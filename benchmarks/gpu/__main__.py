@@ -87,43 +87,29 @@ def pack_weights(folder: Path) -> None:
         archive.unlink()
 
 
-def ship(folder: Path, out: Path, expected: int) -> list[str]:
-    """Put records, and shards as far as there is room, where this call brings them back from.
-
-    Args:
-        folder (`Path`): With records and shards.
-        out (`Path`): Empty when the call began.
-        expected (`int`): Records that this call may still write.
+def ship(folder: Path, out: Path) -> list[str]:
+    """Put all records, and shards as far as there is room, where this call brings them back from.
 
     Returns:
         `list` of `str`: Shards that are left for a later call.
     """
     out.mkdir(parents=True, exist_ok=True)
     pack_weights(folder)
-    for record in sorted(folder.glob("gpu_*.json")):
-        if not (folder / "shards" / f"{record.name}.sent").is_file() or (out / record.name).is_file():
-            shutil.copyfile(record, out / record.name)
+    with tarfile.open(out / "records.tar", "w") as archive:
+        for record in sorted(folder.glob("gpu_*.json")):
+            archive.add(record, arcname=record.name)
     left = []
     for shard in sorted(
-        folder.glob("shards/*.tar.[0-9]*"), key=lambda file: (WEIGHTS.index(file.name.partition(".")[0]), file.name)
+        folder.glob("shards/*.tar.[0-9][0-9]"),
+        key=lambda file: (WEIGHTS.index(file.name.partition(".")[0]), file.name),
     ):
-        if shard.suffix == ".sent":
-            continue
-        inside = [file for file in out.iterdir() if file.is_file()]
-        full = len(inside) + expected >= SHIP_FILES
-        if full or sum(file.stat().st_size for file in inside) + shard.stat().st_size > SHIP_BYTES:
+        inside = [file.stat().st_size for file in out.iterdir() if file.is_file()]
+        if len(inside) == SHIP_FILES or sum(inside) + shard.stat().st_size > SHIP_BYTES:
             left.append(shard.name)
             continue
         shutil.copyfile(shard, out / shard.name)
         shard.rename(shard.with_name(f"{shard.name}.sent"))
     return left
-
-
-def close(folder: Path, out: Path) -> None:
-    """Remember which finished records have gone, so that later calls have room for shards."""
-    for record in out.glob("gpu_*.json"):
-        if read_json(record)["run"]["status"] == "success":
-            (folder / "shards" / f"{record.name}.sent").touch()
 
 
 def run(options: argparse.Namespace, command: str) -> None:
@@ -153,14 +139,13 @@ def run(options: argparse.Namespace, command: str) -> None:
         return Job(device, toy, options.to, payload, seconds, path, record)
 
     ended: dict[str, str] = {}
-    for number, name in enumerate(options.parts):
+    for name in options.parts:
         print(f"== {name}: {PARTS[name].asks}", flush=True)
         ended[name] = run_part(name, options, command, job_of)
         if options.ship is not None:
-            ship(options.to, options.ship, len(options.parts) - number - 1)
+            ship(options.to, options.ship)
     if options.ship is not None:
-        left = ship(options.to, options.ship, 0)
-        close(options.to, options.ship)
+        left = ship(options.to, options.ship)
         print(f"left for a later call: {', '.join(left) or 'nothing'}")
     write_json(options.to / "ended.json", ended)
     print("; ".join(f"{name} {how}" for name, how in ended.items()))

@@ -17,7 +17,6 @@ from transformers import LlamaConfig
 
 from benchmarks.gpu.job import PEAK, Job, Numbers, finish, free_memory, peak_gib, seconds_of
 from benchmarks.measure import assert_equal
-from benchmarks.rolling import SHAPES
 from modeling_memory import (
     MaskedMixerConfig,
     MemoryAutoencoder,
@@ -32,7 +31,11 @@ from training.train.optimizer import build_optimizer
 from training.train.trainer import compile_blocks, run_objective_chunked
 
 Batch = dict[str, torch.Tensor]
-SMOLLM2 = {**SHAPES["small"].decoder, "max_position_embeddings": 8192}
+SMOLLM2 = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "rope_theta": 100000.0, "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+}  # fmt: skip
 KINDS = {"attention": ("flash", "fmha", "attention"), "products": ("gemm", "cutlass", "matmul", "nvjet", "bmm")}
 
 

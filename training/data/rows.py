@@ -12,7 +12,6 @@ import torch
 from torch.utils.data import Dataset
 
 from .documents import pad_rows
-from .encoded import EncodedChunks
 from .objectives import BatchSpec, build_batch, keep_columns, without_targets
 from .questions import Questions, ask, split_questions
 
@@ -33,11 +32,9 @@ class TokenRows(Dataset):
         row_length (`int`): Tokens per row.
         num_items (`int`): Length of the dataset.
         seed (`int`, *optional*): Seed of the order; `None` reads in order.
-        encoded (`EncodedChunks`, *optional*): States of the stream's chunks. Rows then begin with a chunk, and an
-            item has a third part, the states of its chunks `(chunks, K, E)`.
 
     Raises:
-        ValueError: If the stream is shorter than one row, or rows are not whole chunks of `encoded`.
+        ValueError: If the stream is shorter than one row.
     """
 
     def __init__(
@@ -47,19 +44,12 @@ class TokenRows(Dataset):
         row_length: int,
         num_items: int,
         seed: int | None = None,
-        encoded: EncodedChunks | None = None,
     ) -> None:
         if tokens.numel() < row_length:
             raise ValueError(
                 f"the text has {tokens.numel()} tokens, fewer than one row of {row_length}; give more text or "
                 "shorten data.row_length"
             )
-        if encoded is not None and row_length % encoded.chunk_length:
-            raise ValueError(
-                f"data.row_length is {row_length}, but with data.encode_once rows are whole chunks of "
-                f"{encoded.chunk_length}"
-            )
-        self.encoded = encoded
         self.tokens = tokens
         self.row_length = row_length
         self.num_items = num_items
@@ -84,8 +74,7 @@ class TokenRows(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         number, start = self._locate(index)
-        item = number, self.tokens[start : start + self.row_length].long()
-        return item if self.encoded is None else (*item, self.encoded.of(start, self.row_length))
+        return number, self.tokens[start : start + self.row_length].long()
 
     def _locate(self, index: int) -> tuple[int, int]:
         """Return the number and the first token of an item's row."""
@@ -98,9 +87,7 @@ class TokenRows(Dataset):
         if self._pass is None or self._pass[0] != passed:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + passed)
             slack = self.tokens.numel() - per_pass * self.row_length
-            grid = 1 if self.encoded is None else self.encoded.chunk_length
-            steps = min(slack, self.row_length) // grid
-            offset = grid * int(torch.randint(steps + 1, (), generator=generator)) if passed else 0
+            offset = int(torch.randint(min(slack, self.row_length) + 1, (), generator=generator)) if passed else 0
             self._pass = (passed, offset, torch.randperm(per_pass, generator=generator))
         _, offset, order = self._pass
         number = int(order[place])
@@ -129,7 +116,6 @@ class ObjectiveCollator:
             tokens, mask = pad_rows([item[1] for item in items], self.spec.window_length, self.spec.special_tokens.pad)
         else:
             tokens = torch.stack([item[1] for item in items])  # (B, n)
-        states = torch.stack([item[2] for item in items]) if len(items[0]) > 2 else None  # (B, C, K, E)
         budget = draw_budget(self.spec.num_memories, rows, self.spec.num_memories_weights)
         batches: dict[str, Any] = {"rows": rows} if mask is None else {"rows": rows, "num_tokens": mask.sum()}
         for objective in self.objectives:
@@ -141,8 +127,6 @@ class ObjectiveCollator:
             if budget is not None:
                 options["budget"] = budget
             batches[objective] = self.collate(objective, tokens[::step], rows[::step], **options)
-            if states is not None:
-                batches[objective] = with_states(batches[objective], states[::step])
         return batches
 
     def for_evaluation(self) -> "ObjectiveCollator":
@@ -303,18 +287,3 @@ def draw_budget(num_memories: Sequence[int], rows: torch.Tensor, weights: Sequen
         return num_memories[drawn % len(num_memories)]
     place = bisect.bisect(list(itertools.accumulate(weights)), drawn / 2**64 * sum(weights))
     return num_memories[min(place, len(num_memories) - 1)]
-
-
-def with_states(batch: dict[str, torch.Tensor], states: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Put the encoder's ready states in the place of the context of a batch in the slots layout.
-
-    Args:
-        batch (`dict`): With `context_input_ids` `(B, C, L)`, the first chunks of each row.
-        states (`torch.Tensor` of shape `(B, chunks, K, E)`): States of all chunks of each row.
-
-    Returns:
-        The batch with `memory_states` `(B, C * K, E)`.
-    """
-    num_chunks = batch["context_input_ids"].shape[1]
-    rest = {name: tensor for name, tensor in batch.items() if not name.startswith("context_")}
-    return {**rest, "memory_states": states[:, :num_chunks].flatten(1, 2)}

@@ -87,7 +87,7 @@ def render_card(
         dtype=str(model.dtype).removeprefix("torch."),
         results=results,
         columns=list(dict.fromkeys(column for row in results.values() for column in row)),
-        losses=loss_rows(record),
+        losses=losses(record),
         lost=lost_tokens(record),
         domains=bool(record.get("domains")),
         code={"commit": None, **record.get("code", {})},
@@ -224,17 +224,19 @@ def result_table(record: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
     >>> copy = {"memory": {"token_accuracy": 0.98, "generated_token_accuracy": 0.7, "exact_match": 0.5}}
     >>> result_table({"metrics": {"copy": copy}})["test split"]
-    {'teacher-forced': '98.00 %', 'free-running': '70.00 %', 'texts without an error': '50.00 %'}
+    {'teacher-forced': '98.00', 'free-running': '70.00', 'whole texts': '50 %'}
     """
     rows: dict[str, dict[str, str]] = {}
-    for text, suites in _measured_texts(record):
-        copies = bool({"blank_copy", "copy"} & set(suites))
+    measured = list(_measured_texts(record))
+    asked = {suite for _, suites in measured for suite in suites}
+    copies = bool({"blank_copy", "copy"} & asked)
+    # What is asked for beside whole copies is in the record.
+    left_out = (*NEXT_TOKEN, *(ALONE if "copy" in asked else PIECES if copies else ()))
+    for text, suites in measured:
         for suite, condition, values in _conditions(suites):
-            is_piece = copies and suite in PIECES  # asked for beside whole copies: in the record
-            if suite in NEXT_TOKEN or is_piece or (condition not in OWN_RESULTS and text != "test split"):
+            if suite in left_out or (condition not in OWN_RESULTS and text != "test split"):
                 continue
-            label = ("validation split" if condition == "validation_split" else text) + CONDITIONS[condition]
-            row = rows.setdefault(label, {})
+            row = rows.setdefault(_label(text, condition), {})
             if suite == "copy":
                 row |= _copy_cells(values)
             elif "token_accuracy" in values:
@@ -244,18 +246,14 @@ def result_table(record: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     return {label: row for label, row in rows.items() if row}
 
 
-def loss_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of a card's table of next-token losses: a text and condition, `loss` and `bits_per_byte`.
+def losses(record: Mapping[str, Any]) -> list[str]:
+    """A card's next-token losses, each with the text and condition that it is of.
 
-    >>> loss_rows({"metrics": {"clm": {"memory": {"loss": 3.0}, "no_memory": {"loss": 3.5}}}})[1]
-    {'text': 'test split, no memories', 'loss': '3.5000', 'bits_per_byte': '-'}
+    >>> losses({"metrics": {"clm": {"memory": {"loss": 3.0}, "no_memory": {"loss": 3.5}}}})
+    ['test split 3.000', 'test split, no memories 3.500']
     """
     return [
-        {
-            "text": ("validation split" if condition == "validation_split" else text) + CONDITIONS[condition],
-            "loss": f"{values['loss']:.4f}{_around(values, 'loss', '{:.3f}')}",
-            "bits_per_byte": f"{values['bits_per_byte']:.3f}" if "bits_per_byte" in values else "-",
-        }
+        f"{_label(text, condition)} {values['loss']:.3f}{_around(values, 'loss', 3)}"
         for text, suites in _measured_texts(record)
         for suite, condition, values in _conditions(suites)
         if suite in NEXT_TOKEN and "loss" in values
@@ -329,27 +327,31 @@ def _conditions(suites: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[s
                     yield suite, condition, values
 
 
+def _label(text: str, condition: str) -> str:
+    return ("validation split" if condition == "validation_split" else text) + CONDITIONS[condition]
+
+
 def _copy_cells(values: Mapping[str, Any]) -> dict[str, str]:
     shares = {"teacher-forced": "token_accuracy", "free-running": "generated_token_accuracy"}
     cells = {title: _share(values, name) for title, name in shares.items() if name in values}
-    return cells | ({"texts without an error": _whole(values)} if "exact_match" in values else {})
+    return cells | ({"whole texts": _whole(values)} if "exact_match" in values else {})
 
 
 def _whole(values: Mapping[str, Any]) -> str:
     """How many texts came back without an error."""
-    total = values.get("num_generated_rows")
-    return f"{round(values['exact_match'] * total)} of {total}" if total else _share(values, "exact_match")
+    total, share = values.get("num_generated_rows"), values["exact_match"]
+    return f"{round(share * total)} of {total}" if total else f"{share:.0%}".replace("%", " %")
 
 
 def _share(values: Mapping[str, Any], name: str) -> str:
     """A share in percent, with its interval where there is one."""
-    return f"{100 * values[name]:.2f} %{_around(values, name, '{:.2f}', 100)}"
+    return f"{100 * values[name]:.2f}{_around(values, name, 2, 100)}"
 
 
-def _around(values: Mapping[str, Any], name: str, form: str, scale: float = 1.0) -> str:
-    """The interval of a value, in brackets, where there is one."""
-    interval = values.get(f"{name}_interval")
-    return f" ({' to '.join(form.format(scale * end) for end in interval)})" if interval else ""
+def _around(values: Mapping[str, Any], name: str, digits: int, scale: float = 1.0) -> str:
+    """The wider side of a value's interval, where there is one."""
+    ends = values.get(f"{name}_interval")
+    return f" ±{scale * max(abs(end - values[name]) for end in ends):.{digits}f}" if ends else ""
 
 
 def stage_record(record: Mapping[str, Any], stage: str) -> dict[str, Any]:

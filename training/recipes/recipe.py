@@ -81,8 +81,7 @@ class PretrainedRecipe:
     `path` is a Hub id, a folder relative to the current directory or the repository, or `package:MODULE` or
     `package:MODULE/FOLDER` of an installed package. `gguf_file` names a file of quantised weights in it.
     `tokenizer: own` means that it reads text with the tokenizer beside its weights, `shared` with the run's. `config`
-    is its architecture, from which memory and time are estimated before anything is downloaded; a model that turns
-    out to be another one is refused.
+    is its architecture; a model that turns out to be another one is refused.
     """
 
     path: str
@@ -135,7 +134,7 @@ class RowsRecipe:
     `window_length` is for `causal_lm` only: the decoder then reads each window of the row by itself, which
     makes it the no-memory baseline of a memory model with that window; default is the whole row.
     Stages with equal `seed` (default: the recipe's) and lengths read the same rows in the same order.
-    `encode_once` keeps a frozen encoder's states of the train split on disk and trains from them; slots layout only.
+    `encode_once` keeps the states of a frozen encoder that has its own tokenizer on disk and trains from them.
     `every` gives an objective only every n-th row of a batch: `{causal: 4}` rehearses on a quarter of the rows.
     With `documents` a row is one document, or a piece of at most `row_length` tokens of a longer one, and rows are
     padded; without it rows of `row_length` tokens cross from one document into the next.
@@ -534,11 +533,11 @@ def _check_references(
 def _check_once(stage: StageRecipe, recipe: Recipe, path: str) -> None:
     """Check what an encoder needs that reads its text once, or with a tokenizer of its own."""
     streaming, slots = recipe.data.streaming, stage.data.layout == "slots"
-    if stage.data.encode_once and (stage.kind != "memory" or not slots or streaming):
-        raise ValueError(
-            f"{path}.data.encode_once is for memory stages with data.layout: slots, and not with data.streaming"
-        )
     if recipe.encoder_of(stage) is None:
+        if stage.data.encode_once:
+            raise ValueError(
+                f"{path}.data.encode_once is for memory stages whose encoder has a tokenizer of its own; leave it out"
+            )
         return
     if streaming:
         raise ValueError(f"{path}: an encoder with a tokenizer of its own reads whole documents, not data.streaming")
@@ -551,11 +550,8 @@ def _check_once(stage: StageRecipe, recipe: Recipe, path: str) -> None:
 
 def _check_budgets(stage: StageRecipe, recipe: Recipe, path: str) -> None:
     rows, slots = stage.data, stage.kind == "memory" and stage.data.layout == "slots"
-    if rows.num_memories and (not slots or (rows.encode_once and recipe.encoder_of(stage) is None)):
-        raise ValueError(
-            f"{path}.data.num_memories is for memory stages with data.layout: slots, and states that were encoded "
-            "once with one tokenizer are pooled already"
-        )
+    if rows.num_memories and not slots:
+        raise ValueError(f"{path}.data.num_memories is for memory stages with data.layout: slots")
     weights = rows.num_memories_weights
     if weights and (len(weights) != len(rows.num_memories) or min(weights) < 0 or not sum(weights)):
         raise ValueError(
@@ -706,7 +702,6 @@ def _check_changed(stage: StageRecipe, recipe: Recipe, path: str) -> None:
     others = {
         "data.documents": rows.documents,
         "data.vary_source": rows.vary_source,
-        "data.encode_once": rows.encode_once,
         "an encoder with a tokenizer of its own": recipe.encoder_of(stage) is not None,
     }
     wrong = [name for name, is_set in others.items() if is_set]

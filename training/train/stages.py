@@ -30,7 +30,6 @@ from transformers import (
 from modeling_memory import MemoryAutoencoder, MemoryEncoderDecoderForCausalLM, MemoryProcessor
 
 from ..data.documents import DocumentRows
-from ..data.encoded import encode_once
 from ..data.making import MAKERS, make_questions, save_questions
 from ..data.objectives import IGNORED, BatchSpec, targets_of
 from ..data.pairs import PairCollator, PairedRows, PairedText, cached_pairs, encode_pairs
@@ -446,13 +445,7 @@ class StageRunner:
                 seed=seed,
                 group_by_length=stage.training.group_by_length,
             )
-        encoded = None
-        if stage.data.encode_once:
-            with self.state.main_process_first():
-                bf16 = stage.training.bf16
-                folder = Path(self.recipe.data.cache_dir or self.folder / "encoded")
-                encoded = encode_once(model, tokens, folder, bf16=bf16, device=self.state.device)
-        return TokenRows(tokens, row_length=length, num_items=num_items, seed=seed, encoded=encoded)
+        return TokenRows(tokens, row_length=length, num_items=num_items, seed=seed)
 
     def _validation_rows(self, stage: StageRecipe, model: PreTrainedModel) -> TokenRows | PairedRows:
         if self.recipe.encoder_of(stage) is not None:

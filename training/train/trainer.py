@@ -174,8 +174,6 @@ def model_inputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[st
             model, inputs.pop("token_states"), inputs.pop("context_attention_mask"),
             inputs.pop("context_num_memories", None),
         )  # fmt: skip
-    if "memory_states" in inputs:
-        inputs["memory_embeds"] = model.projector(inputs.pop("memory_states").to(model.decoder.dtype))
     return inputs
 
 
@@ -308,12 +306,10 @@ class MemoryTrainer(Trainer):
             raise ValueError("DeepSpeed flattens matrices and Muon needs them whole; set training.optimizer: adamw")
         if not self._sharded:
             return
-        encoded = getattr(self.train_dataset, "encoded", None)
         for what, part, is_set in (
             ("training.loss_chunk", "the whole output head", training.loss_chunk is not None),
             ("training.watch_steps", "whole parameters", training.watch_steps is not None),
             ("distillation's teacher", "a whole decoder", "distillation" in self.objectives),
-            ("data.encode_once", "a whole projector", encoded is not None),
         ):
             if is_set:
                 raise ValueError(f"{what} needs {part}; leave it out with FSDP or DeepSpeed")
