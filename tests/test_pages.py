@@ -25,7 +25,6 @@ PAGES = sorted(
         "configuration/*.md",
         "benchmarks/*.md",
         "model_cards/*/README.md",
-        "training/warm_starts/*/README.md",
     )
     for page in ROOT.glob(pattern)
 )

@@ -53,7 +53,6 @@ LEFT_BEHIND = (
     "tests/saved",
     "tests/hf_common",
     "training/corpora",
-    "training/warm_starts",
     "benchmarks/results",
 )
 
@@ -353,7 +352,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--pair-tokens", type=whole_number(), default=6_000_000, metavar="N", help="for the pair (6,000,000)")
     add("--questions", type=whole_number(), default=4_000, metavar="N", help="made of the text (4,000)")
     add("--base", metavar="package:NAME", help="decoder of the pair (default: that of the recipe smollm2)")
-    add("--warm", default="training/warm_starts/smollm2", metavar="FOLDER", help="first weights of the pair")
+    add("--warm", default="model_cards/starter-smollm2", metavar="FOLDER", help="first weights of the pair")
     add("--room", type=whole_number(), default=CALL_BYTES, metavar="BYTES", help=f"of one call ({CALL_BYTES:,})")
     add("--toy", action="store_true", help="the machine shall run toy sizes")
     add("--rehearse", action="store_true", help="run the commands here, one after the other, on a copy of the branch")

@@ -1,6 +1,6 @@
 """Parts d and e: the real pair, trained for three minutes by its recipe, and what its memories save.
 
-Part d goes on from the first weights in `training/warm_starts/smollm2` by the stages of the recipe
+Part d goes on from the weights in `model_cards/starter-smollm2` by the stages of the recipe
 `smollm2`, in bfloat16 and batches of a GPU's size. The first stage is short; how fast it was says how many steps the
 last one can have, so that its rates fall to zero when the time ends.
 """

@@ -353,8 +353,10 @@ class MemoryLM(TemplateLM):
             kept = self._fit(ids, num_new)
             return Laid(kept, [], [], len(ids) - len(kept))
         chunks = self._chunks(before)
-        # As many tokens a memory in a chunk that is not full, or its memories would be easier to read.
-        budgets = [min(self.per_chunk, -(-len(chunk) * self.per_chunk // self.chunk_length)) for chunk in chunks]
+        # As many tokens a memory in a chunk that is not full, or its memories would be easier to read; one that is
+        # filled has the groups of a full one, some of them empty.
+        sizes = [len(chunk) if self.memory_config.short_chunks == "pad" else self.chunk_length for chunk in chunks]
+        budgets = [min(self.per_chunk, -(-size * self.per_chunk // self.chunk_length)) for size in sizes]
         left = 0
         while left < len(chunks) and not self.memory_config.fits(
             sum(budgets[left:]), len(begin) + len(seen) + num_new
