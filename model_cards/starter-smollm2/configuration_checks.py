@@ -1,0 +1,1 @@
+../../modeling_memory/configuration_checks.py

@@ -1,0 +1,1 @@
+../../modeling_memory/generation_memory.py

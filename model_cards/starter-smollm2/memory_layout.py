@@ -1,0 +1,1 @@
+../../modeling_memory/memory_layout.py

@@ -1,0 +1,1 @@
+../../modeling_memory/modeling_masked_mixer.py

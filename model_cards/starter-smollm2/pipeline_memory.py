@@ -1,0 +1,1 @@
+../../modeling_memory/pipeline_memory.py

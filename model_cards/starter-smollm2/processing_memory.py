@@ -1,0 +1,1 @@
+../../modeling_memory/processing_memory.py
