@@ -147,7 +147,9 @@ class Reader:
     def slots(self, sources: torch.Tensor, rate: int) -> dict[str, torch.Tensor]:
         """Return sources `(B, S)` as chunks with their budget, and what takes their place: begin and S/r slots."""
         length = min(self.chunk, sources.shape[1])
-        chunks, per_chunk = sources.unflatten(1, (-1, length)), length // rate
+        # A chunk that is filled has the groups of a full one.
+        read = length if self.model.config.short_chunks == "pad" else self.chunk
+        chunks, per_chunk = sources.unflatten(1, (-1, length)), read // rate
         slots = torch.full((len(sources), chunks.shape[1] * per_chunk), self.model.config.memory_token_id)
         return {
             "context_input_ids": chunks,

