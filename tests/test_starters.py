@@ -176,11 +176,13 @@ def test_a_starters_card_is_made_from_its_record(name, tmp_path):
 def test_a_starters_card_shows_free_running_results_and_lost_tokens(name):
     record = read_json(folder_named(name) / "record.json")
     card = (folder_named(name) / "README.md").read_text()
-    for domain in record["domains"].values():
-        assert f"| {domain['description']} | " in card
+    for kind, domain in record["domains"].items():
+        if kind == "every_token" and "copy" not in domain["metrics"]:
+            continue  # what came back stands in a sentence, below
+        row = next(line for line in card.splitlines() if line.startswith(f"| {domain['description']} | "))
         copy = domain["metrics"].get("copy", {}).get("memory")
         if copy is not None and "lost_tokens" not in domain:
-            assert f"{100 * copy['generated_token_accuracy']:.2f} %" in card, domain["description"]
+            assert f"| {100 * copy['generated_token_accuracy']:.2f} |" in row, domain["description"]
     every = record["domains"]["every_token"]
     told = f"{len(every['lost_tokens']):,} of the {every['num_tokens']:,} tokens of its vocabulary never"
     whole = f"All {every['num_tokens']:,} tokens of its vocabulary came back"
