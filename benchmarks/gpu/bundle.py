@@ -141,7 +141,9 @@ def make_payload(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     packages = (base["path"].removeprefix("package:").partition("/")[0], *(["gguf"] if base["gguf_file"] else []))
     (folder / "site.tar").write_bytes(tar_of(package_files(packages)))
     warm = Path(options.warm)
-    (folder / "warm.tar").write_bytes(tar_of((file, file.name) for file in warm.iterdir() if file.is_file()))
+    # A starter's code files are links to the package, which travels with the checkout.
+    own = (file for file in warm.iterdir() if file.is_file() and not file.is_symlink())
+    (folder / "warm.tar").write_bytes(tar_of((file, file.name) for file in own))
     return {"base": base, "tokens": counts, "toy": options.toy, "code": describe_code()}
 
 
